@@ -1,0 +1,1 @@
+"""The ways out: plain PyTorch, CPU kernels, Triton kernels and ONNX files."""
