@@ -1,0 +1,208 @@
+"""The one way to change a program's graph: typed, all-or-nothing, with a record of what stands for what."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphwright.ir import provenance
+from graphwright.ir.arguments import canonical_call
+from graphwright.ir.errors import ProgramError, TypeMismatch
+from graphwright.ir.names import resolve_target
+from graphwright.ir.program import Program, Snapshot
+
+
+class Rewriter:
+    """Edits a program inside a ``with`` block. If the block raises, the program is as it was before.
+
+    Every node made is typed at once; a replacement must have the type of what it replaces. Nodes that lose their last user
+    by an edit are removed with it, and weights nobody reads any more are freed at the end.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.changed = False
+        self._before: Snapshot | None = None
+        self._replacements: dict[str, str] = {}
+
+    def __enter__(self) -> Rewriter:
+        self._before = self.program.snapshot()
+        self._replacements = dict(self.program.replacements)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._before is not None
+        if error is None:
+            try:
+                self._commit()
+                return
+            except ProgramError:
+                self._roll_back()
+                raise
+        self._roll_back()
+
+    def _roll_back(self) -> None:
+        assert self._before is not None
+        self.program.restore(self._before)
+        self.program.replacements = self._replacements
+
+    def _commit(self) -> None:
+        if not self.changed:
+            return
+        try:
+            self.program.graph.lint()
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ProgramError(f"the rewritten graph is not well formed: {error}") from error
+        self.program.drop_unused_tensors()
+        self.program.body.recompile()
+
+    # -- making nodes --------------------------------------------------------------------------------------------------
+
+    def call(
+        self, target: str | Any, *args: Any, like: fx.Node, name: str | None = None, tags: tuple[str, ...] = (), **kwargs: Any
+    ) -> fx.Node:
+        """A new call node, placed right after the last of its operands (or before ``like`` when it has none).
+
+        Args:
+            target: an operator as written (``"aten.linear"``, ``"graphwright.rms_norm"``) or a call target.
+            args: operands: nodes, numbers, lists of them.
+            like: the node whose module path, source line and tags the new one inherits.
+            name: wanted node name; the operator's by default.
+            tags: further tags.
+            kwargs: keyword operands.
+
+        Raises:
+            TypeMismatch: the operator does not accept these operands.
+        """
+        function = resolve_target(target) if isinstance(target, str) else target
+        args, kwargs = canonical_call(function, args, kwargs)
+        operands: list[fx.Node] = []
+        fx.node.map_arg((args, kwargs), operands.append)
+        graph = self.program.graph
+        moving = [node for node in operands if node.op not in ("get_attr", "placeholder")]
+        if moving:
+            place = graph.inserting_after(max(moving))
+        elif operands:
+            place = graph.inserting_before(self._first_call())
+        else:
+            place = graph.inserting_before(like)
+        with place:
+            node = graph.create_node("call_function", function, args, kwargs, name)
+        self._inherit(node, like, tags)
+        try:
+            self.program.symbols.infer(node, self.program.tensor)
+        except TypeMismatch:
+            graph.erase_node(node)
+            raise
+        self.changed = True
+        return node
+
+    def weight(self, name: str, tensor: torch.Tensor, *, like: fx.Node, tags: tuple[str, ...] = ()) -> fx.Node:
+        """A ``get_attr`` node for a new weight: trainable if ``tensor`` is an ``nn.Parameter``, constant otherwise.
+
+        The name is made unique by a suffix when it is taken by another tensor; the same tensor under the same name gives
+        the node it already has.
+        """
+        program, graph = self.program, self.program.graph
+        present = {**program.tensors(), **{alias: program.tensor(alias) for alias in program.aliases}}
+        wanted, number = name, 1
+        while wanted in present and present[wanted] is not tensor:
+            wanted, number = f"{name}_{number}", number + 1
+        wanted = program.aliases.get(wanted, wanted)
+        if wanted in present:
+            for node in graph.nodes:
+                if node.op == "get_attr" and node.target == wanted:
+                    return node
+        program.set_tensor(wanted, tensor)
+        with graph.inserting_before(self._first_not_weight()):
+            node = graph.create_node("get_attr", wanted, (), {}, wanted.replace(".", "_"))
+        self._inherit(node, like, tags)
+        program.symbols.infer(node, program.tensor)
+        self.changed = True
+        return node
+
+    # -- changing ------------------------------------------------------------------------------------------------------
+
+    def replace(self, old: fx.Node, new: fx.Node, *, equivalent: bool = True) -> None:
+        """Let every user of ``old`` read ``new``, and remove ``old`` with whatever becomes dead by that.
+
+        Args:
+            old: the node to go.
+            new: the node to stand for it; may be one that already exists.
+            equivalent: record that ``new`` stands for ``old``, so that verification compares their values.
+
+        Raises:
+            TypeMismatch: dtype or shape differ.
+        """
+        if old is new:
+            raise ProgramError("a node cannot replace itself", where=provenance.describe(old))
+        before, after = self.program.type_of(old), self.program.type_of(new)
+        if before != after:
+            raise TypeMismatch(
+                f"the replacement is {after}, the replaced value {before}", where=provenance.describe(old)
+            )
+        late = [user for user in old.users if user < new and user is not new]
+        if late:
+            raise ProgramError(f"%{new.name} is computed after %{late[0].name}, which needs it", where=provenance.describe(old))
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if equivalent:
+            self.program.replacements[new.name] = old.name
+        self.changed = True
+        self._erase_dead(old)
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node nobody uses, and whatever becomes dead by that.
+
+        Raises:
+            ProgramError: the node has users, or is an input or the output.
+        """
+        if node.users:
+            raise ProgramError(f"%{node.name} still has users: {', '.join(user.name for user in node.users)}")
+        if node.op in ("placeholder", "output"):
+            raise ProgramError(f"the {node.op} cannot be removed", where=f"%{node.name}")
+        self.changed = True
+        self._erase_dead(node)
+
+    def set_arguments(self, node: fx.Node, *args: Any, **kwargs: Any) -> None:
+        """Give a node other operands; its type is computed anew and must stay.
+
+        Raises:
+            TypeMismatch: the type would change, or the operands are not accepted.
+        """
+        before, inputs = self.program.type_of(node), list(node.all_input_nodes)
+        node.args, node.kwargs = canonical_call(node.target, args, kwargs)
+        self.program.symbols.infer(node, self.program.tensor)
+        after = self.program.type_of(node)
+        if before != after:
+            raise TypeMismatch(f"the node would become {after}, it is {before}", where=provenance.describe(node))
+        self.changed = True
+        for source in inputs:
+            if not source.users:
+                self._erase_dead(source)
+
+    def _erase_dead(self, node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            dead = stack.pop()
+            if dead.users or dead.op in ("placeholder", "output") or dead._erased:
+                continue
+            sources = list(dead.all_input_nodes)
+            self.program.graph.erase_node(dead)
+            stack.extend(sources)
+
+    # -- places --------------------------------------------------------------------------------------------------------
+
+    def _inherit(self, node: fx.Node, like: fx.Node, tags: tuple[str, ...]) -> None:
+        for key in (provenance.PATH, provenance.SOURCE):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        node.meta[provenance.TAGS] = provenance.tags_of(like) | frozenset(tags)
+
+    def _first_call(self) -> fx.Node:
+        return next(node for node in self.program.graph.nodes if node.op in ("call_function", "output"))
+
+    def _first_not_weight(self) -> fx.Node:
+        return next(node for node in self.program.graph.nodes if node.op != "get_attr")
