@@ -1,1 +1,1 @@
-"""What changes a model: the pass contract, the pipeline, and one folder per family of passes."""
+"""What changes a model: the pass contract, the pipeline that enforces it, and the families of passes."""
