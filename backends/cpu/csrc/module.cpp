@@ -1,2 +1,44 @@
+// graphwright.backends.cpu._native: what Python sees. Its types are declared in ../_native.pyi.
 #include <nanobind/nanobind.h>
-NB_MODULE(_native, m) { m.doc() = "CPU kernels."; }
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "isa.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+template <typename T>
+using Bytes = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::int32_t dot_u8s8(std::string_view name, const Bytes<std::uint8_t>& a, const Bytes<std::int8_t>& b) {
+  if (a.shape(0) != b.shape(0)) throw std::invalid_argument("the two arrays differ in length");
+  if (a.shape(0) > graphwright::kMaxDotLength) throw std::invalid_argument("more elements than an int32 sum can hold");
+  return graphwright::isa(name).kernels().dot_u8s8(a.data(), b.data(), a.shape(0));
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "The C++ side of graphwright.backends.cpu.";
+
+  nb::class_<graphwright::Isa>(m, "Isa", "An instruction set that kernels are written for.")
+      .def_ro("name", &graphwright::Isa::name)
+      .def_prop_ro("compiled", &graphwright::Isa::compiled, "Whether this build holds kernels for it.")
+      .def_prop_ro("missing", &graphwright::Isa::missing, "The CPU or system features this machine lacks for it.");
+
+  m.def("isas", [] {
+    nb::list all;
+    for (const graphwright::Isa& isa : graphwright::isas()) all.append(nb::cast(&isa, nb::rv_policy::reference));
+    return all;
+  }, "Every instruction set graphwright knows, from the plainest to the most able.");
+  m.def("cpu_name", &graphwright::cpu_name, "The CPU's own name for itself, or an empty string.");
+  m.def("dot_u8s8", &dot_u8s8, "isa"_a, "a"_a, "b"_a,
+        "The exact sum of a[i] * b[i] by the kernel of one instruction set (uint8 and int8, at most 65536 elements).");
+}

@@ -1,0 +1,17 @@
+// Plain C++: runs everywhere, and says what every other file must compute.
+#include "kernel_table.h"
+
+namespace graphwright::scalar {
+namespace {
+
+std::int32_t dot_u8s8(const std::uint8_t* a, const std::int8_t* b, std::size_t n) {
+  std::int32_t sum = 0;
+  for (std::size_t i = 0; i < n; ++i) sum += std::int32_t{a[i]} * std::int32_t{b[i]};
+  return sum;
+}
+
+}  // namespace
+
+const KernelTable kernels = {.dot_u8s8 = dot_u8s8};
+
+}  // namespace graphwright::scalar
