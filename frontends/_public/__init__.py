@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from graphwright.ir.errors import GraphwrightError as GraphwrightError
     from graphwright.ir.errors import InputError as InputError
 
+    __version__: str
+
 # exported name -> the module that defines it
 _EXPORTS: dict[str, str] = {
     "GraphwrightError": "graphwright.ir.errors",
@@ -21,17 +23,19 @@ _EXPORTS: dict[str, str] = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # else every misspelt name would pass the type checker
 
-        value: object = version("graphwright")
-    elif name in _EXPORTS:
-        value = getattr(import_module(_EXPORTS[name]), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # the next look-up does not come here again
-    return value
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value: object = version("graphwright")
+        elif name in _EXPORTS:
+            value = getattr(import_module(_EXPORTS[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value  # the next look-up does not come here again
+        return value
 
 
 def __dir__() -> list[str]:
