@@ -5,7 +5,8 @@ TORCH  ?= torch==2.13.0
 EXTRAS := dev,huggingface,onnx
 
 BIN    := .venv/bin
-PIP    := $(BIN)/pip --disable-pip-version-check --quiet
+# Errors only: what pip warns of (a cache it may not write, an index it cannot read) concerns the machine.
+PIP    := $(BIN)/pip --disable-pip-version-check -qq
 # What the extension is built from; a change to any of these installs the project again. Python files are live.
 NATIVE := backends/cpu/CMakeLists.txt $(wildcard backends/cpu/csrc/*.* backends/cpu/csrc/*/*.*)
 CODE   := build/typing/graphwright scripts $(foreach d,tests examples benchmarks,$(if $(wildcard $(d)/*.py),$(d)))
@@ -23,11 +24,11 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## make .venv with torch, the project (editable, with its C++ extension) and every tool
+	@:
 
 .venv/.torch:
 	@echo "== making .venv with $(TORCH)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) install --upgrade pip
 	@$(PIP) install $(TORCH)
 	@touch $@
 
