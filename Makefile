@@ -43,7 +43,7 @@ setup: .venv/.ready ## make .venv with torch, the project (editable, with its C+
 
 lint: setup ## ruff (rules and format) and mypy --strict
 	@echo "== lint"
-	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff check --quiet --output-format=concise .
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
 	@$(BIN)/python scripts/typing_overlay.py
 	@$(BIN)/mypy --no-error-summary $(CODE)
