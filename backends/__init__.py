@@ -1,1 +1,1 @@
-"""The ways out: plain PyTorch, CPU kernels, Triton kernels and ONNX files."""
+"""The ways out: plain PyTorch, CPU kernels, ONNX."""

@@ -42,7 +42,9 @@ def argument(node: fx.Node, name: str) -> Any:
     return arguments_of(node)[name]
 
 
-def canonical_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def canonical_call(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The canonical spelling of a call to ``target``."""
     if not isinstance(target, torch._ops.OpOverload):
         return args, kwargs

@@ -1,4 +1,4 @@
-"""The error tree. Every error a user can cause descends from :class:`GraphwrightError` and says what, where and what to do."""
+"""The error tree: every error a user can cause is a :class:`GraphwrightError` and says what, where and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ class GraphwrightError(Exception):
         context: lines of IR or of a file shown below the message.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None, context: Sequence[str] = ()) -> None:
+    def __init__(
+        self, what: str, *, where: str | None = None, hint: str | None = None, context: Sequence[str] = ()
+    ) -> None:
         self.what = what
         self.where = where
         self.hint = hint

@@ -82,5 +82,7 @@ def resolve_target(name: str) -> Callable[..., Any]:
     packet = getattr(getattr(torch.ops, namespace, None), base, None) if base else None
     found = getattr(packet, overload or "default", None) if packet is not None else None
     if found is None:
-        raise ProgramError(f"no operator is named {name!r}", hint="ATen names are written aten.<op> or aten.<op>.<overload>")
+        raise ProgramError(
+            f"no operator is named {name!r}", hint="ATen names are written aten.<op> or aten.<op>.<overload>"
+        )
     return cast(Callable[..., Any], found)

@@ -4,7 +4,8 @@ A pattern is a tree of small matchers, written as the expression it matches::
 
     x, w = any_("x"), weight("w")
     square = op("aten.pow.Tensor_Scalar", x, 2)
-    pattern = op("aten.mul.Tensor", w, op("aten.mul.Tensor", x, op("aten.rsqrt", ...), commutative=True), commutative=True)
+    pattern = op("aten.mul.Tensor", w, op("aten.mul.Tensor", x, op("aten.rsqrt", ...), commutative=True),
+    commutative=True)
 
 The same name (or the same matcher object) must match the same node everywhere.
 """
@@ -140,7 +141,7 @@ class _Constant(Matcher):
     kinds: tuple[type, ...]
 
     def accepts(self, value: Any, trial: _Trial) -> bool:
-        if isinstance(value, bool) and bool not in self.kinds or not isinstance(value, self.kinds):
+        if (isinstance(value, bool) and bool not in self.kinds) or not isinstance(value, self.kinds):
             found = f"%{value.name}" if isinstance(value, fx.Node) else repr(value)
             return trial.fail(f"{found} stands where the constant {self.name or ''} is needed")
         return trial.bind(self.name, value)
@@ -165,7 +166,9 @@ class _Literal(Matcher):
         if isinstance(value, fx.Node):
             return trial.fail(f"%{value.name} stands where the constant {self.value!r} is needed")
         if isinstance(self.value, float) or isinstance(value, float):
-            same = isinstance(value, int | float) and abs(float(value) - float(self.value)) <= 1e-6 * abs(float(self.value))
+            same = isinstance(value, int | float) and abs(float(value) - float(self.value)) <= 1e-6 * abs(
+                float(self.value)
+            )
         else:
             same = _plain(value) == _plain(self.value)
         return same or trial.fail(f"the constant is {value!r}, not {self.value!r}")
@@ -263,14 +266,19 @@ def weight(name: str | None = None) -> Matcher:
     return _Weight(name)
 
 
-def op(ops: str | Sequence[str], *operands: Any, commutative: bool = False, name: str | None = None, **named: Any) -> Matcher:
+def op(
+    ops: str | Sequence[str], *operands: Any, commutative: bool = False, name: str | None = None, **named: Any
+) -> Matcher:
     """A call of one of ``ops``; operands by schema position, further ones by schema name.
 
-    Plain values match equal constants (floats to six digits). With ``commutative`` the first two operands may be swapped.
+    Plain values match equal constants (floats to six digits). With ``commutative`` the first two operands may be
+    swapped.
     Operands of the node beyond those given are not looked at; name them when they matter.
     """
     names = (ops,) if isinstance(ops, str) else tuple(ops)
-    return _Op(names, tuple(map(_matcher, operands)), {key: _matcher(value) for key, value in named.items()}, commutative, name)
+    return _Op(
+        names, tuple(map(_matcher, operands)), {key: _matcher(value) for key, value in named.items()}, commutative, name
+    )
 
 
 def either(*choices: Any) -> Matcher:

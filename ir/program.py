@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from graphwright.ir.arguments import canonicalize
+from graphwright.ir.conditions import holds
 from graphwright.ir.errors import InputError, ProgramError
 from graphwright.ir.signature import Signature
 from graphwright.ir.types import VAL, Dim, SymbolTable, TensorType, ValueType
@@ -113,7 +114,8 @@ class Program(nn.Module):
     @property
     def output(self) -> fx.Node:
         """The output node; its one argument is the flat tuple of results."""
-        return self.body.graph.output_node()
+        node: fx.Node = self.body.graph.output_node()
+        return node
 
     def node(self, name: str) -> fx.Node:
         """The node of this name.
@@ -278,6 +280,16 @@ class Program(nn.Module):
                 first, at = sizes.setdefault(expected, (size, str(node.target)))
                 if first != size:
                     raise InputError(f"has {size} for {expected!r}, but input {at!r} has {first}", where=where)
+        self._check_conditions({name: size for name, (size, _) in sizes.items()})
+
+    def _check_conditions(self, sizes: Mapping[str, int]) -> None:
+        for condition in self.symbols.conditions:
+            if not holds(condition, sizes):
+                given = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+                raise InputError(
+                    f"the model was traced on a path for {condition}, and this call has {given}",
+                    hint="trace the model again with example inputs of these sizes",
+                )
 
     # -- copies and states ---------------------------------------------------------------------------------------------
 
@@ -288,7 +300,7 @@ class Program(nn.Module):
         return Snapshot(copy_graph(self.body.graph), tensors, versions, dict(self.aliases), tuple(self.journal))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Return to a state taken before. A tensor that was written into since cannot be brought back; see ``overwritten``."""
+        """Return to a state taken before. Tensors written into since cannot be brought back; see ``overwritten``."""
         for name, current in self.tensors().items():
             if snapshot.tensors.get(name) is not current:
                 owner, _, leaf = name.rpartition(".")
@@ -404,5 +416,7 @@ def require_program(value: Any) -> Program:
         InputError: it is something else.
     """
     if not isinstance(value, Program):
-        raise InputError(f"expected a Program, got {type(value).__name__}", hint="make one with graphwright.trace(model, ...)")
+        raise InputError(
+            f"expected a Program, got {type(value).__name__}", hint="make one with graphwright.trace(model, ...)"
+        )
     return value

@@ -18,7 +18,8 @@ from graphwright.ir.program import Program, Snapshot
 class Rewriter:
     """Edits a program inside a ``with`` block. If the block raises, the program is as it was before.
 
-    Every node made is typed at once; a replacement must have the type of what it replaces. Nodes that lose their last user
+    Every node made is typed at once; a replacement must have the type of what it replaces. Nodes that lose their last
+    user
     by an edit are removed with it, and weights nobody reads any more are freed at the end.
     """
 
@@ -33,7 +34,9 @@ class Rewriter:
         self._replacements = dict(self.program.replacements)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._before is not None
         if error is None:
             try:
@@ -62,7 +65,13 @@ class Rewriter:
     # -- making nodes --------------------------------------------------------------------------------------------------
 
     def call(
-        self, target: str | Any, *args: Any, like: fx.Node, name: str | None = None, tags: tuple[str, ...] = (), **kwargs: Any
+        self,
+        target: str | Any,
+        *args: Any,
+        like: fx.Node,
+        name: str | None = None,
+        tags: tuple[str, ...] = (),
+        **kwargs: Any,
     ) -> fx.Node:
         """A new call node, placed right after the last of its operands (or before ``like`` when it has none).
 
@@ -90,7 +99,7 @@ class Rewriter:
         else:
             place = graph.inserting_before(like)
         with place:
-            node = graph.create_node("call_function", function, args, kwargs, name)
+            node: fx.Node = graph.create_node("call_function", function, args, kwargs, name or _base_name(function))
         self._inherit(node, like, tags)
         try:
             self.program.symbols.infer(node, self.program.tensor)
@@ -103,7 +112,8 @@ class Rewriter:
     def weight(self, name: str, tensor: torch.Tensor, *, like: fx.Node, tags: tuple[str, ...] = ()) -> fx.Node:
         """A ``get_attr`` node for a new weight: trainable if ``tensor`` is an ``nn.Parameter``, constant otherwise.
 
-        The name is made unique by a suffix when it is taken by another tensor; the same tensor under the same name gives
+        The name is made unique by a suffix when it is taken by another tensor; the same tensor under the same name
+        gives
         the node it already has.
         """
         program, graph = self.program, self.program.graph
@@ -146,7 +156,9 @@ class Rewriter:
             )
         late = [user for user in old.users if user < new and user is not new]
         if late:
-            raise ProgramError(f"%{new.name} is computed after %{late[0].name}, which needs it", where=provenance.describe(old))
+            raise ProgramError(
+                f"%{new.name} is computed after %{late[0].name}, which needs it", where=provenance.describe(old)
+            )
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         if equivalent:
             self.program.replacements[new.name] = old.name
@@ -202,7 +214,12 @@ class Rewriter:
         node.meta[provenance.TAGS] = provenance.tags_of(like) | frozenset(tags)
 
     def _first_call(self) -> fx.Node:
-        return next(node for node in self.program.graph.nodes if node.op in ("call_function", "output"))
+        return next(node for node in self.program.nodes if node.op in ("call_function", "output"))
 
     def _first_not_weight(self) -> fx.Node:
-        return next(node for node in self.program.graph.nodes if node.op != "get_attr")
+        return next(node for node in self.program.nodes if node.op != "get_attr")
+
+
+def _base_name(function: Any) -> str:
+    schema = getattr(function, "_schema", None)
+    return str(schema.name.partition("::")[2] if schema is not None else function.__name__)

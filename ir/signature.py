@@ -21,7 +21,8 @@ class Signature:
         out_spec: tree of the output as traced.
         inputs: for every leaf of ``in_spec`` the placeholder it feeds, or ``None`` where a constant was traced in.
         constants: the traced constants by leaf position, such as ``use_cache=False``.
-        parameters: parameter names of the original forward in order, so that a traced keyword may be passed by position.
+        parameters: parameter names of the original forward in order, so that a traced keyword may be passed by
+        position.
     """
 
     in_spec: pytree.TreeSpec
@@ -83,7 +84,9 @@ class Signature:
         call_args = list(args[:positional])
         for index, value in enumerate(args[positional:], start=positional):
             if index >= len(self.parameters):
-                raise InputError(f"takes at most {len(self.parameters) or positional} positional arguments, got {len(args)}")
+                raise InputError(
+                    f"takes at most {len(self.parameters) or positional} positional arguments, got {len(args)}"
+                )
             name = self.parameters[index]
             if name in given:
                 raise InputError("is passed both by position and by name", where=f"argument {name!r}")
@@ -98,14 +101,16 @@ class Signature:
             # A traced None or constant may be left out of a call, as in the original.
             value = self._constant_keyword(name)
             if value is _ABSENT:
-                raise InputError("is missing", where=f"argument {name!r}", hint=f"this program takes {', '.join(keywords)}")
+                raise InputError(
+                    "is missing", where=f"argument {name!r}", hint=f"this program takes {', '.join(keywords)}"
+                )
             given[name] = value
         unknown = [name for name in given if name not in keywords and given[name] is not None]
         if unknown:
             raise InputError(
                 "was not among the traced arguments",
                 where=f"argument {unknown[0]!r}",
-                hint=f"this program takes {', '.join(keywords) or f'{positional} positional arguments'}; trace again to add one",
+                hint=f"this program takes {', '.join(keywords) or f'{positional} positional arguments'}",
             )
         return tuple(call_args), {name: given[name] for name in keywords}
 

@@ -7,12 +7,13 @@ fake mode, so that the type of a new node is computed by running its operator on
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -95,26 +96,36 @@ ValueType = TensorType | ScalarType | TupleType
 
 
 class SymbolTable:
-    """The named dimensions of one program and the fake mode in which its types are computed."""
+    """The named dimensions of one program and the fake mode in which its types are computed.
 
-    def __init__(self, dims: Mapping[str, Dim]) -> None:
+    Attributes:
+        dims: the dimensions by name.
+        conditions: what their sizes must satisfy together, see :mod:`graphwright.ir.conditions`.
+    """
+
+    def __init__(self, dims: Mapping[str, Dim], conditions: Sequence[str] = ()) -> None:
         self.dims = dict(dims)
+        self.conditions = tuple(conditions)
         self.shape_env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._sizes: dict[str, torch.SymInt] = {}
         self._names: dict[str, str] = {}
         hints: set[int] = set()
         for dim in self.dims.values():
-            # Different hints keep ShapeEnv's duck typing from ever merging two dimensions that happened to be traced equal.
+            # Different hints keep ShapeEnv's duck typing from merging two dimensions that were traced equal.
             hint = max(dim.hint, 2)
             while hint in hints:
                 hint += 1
             hints.add(hint)
             source = ConstantSource(dim.name)
-            symbol = self.shape_env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            symbol = self.shape_env.create_symbol(
+                hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+            )
             if dim.max is not None:
                 self.shape_env.var_to_range[symbol] = ValueRanges(2, max(dim.max, 2))
-            self._sizes[dim.name] = cast(torch.SymInt, self.shape_env.create_symintnode(symbol, hint=hint, source=source))
+            self._sizes[dim.name] = cast(
+                torch.SymInt, self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+            )
             self._names[str(symbol)] = dim.name
 
     def size(self, expression: int | str) -> int | torch.SymInt:
@@ -123,7 +134,8 @@ class SymbolTable:
             return expression
         if expression not in self._sizes:
             raise ProgramError(
-                f"unknown dimension {expression!r}", hint=f"the program declares {', '.join(self.dims) or 'no dimensions'}"
+                f"unknown dimension {expression!r}",
+                hint=f"the program declares {', '.join(self.dims) or 'no dimensions'}",
             )
         return self._sizes[expression]
 
@@ -182,16 +194,20 @@ class SymbolTable:
         if node.op == "get_attr":
             node.meta[VAL] = self.fake_weight(tensor_of(str(node.target)))
         elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta[VAL])  # type: ignore[misc]
+            args: Any = fx.node.map_arg(node.args, lambda source: source.meta[VAL])
+            kwargs: Any = fx.node.map_arg(node.kwargs, lambda source: source.meta[VAL])
             try:
-                with self.mode, torch.no_grad():
+                # The python dispatcher takes composite operators (lstm, ...) apart where their C++ form needs concrete sizes.
+                with self.mode, torch.no_grad(), enable_python_dispatcher():
                     node.meta[VAL] = cast(Callable[..., Any], node.target)(*args, **kwargs)
             except Exception as error:  # torch reports a wrong operand by many exception types
                 reason = str(error).strip().splitlines()
                 raise TypeMismatch(
                     f"{node.target} does not accept these operands: {reason[0] if reason else type(error).__name__}",
                     where=f"%{node.name}",
-                    context=[f"%{source.name} : {self.type_of_value(source.meta[VAL])}" for source in node.all_input_nodes],
+                    context=[
+                        f"%{source.name} : {self.type_of_value(source.meta[VAL])}" for source in node.all_input_nodes
+                    ],
                 ) from error
         return node.meta.get(VAL)
 

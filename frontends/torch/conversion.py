@@ -57,7 +57,9 @@ def to_program(
         parameters=parameters,
     )
     symbols = SymbolTable(dims)
-    program = Program(fx.GraphModule(nn.Module(), fx.Graph()), signature, symbols, title=type(model).__name__, aliases=aliases)
+    program = Program(
+        fx.GraphModule(nn.Module(), fx.Graph()), signature, symbols, title=type(model).__name__, aliases=aliases
+    )
     for name, tensor in tensors.items():
         program.set_tensor(name, tensor)
     for node in graph.nodes:
@@ -223,5 +225,3 @@ def _dimensions(
             shape.append(name)
         types[str(node.target)] = TensorType(leaf.value.dtype, tuple(shape))
     return dims, types
-
-

@@ -61,9 +61,14 @@ def assign_roles(leaves: list[Leaf], dynamic: DynamicSpec | str) -> Roles:
             )
         for axis, dim in axes.items():
             if not 0 <= axis < leaf.value.dim():
-                raise InputError(f"axis {axis} does not exist, the input has shape {list(leaf.value.shape)}", where=f"dynamic[{name!r}]")
+                raise InputError(
+                    f"axis {axis} does not exist, the input has shape {list(leaf.value.shape)}",
+                    where=f"dynamic[{name!r}]",
+                )
             if not dim.isidentifier():
-                raise InputError(f"{dim!r} is not a name", where=f"dynamic[{name!r}][{axis}]", hint="use letters, digits and _")
+                raise InputError(
+                    f"{dim!r} is not a name", where=f"dynamic[{name!r}][{axis}]", hint="use letters, digits and _"
+                )
             roles.setdefault(leaf.index, {})[axis] = dim
     _check_equal_sizes(leaves, roles)
     return roles
@@ -115,7 +120,9 @@ def widen(leaves: list[Leaf], roles: Roles) -> list[Any]:
                 while size in wanted.values():
                     size += 1
                 wanted[name] = size
-    return [resize(leaf.value, {axis: wanted[name] for axis, name in roles.get(leaf.index, {}).items()}) for leaf in leaves]
+    return [
+        resize(leaf.value, {axis: wanted[name] for axis, name in roles.get(leaf.index, {}).items()}) for leaf in leaves
+    ]
 
 
 def resize(value: Any, sizes: Mapping[int, int]) -> Any:
@@ -125,7 +132,9 @@ def resize(value: Any, sizes: Mapping[int, int]) -> Any:
         if size == present:
             continue
         if present == 0:
-            raise InputError("has an empty dimension", where="example inputs", hint="give examples with at least one element")
+            raise InputError(
+                "has an empty dimension", where="example inputs", hint="give examples with at least one element"
+            )
         index = torch.arange(size, device=value.device) % present
         value = value.index_select(axis, index)
     return value

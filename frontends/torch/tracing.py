@@ -61,7 +61,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, *, dynamic: DynamicSp
     return program
 
 
-def bind_examples(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...]]:
+def bind_examples(
+    model: nn.Module, example_inputs: ExampleInputs
+) -> tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...]]:
     """Positional and keyword arguments of the example call, and the forward's parameter names.
 
     Raises:
@@ -73,15 +75,18 @@ def bind_examples(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tupl
         for item in signature.parameters.values()
         if item.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     )
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     if isinstance(example_inputs, torch.Tensor):
-        args, kwargs = (example_inputs,), dict[str, Any]()
+        args, kwargs = (example_inputs,), {}
     elif isinstance(example_inputs, Mapping):
         args, kwargs = (), dict(example_inputs)
     elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         args, kwargs = tuple(example_inputs), {}
     else:
         raise InputError(
-            f"must be a mapping, a sequence or a tensor, not {type(example_inputs).__name__}", where="argument 'example_inputs'"
+            f"must be a mapping, a sequence or a tensor, not {type(example_inputs).__name__}",
+            where="argument 'example_inputs'",
         )
     try:
         bound = signature.bind(*args, **kwargs)
@@ -96,10 +101,16 @@ def bind_examples(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tupl
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: pytree.TreeSpec, roles: Roles, *, requested: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    spec: pytree.TreeSpec,
+    roles: Roles,
+    *,
+    requested: bool,
 ) -> torch.export.ExportedProgram:
     counter = iter(range(spec.num_leaves))
-    axes = [{axis: ExportDim.AUTO for axis in roles.get(index, {})} or None for index in counter]
+    axes = [dict.fromkeys(roles.get(index, {}), ExportDim.AUTO) or None for index in counter]
     shapes_args, shapes_kwargs = pytree.tree_unflatten(axes, spec)
     shapes: Any = shapes_kwargs if not args else shapes_args
     if args and kwargs:
@@ -112,7 +123,9 @@ def _export(
         raise _explain(model, args, kwargs, error) from error
 
 
-def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> TraceError | InputError:
+def _explain(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> TraceError | InputError:
     """Say which module and which line of it stopped the trace."""
     where = _user_line(error)
     stack: list[str] = []
@@ -142,7 +155,7 @@ def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], er
     return TraceError(
         f"torch.export cannot trace the model: {first}",
         where=f"module {path or type(model).__name__!r}, {where}",
-        hint="data-dependent control flow (if, .item(), shapes from values) must be written with torch.where or torch.cond",
+        hint="write data-dependent control flow (if, .item(), shapes from values) with torch.where",
     )
 
 
@@ -150,13 +163,17 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     frames: list[traceback.FrameSummary] = []
     current: BaseException | None = error
     while current is not None:
-        frames = [*traceback.extract_tb(current.__traceback__), *frames] if not frames else frames
+        frames = frames or list(traceback.extract_tb(current.__traceback__))
         current = current.__cause__
     return [frame for frame in frames if "/torch/" not in frame.filename and "graphwright" not in frame.filename]
 
 
 def _user_line(error: BaseException) -> str:
-    own = [frame for frame in _frames(error) if not frame.filename.startswith("<") and "/frontends/torch/" not in frame.filename]
+    own = [
+        frame
+        for frame in _frames(error)
+        if not frame.filename.startswith("<") and "/frontends/torch/" not in frame.filename
+    ]
     return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else "unknown line"
 
 

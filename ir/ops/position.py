@@ -13,7 +13,8 @@ from graphwright.ir.ops.definition import OpDefinition
 def rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotate pairs of features by position-dependent angles (Su et al. 2021, RoFormer, eq. 34).
 
-    ``y = x * cos + rotate(x) * sin``, where ``rotate`` maps the pair ``(a, b)`` to ``(-b, a)``. The pairs are the two halves
+    ``y = x * cos + rotate(x) * sin``, where ``rotate`` maps the pair ``(a, b)`` to ``(-b, a)``. The pairs are the two
+    halves
     of the head dim, or neighbours when ``interleaved``. A ``cos`` narrower than the head dim rotates only its leading
     features (partial rotary).
 

@@ -1,0 +1,71 @@
+"""What every backend offers: a program lowered to something that runs and can say what runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphwright.ir.program import Program
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """Which kernel runs for one node.
+
+    Attributes:
+        node: name in the program.
+        path: module path.
+        op: operator as written.
+        kernel: kernel and variant, such as ``linear_nbits avx512_vnni`` or ``reference``.
+        reason: why this one, when it is not the first choice.
+    """
+
+    node: str
+    path: str
+    op: str
+    kernel: str
+    reason: str = ""
+
+
+class Executable(ABC):
+    """A lowered program: called with the program's flat inputs."""
+
+    @abstractmethod
+    def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
+        """Run on flat inputs; gives flat outputs."""
+
+    @abstractmethod
+    def explain(self) -> list[KernelUse]:
+        """Which kernel runs for every node."""
+
+
+class Backend(ABC):
+    """A way out of the IR."""
+
+    name: str
+
+    @abstractmethod
+    def lower(self, program: Program) -> Executable:
+        """Lower a program.
+
+        Raises:
+            BackendError: this machine or program is not supported.
+        """
+
+
+def summarize(uses: Iterable[KernelUse]) -> str:
+    """Kernels by operator with counts, one line each, most frequent first."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for use in uses:
+        key = (use.op, use.kernel, use.reason)
+        counts[key] = counts.get(key, 0) + 1
+    rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    width = max((len(op) for op, _, _ in counts), default=0)
+    return "\n".join(
+        f"{count:5d} × {op:<{width}}  {kernel}{'  (' + reason + ')' if reason else ''}"
+        for (op, kernel, reason), count in rows
+    )

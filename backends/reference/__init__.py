@@ -1,0 +1,43 @@
+"""The reference backend: every operator in plain PyTorch. Slow, right, and what the others are checked against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.ir import ops
+from graphwright.ir.names import op_name
+from graphwright.ir.program import Program
+from graphwright.ir.provenance import path_of
+
+
+class ReferenceExecutable(Executable):
+    """A program run by PyTorch, dialect operators by their reference."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
+        """Run on flat inputs; gradients flow where the caller wants them."""
+        results: tuple[Any, ...] = self.program.body(*inputs)
+        return results
+
+    def explain(self) -> list[KernelUse]:
+        """Dialect operators run their reference, all others torch's own kernels."""
+        return [
+            KernelUse(node.name, path_of(node), op_name(node), "reference" if ops.is_dialect(node.target) else "torch")
+            for node in self.program.nodes
+            if node.op == "call_function"
+        ]
+
+
+class ReferenceBackend(Backend):
+    """Plain PyTorch."""
+
+    name = "reference"
+
+    def lower(self, program: Program) -> ReferenceExecutable:
+        """Nothing to do: a program runs as it is."""
+        return ReferenceExecutable(program)

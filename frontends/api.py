@@ -1,0 +1,158 @@
+"""``optimize``: the one call most people need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.frontends.torch import trace
+from graphwright.frontends.torch.dynamic import DynamicSpec
+from graphwright.frontends.torch.tracing import ExampleInputs, bind_examples
+from graphwright.ir.errors import InputError
+from graphwright.ir.program import Program
+from graphwright.passes.base import Pass
+from graphwright.passes.hooks import Hook
+from graphwright.passes.pipeline import run_passes
+from graphwright.passes.report import Report
+from graphwright.passes.verification import Verification, Verifier
+from graphwright.passes.verification.sampling import sample, small_sizes
+
+
+class OptimizedModel(Program):
+    """A Program that has been through a pipeline and lowered to a target.
+
+    Attributes:
+        report: what each pass did and how exact it was.
+        target: name of the backend that runs it.
+        examples: flat example inputs, used again to check exports.
+    """
+
+    def __init__(self, program: Program, report: Report, backend: Backend, examples: list[torch.Tensor]) -> None:
+        super().__init__(
+            program.body,
+            program.signature,
+            program.symbols,
+            title=program.title,
+            aliases=program.aliases,
+            journal=tuple(program.journal),
+        )
+        self.report = report
+        self.target = backend.name
+        self.examples = examples
+        self._executable: Executable = backend.lower(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the target with the original's arguments and output type."""
+        flat = self.signature.flatten(args, kwargs)
+        self.check_inputs(flat)
+        return self.signature.unflatten(self._executable(*flat))
+
+    def explain(self) -> list[KernelUse]:
+        """Which kernel runs for every node."""
+        return self._executable.explain()
+
+    def export_onnx(self, path: str | os.PathLike[str], **options: Any) -> Any:
+        """Write an ONNX file and check it in onnxruntime; see :func:`graphwright.backends.onnx.export_onnx`."""
+        from graphwright.backends.onnx import export_onnx
+
+        options.setdefault("example_inputs", self.examples)
+        return export_onnx(self, Path(path), **options)
+
+
+def optimize(
+    model: nn.Module | Program,
+    passes: Sequence[Pass] = (),
+    *,
+    example_inputs: ExampleInputs | None = None,
+    target: str = "reference",
+    dynamic: DynamicSpec | str = "auto",
+    verify: bool | Verification = True,
+    hooks: Sequence[Hook] = (),
+) -> OptimizedModel:
+    """Trace a model, run passes on it, check each numerically, and lower the result.
+
+    The model passed in is left as it was. The result shares the weights no pass has replaced.
+
+    Args:
+        model: an ``nn.Module``, or a Program (which is not changed either).
+        passes: in the order in which they run.
+        example_inputs: keyword arguments, positional arguments or one tensor; needed unless the model is a Program.
+        target: ``"reference"``.
+        dynamic: which sizes may vary, see :func:`graphwright.trace`.
+        verify: ``False`` to check structure only, or how thoroughly to verify.
+        hooks: called around each pass, such as ``DumpIR(folder)``.
+
+    Raises:
+        InputError: example inputs, passes or target do not fit.
+        TraceError: the model cannot be traced.
+        OrderError: the passes cannot run in this order; nothing was run.
+        ContractViolation: a pass changed what it promised to keep; it is named.
+    """
+    backend = find_backend(target)
+    if isinstance(model, Program):
+        program = model.clone()
+        examples = flat_examples(program, example_inputs)
+    else:
+        if example_inputs is None:
+            raise InputError("are needed to trace a module", where="argument 'example_inputs'")
+        program = trace(model, example_inputs, dynamic=dynamic)
+        args, kwargs, _ = bind_examples(model, example_inputs)
+        examples = program.signature.flatten(args, kwargs)
+    all_hooks = list(hooks)
+    if verify is not False:
+        all_hooks.insert(0, Verifier(examples, verify if isinstance(verify, Verification) else None))
+    report = run_passes(program, list(passes), all_hooks)
+    return OptimizedModel(program, report, backend, examples)
+
+
+def flat_examples(program: Program, example_inputs: ExampleInputs | None) -> list[torch.Tensor]:
+    """Flat inputs of a program from the caller's examples, or random ones of small sizes when there are none."""
+    if example_inputs is None:
+        blank = [torch.ones(_concrete(program, node), dtype=program_dtype(program, node)) for node in program.inputs]
+        return sample(program, blank, small_sizes(program), torch.Generator().manual_seed(0))
+    if isinstance(example_inputs, torch.Tensor):
+        return program.signature.flatten((example_inputs,), {})
+    if isinstance(example_inputs, Sequence):
+        return program.signature.flatten(tuple(example_inputs), {})
+    return program.signature.flatten((), dict(example_inputs))
+
+
+def program_dtype(program: Program, node: Any) -> torch.dtype:
+    """dtype of an input."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def _concrete(program: Program, node: Any) -> list[int]:
+    sizes = small_sizes(program)
+    kind: Any = program.type_of(node)
+    return [size if isinstance(size, int) else sizes[size] for size in kind.shape]
+
+
+def _reference() -> Backend:
+    from graphwright.backends.reference import ReferenceBackend
+
+    return ReferenceBackend()
+
+
+# target name -> how to make its backend
+BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _reference}
+
+
+def find_backend(target: str) -> Backend:
+    """The backend of a target.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if target not in BACKENDS:
+        raise InputError(
+            f"there is no target {target!r}", where="argument 'target'", hint=f"targets: {', '.join(BACKENDS)}"
+        )
+    return BACKENDS[target]()

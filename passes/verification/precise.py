@@ -1,0 +1,92 @@
+"""Running a program in float64, node by node, without a float64 copy of its weights.
+
+In float64 rounding is nine orders of magnitude below float32's, so what is left of a difference between two programs
+is a
+difference in what they compute, not in how they round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from graphwright.ir.arguments import argument
+from graphwright.ir.names import op_name
+from graphwright.ir.program import Program
+
+# A weight is widened in slices of at most this many elements, so that the largest layer does not double the memory.
+_SLICE_ELEMENTS = 1 << 22
+
+
+def run_node(program: Program, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """The value of one call in float64, given the values of its operands.
+
+    Every floating operand is widened and every floating dtype argument is replaced by float64; integers stay as they
+    are.
+    """
+    if op_name(node) == "aten.linear":
+        return _linear(node, value_of)
+    if op_name(node) == "aten.embedding":
+        return wide(_call(node, value_of, widen_tensors=False))
+    return wide(_call(node, value_of, widen_tensors=True))
+
+
+def run(program: Program, inputs: list[torch.Tensor]) -> dict[str, Any]:
+    """The value of every used node by name, in float64; weights are left out."""
+    values: dict[str, Any] = {}
+    flat = iter(inputs)
+
+    def value_of(node: fx.Node) -> Any:
+        return program.tensor(node) if node.op == "get_attr" else values[node.name]
+
+    with torch.no_grad():
+        for node in program.nodes:
+            if node.op == "placeholder":
+                values[node.name] = wide(next(flat))
+            elif node.op == "call_function" and node.users:
+                values[node.name] = run_node(program, node, value_of)
+    return values
+
+
+def wide(value: Any) -> Any:
+    """Floating tensors as float64, in any nesting."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() and value.dtype != torch.float64 else value
+    if isinstance(value, tuple | list):
+        return type(value)(wide(item) for item in value)
+    return value
+
+
+def _call(node: fx.Node, value_of: Callable[[fx.Node], Any], *, widen_tensors: bool) -> Any:
+    def operand(item: Any) -> Any:
+        if isinstance(item, fx.Node):
+            return wide(value_of(item)) if widen_tensors else value_of(item)
+        if isinstance(item, torch.dtype) and item.is_floating_point:
+            return torch.float64
+        if isinstance(item, list | tuple):
+            return [operand(part) for part in item]
+        if isinstance(item, Mapping):
+            return {key: operand(part) for key, part in item.items()}
+        return item
+
+    function = cast(Callable[..., Any], node.target)
+    return function(*[operand(item) for item in node.args], **{key: operand(item) for key, item in node.kwargs.items()})
+
+
+def _linear(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> torch.Tensor:
+    x = wide(value_of(argument(node, "input")))
+    weight = value_of(argument(node, "weight"))
+    bias_node = argument(node, "bias")
+    bias = wide(value_of(bias_node)) if bias_node is not None else None
+    if weight.dim() != 2:
+        return functional.linear(x, wide(weight), bias)
+    rows = max(1, _SLICE_ELEMENTS // max(1, weight.shape[1]))
+    if rows >= weight.shape[0]:
+        return functional.linear(x, wide(weight), bias)
+    parts = [functional.linear(x, weight[start : start + rows].double()) for start in range(0, weight.shape[0], rows)]
+    result = torch.cat(parts, dim=-1)
+    return result + bias if bias is not None else result
