@@ -123,7 +123,7 @@ class Program(nn.Module):
         Raises:
             ProgramError: there is none.
         """
-        for node in self.body.graph.nodes:
+        for node in self.nodes:
             if node.name == name:
                 return node
         raise ProgramError(f"no node is named {name!r}")

@@ -123,7 +123,7 @@ class Rewriter:
             wanted, number = f"{name}_{number}", number + 1
         wanted = program.aliases.get(wanted, wanted)
         if wanted in present:
-            for node in graph.nodes:
+            for node in program.nodes:
                 if node.op == "get_attr" and node.target == wanted:
                     return node
         program.set_tensor(wanted, tensor)

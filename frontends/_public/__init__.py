@@ -11,15 +11,155 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from graphwright.backends.onnx import export_onnx as export_onnx
+    from graphwright.frontends.api import OptimizedModel as OptimizedModel
+    from graphwright.frontends.api import optimize as optimize
+    from graphwright.frontends.huggingface import load_huggingface as load_huggingface
+    from graphwright.frontends.recipes import load_recipe as load_recipe
+    from graphwright.frontends.recipes import save_recipe as save_recipe
+    from graphwright.frontends.torch import trace as trace
+    from graphwright.ir.cost import cost_of as cost_of
+    from graphwright.ir.diff import diff as diff
+    from graphwright.ir.equality import structurally_equal as structurally_equal
+    from graphwright.ir.errors import BackendError as BackendError
+    from graphwright.ir.errors import ContractViolation as ContractViolation
+    from graphwright.ir.errors import ExportError as ExportError
     from graphwright.ir.errors import GraphwrightError as GraphwrightError
     from graphwright.ir.errors import InputError as InputError
-
-    __version__: str
+    from graphwright.ir.errors import OrderError as OrderError
+    from graphwright.ir.errors import PassError as PassError
+    from graphwright.ir.errors import ProgramError as ProgramError
+    from graphwright.ir.errors import RecipeError as RecipeError
+    from graphwright.ir.errors import SelectionError as SelectionError
+    from graphwright.ir.errors import SerializationError as SerializationError
+    from graphwright.ir.errors import TraceError as TraceError
+    from graphwright.ir.errors import TypeMismatch as TypeMismatch
+    from graphwright.ir.names import op_name as op_name
+    from graphwright.ir.parser import parse as parse
+    from graphwright.ir.pattern import Match as Match
+    from graphwright.ir.pattern import Matcher as Matcher
+    from graphwright.ir.pattern import Refusal as Refusal
+    from graphwright.ir.pattern import Rule as Rule
+    from graphwright.ir.pattern import any_ as any_
+    from graphwright.ir.pattern import const as const
+    from graphwright.ir.pattern import either as either
+    from graphwright.ir.pattern import maybe as maybe
+    from graphwright.ir.pattern import op as op
+    from graphwright.ir.pattern import weight as weight
+    from graphwright.ir.program import Program as Program
+    from graphwright.ir.provenance import path_of as path_of
+    from graphwright.ir.provenance import tags_of as tags_of
+    from graphwright.ir.rewriter import Rewriter as Rewriter
+    from graphwright.ir.types import Dim as Dim
+    from graphwright.ir.types import TensorType as TensorType
+    from graphwright.ir.verifier import verify as verify
+    from graphwright.passes.base import Pass as Pass
+    from graphwright.passes.base import RulePass as RulePass
+    from graphwright.passes.bisection import bisect as bisect
+    from graphwright.passes.cleanup import Cleanup as Cleanup
+    from graphwright.passes.cleanup import EliminateCommonSubexpressions as EliminateCommonSubexpressions
+    from graphwright.passes.cleanup import FoldConstants as FoldConstants
+    from graphwright.passes.cleanup import RemoveDeadCode as RemoveDeadCode
+    from graphwright.passes.cleanup import RemoveNoOps as RemoveNoOps
+    from graphwright.passes.contract import Approximate as Approximate
+    from graphwright.passes.contract import Exact as Exact
+    from graphwright.passes.contract import Retrain as Retrain
+    from graphwright.passes.fusion import FuseAll as FuseAll
+    from graphwright.passes.fusion import FuseAttention as FuseAttention
+    from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
+    from graphwright.passes.fusion import FuseGateUp as FuseGateUp
+    from graphwright.passes.fusion import FuseGelu as FuseGelu
+    from graphwright.passes.fusion import FuseLayerNorm as FuseLayerNorm
+    from graphwright.passes.fusion import FuseQKV as FuseQKV
+    from graphwright.passes.fusion import FuseRMSNorm as FuseRMSNorm
+    from graphwright.passes.fusion import FuseRotaryEmbedding as FuseRotaryEmbedding
+    from graphwright.passes.hooks import DumpIR as DumpIR
+    from graphwright.passes.hooks import Hook as Hook
+    from graphwright.passes.pipeline import Pipeline as Pipeline
+    from graphwright.passes.pipeline import run_passes as run_passes
+    from graphwright.passes.quantization import QuantizeEmbeddings as QuantizeEmbeddings
+    from graphwright.passes.quantization import QuantizeLinears as QuantizeLinears
+    from graphwright.passes.report import PassRecord as PassRecord
+    from graphwright.passes.report import Report as Report
+    from graphwright.passes.selection import Select as Select
+    from graphwright.passes.verification import Verification as Verification
+    from graphwright.passes.verification import Verifier as Verifier
 
 # exported name -> the module that defines it
 _EXPORTS: dict[str, str] = {
+    "Approximate": "graphwright.passes.contract",
+    "BackendError": "graphwright.ir.errors",
+    "Cleanup": "graphwright.passes.cleanup",
+    "ContractViolation": "graphwright.ir.errors",
+    "Dim": "graphwright.ir.types",
+    "DumpIR": "graphwright.passes.hooks",
+    "EliminateCommonSubexpressions": "graphwright.passes.cleanup",
+    "Exact": "graphwright.passes.contract",
+    "ExportError": "graphwright.ir.errors",
+    "FoldConstants": "graphwright.passes.cleanup",
+    "FuseAll": "graphwright.passes.fusion",
+    "FuseAttention": "graphwright.passes.fusion",
+    "FuseGateUp": "graphwright.passes.fusion",
+    "FuseGatedActivation": "graphwright.passes.fusion",
+    "FuseGelu": "graphwright.passes.fusion",
+    "FuseLayerNorm": "graphwright.passes.fusion",
+    "FuseQKV": "graphwright.passes.fusion",
+    "FuseRMSNorm": "graphwright.passes.fusion",
+    "FuseRotaryEmbedding": "graphwright.passes.fusion",
     "GraphwrightError": "graphwright.ir.errors",
+    "Hook": "graphwright.passes.hooks",
     "InputError": "graphwright.ir.errors",
+    "Match": "graphwright.ir.pattern",
+    "Matcher": "graphwright.ir.pattern",
+    "OptimizedModel": "graphwright.frontends.api",
+    "OrderError": "graphwright.ir.errors",
+    "Pass": "graphwright.passes.base",
+    "PassError": "graphwright.ir.errors",
+    "PassRecord": "graphwright.passes.report",
+    "Pipeline": "graphwright.passes.pipeline",
+    "Program": "graphwright.ir.program",
+    "ProgramError": "graphwright.ir.errors",
+    "QuantizeEmbeddings": "graphwright.passes.quantization",
+    "QuantizeLinears": "graphwright.passes.quantization",
+    "RecipeError": "graphwright.ir.errors",
+    "Refusal": "graphwright.ir.pattern",
+    "RemoveDeadCode": "graphwright.passes.cleanup",
+    "RemoveNoOps": "graphwright.passes.cleanup",
+    "Report": "graphwright.passes.report",
+    "Retrain": "graphwright.passes.contract",
+    "Rewriter": "graphwright.ir.rewriter",
+    "Rule": "graphwright.ir.pattern",
+    "RulePass": "graphwright.passes.base",
+    "Select": "graphwright.passes.selection",
+    "SelectionError": "graphwright.ir.errors",
+    "SerializationError": "graphwright.ir.errors",
+    "TensorType": "graphwright.ir.types",
+    "TraceError": "graphwright.ir.errors",
+    "TypeMismatch": "graphwright.ir.errors",
+    "Verification": "graphwright.passes.verification",
+    "Verifier": "graphwright.passes.verification",
+    "any_": "graphwright.ir.pattern",
+    "bisect": "graphwright.passes.bisection",
+    "const": "graphwright.ir.pattern",
+    "cost_of": "graphwright.ir.cost",
+    "diff": "graphwright.ir.diff",
+    "either": "graphwright.ir.pattern",
+    "export_onnx": "graphwright.backends.onnx",
+    "load_huggingface": "graphwright.frontends.huggingface",
+    "load_recipe": "graphwright.frontends.recipes",
+    "maybe": "graphwright.ir.pattern",
+    "op": "graphwright.ir.pattern",
+    "op_name": "graphwright.ir.names",
+    "optimize": "graphwright.frontends.api",
+    "parse": "graphwright.ir.parser",
+    "path_of": "graphwright.ir.provenance",
+    "run_passes": "graphwright.passes.pipeline",
+    "save_recipe": "graphwright.frontends.recipes",
+    "structurally_equal": "graphwright.ir.equality",
+    "tags_of": "graphwright.ir.provenance",
+    "trace": "graphwright.frontends.torch",
+    "verify": "graphwright.ir.verifier",
+    "weight": "graphwright.ir.pattern",
 }
 
 
