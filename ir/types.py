@@ -197,7 +197,7 @@ class SymbolTable:
             args: Any = fx.node.map_arg(node.args, lambda source: source.meta[VAL])
             kwargs: Any = fx.node.map_arg(node.kwargs, lambda source: source.meta[VAL])
             try:
-                # The python dispatcher takes composite operators (lstm, ...) apart where their C++ form needs concrete sizes.
+                # The python dispatcher takes apart composites (lstm, ...) whose C++ form needs concrete sizes.
                 with self.mode, torch.no_grad(), enable_python_dispatcher():
                     node.meta[VAL] = cast(Callable[..., Any], node.target)(*args, **kwargs)
             except Exception as error:  # torch reports a wrong operand by many exception types
