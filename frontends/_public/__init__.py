@@ -85,6 +85,8 @@ if TYPE_CHECKING:
     from graphwright.passes.verification import Verification as Verification
     from graphwright.passes.verification import Verifier as Verifier
 
+    __version__: str
+
 # exported name -> the module that defines it
 _EXPORTS: dict[str, str] = {
     "Approximate": "graphwright.passes.contract",
