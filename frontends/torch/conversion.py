@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
 
-from graphwright.frontends.torch.dynamic import Leaf, Roles
+from graphwright.frontends.torch import inplace, regions
+from graphwright.frontends.torch.dimensions import conditions, dimensions
+from graphwright.frontends.torch.dynamic import Roles
+from graphwright.frontends.torch.examples import Leaf
 from graphwright.ir import provenance
 from graphwright.ir.arguments import canonicalize
-from graphwright.ir.errors import TraceError
+from graphwright.ir.errors import ProgramError, TraceError
 from graphwright.ir.names import target_name
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
-from graphwright.ir.types import VAL, Dim, SymbolTable, TensorType
+from graphwright.ir.types import VAL, SymbolTable
 
-# wrap_with_set_grad_enabled(mode, body, *operands), wrap_with_autocast(device, dtype, enabled, cache, body, *operands)
-_WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+_ATEN = torch.ops.aten
 
 
 def to_program(
     exported: torch.export.ExportedProgram,
     model: nn.Module,
-    leaves: list[Leaf],
+    leaves: Sequence[Leaf],
     roles: Roles,
     parameters: tuple[str, ...],
 ) -> Program:
@@ -43,12 +44,11 @@ def to_program(
     Raises:
         TraceError: the graph holds something a Program cannot.
     """
-    module = exported.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    _inline_wrappers(module)
+    dims, types = dimensions(exported, leaves, roles)
+    symbols = SymbolTable(dims, conditions(exported, leaves, types))
+    module = _plain_module(exported, model)
     tensors, aliases = _weights(module, model)
     graph, inputs, constants = _flat_graph(module, tensors, aliases, leaves)
-    dims, types = _dimensions(exported, module, leaves, roles)
     signature = Signature(
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
@@ -56,15 +56,13 @@ def to_program(
         constants=constants,
         parameters=parameters,
     )
-    symbols = SymbolTable(dims)
     program = Program(
         fx.GraphModule(nn.Module(), fx.Graph()), signature, symbols, title=type(model).__name__, aliases=aliases
     )
     for name, tensor in tensors.items():
         program.set_tensor(name, tensor)
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            node.meta[VAL] = symbols.fake(types[str(node.target)])
+    for node, index in zip((node for node in graph.nodes if node.op == "placeholder"), types, strict=True):
+        node.meta[VAL] = symbols.fake(types[index])
     program.body.graph = graph
     program.infer_types()
     program.drop_unused_tensors()
@@ -72,40 +70,42 @@ def to_program(
     return program
 
 
-def _inline_wrappers(module: fx.GraphModule) -> None:
-    """Put the bodies of grad-mode and autocast regions in line; the operators inside already have their dtypes."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        skipped = _WRAPPERS.get(getattr(node.target, "__name__", ""))
-        if node.op != "call_function" or skipped is None:
-            continue
-        body = getattr(module, str(node.args[skipped].target))
-        _inline_wrappers(body)
-        with graph.inserting_before(node):
-            operands = iter(node.args[skipped + 1 :])
-            mapping: dict[fx.Node, Any] = {}
-            for inner in body.graph.nodes:
-                if inner.op == "placeholder":
-                    mapping[inner] = next(operands)
-                elif inner.op == "output":
-                    results = fx.node.map_arg(inner.args[0], mapping.__getitem__)
-                else:
-                    mapping[inner] = graph.node_copy(inner, mapping.__getitem__)
-        for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
-            graph.erase_node(user)
-        graph.erase_node(node)
+def _plain_module(exported: torch.export.ExportedProgram, model: nn.Module) -> fx.GraphModule:
+    """The exported module as one flat graph that writes nothing in place."""
+    signature = exported.graph_signature
+    lifted = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    trainable = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    user_inputs = set(signature.user_inputs)
+
+    def differentiable(node: fx.Node) -> bool:
+        return node.name in user_inputs or lifted.get(node.name) in trainable
+
+    flat = regions.inline(exported.graph_module, differentiable)
+    flat = inplace.make_functional(exported.graph_module.graph, lifted, _place) and flat
+    if not flat:
+        exported.graph_module.recompile()
+        exported = exported.run_decompositions({})
+        changed = {**exported.graph_signature.buffers_to_mutate, **exported.graph_signature.user_inputs_to_mutate}
+        if changed:
+            raise inplace.write_refused(next(iter(changed.values())), "the model")
+    module = exported.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
 
 
 def _weights(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Weights by canonical name, and the further names of tied ones."""
+    """Weights by canonical name, and the further names of tied ones: the same tensor, or another on the same memory."""
     original: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     original.update(model.named_buffers(remove_duplicate=False))
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    first_name: dict[int, str] = {}
+    first_name: dict[Any, str] = {}
     for name, tensor in original.items():
-        canonical = first_name.setdefault(id(tensor), name)
+        canonical = first_name.setdefault(_memory(tensor), name)
         if canonical == name:
             tensors[name] = tensor
         else:
@@ -122,11 +122,17 @@ def _weights(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, torch.
     return tensors, aliases
 
 
+def _memory(tensor: torch.Tensor) -> Any:
+    if tensor.numel() == 0 or tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), isinstance(tensor, nn.Parameter)
+
+
 def _flat_graph(
-    module: fx.GraphModule, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], leaves: list[Leaf]
+    module: fx.GraphModule, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], leaves: Sequence[Leaf]
 ) -> tuple[fx.Graph, tuple[str | None, ...], dict[int, Any]]:
     graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
+    mapping: dict[fx.Node, Any] = {}
     attributes: dict[str, fx.Node] = {}
     inputs: list[str | None] = []
     constants: dict[int, Any] = {}
@@ -156,33 +162,33 @@ def _flat_graph(
     return graph, tuple(inputs), constants
 
 
-def _copy_call(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    path, source = _path(node), _source(node)
-    name = getattr(node.target, "__name__", str(node.target))
+def _copy_call(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any]) -> fx.Node:
+    if node.target is _ATEN.lift_fresh_copy.default:
+        return mapping[node.args[0]]  # type: ignore[index,no-any-return]  # nothing writes into the constant any more
+    if node.target is _ATEN.detach.default and mapping[node.args[0]].op == "get_attr":  # type: ignore[index]
+        if not node.args[0].meta["val"].requires_grad:  # type: ignore[union-attr]
+            return mapping[node.args[0]]  # type: ignore[index,no-any-return]
+    target, args, kwargs = node.target, node.args, dict(node.kwargs)
+    if target is _ATEN._to_copy.default and set(kwargs) == {"dtype"}:
+        target, args, kwargs = _ATEN.to.dtype, (*args, kwargs["dtype"]), {}
+    name = getattr(target, "__name__", str(target))
     try:
-        target_name(node.target)
-    except Exception as error:
+        target_name(target)
+    except ProgramError as error:
         raise TraceError(
             f"the operator {name} has no place in a Program (control flow and side effects are not supported)",
-            where=f"{path or 'the model'}, {source}",
-            hint="rewrite this part of the model without data-dependent control flow",
+            where=_place(node),
+            hint="rewrite this part of the model without branches that depend on values",
         ) from error
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        raise TraceError(
-            f"the model writes into a tensor in place ({name})",
-            where=f"{path or 'the model'}, {source}",
-            hint="put the model into eval mode, or compute a new tensor instead",
-        )
     copied = graph.create_node(
         "call_function",
-        node.target,
-        fx.node.map_arg(node.args, mapping.__getitem__),
-        fx.node.map_arg(node.kwargs, mapping.__getitem__),
+        target,
+        fx.node.map_arg(args, mapping.__getitem__),
+        fx.node.map_arg(kwargs, mapping.__getitem__),
         node.name,
     )
-    copied.meta[provenance.PATH] = path
-    copied.meta[provenance.SOURCE] = source
+    copied.meta[provenance.PATH] = _path(node)
+    copied.meta[provenance.SOURCE] = _source(node)
     canonicalize(copied)
     return copied
 
@@ -194,34 +200,13 @@ def _path(node: fx.Node) -> str:
 
 
 def _source(node: fx.Node) -> str:
+    """The user's line, or torch's own where a module of torch stands alone."""
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
+    own = [item for item in found if "/torch/" not in item[0] and not item[0].startswith("<")]
+    file, line = (own or found or [("", "")])[-1]
+    return f"{file.rsplit('/', 1)[-1]}:{line}" if file else ""
 
 
-def _dimensions(
-    exported: torch.export.ExportedProgram, module: fx.GraphModule, leaves: list[Leaf], roles: Roles
-) -> tuple[dict[str, Dim], dict[str, TensorType]]:
-    """The dimensions that stayed symbolic under their names, and the type of every input."""
-    dims: dict[str, Dim] = {}
-    types: dict[str, TensorType] = {}
-    by_symbol: dict[str, str] = {}
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for leaf, node in zip(leaves, placeholders, strict=True):
-        if not isinstance(leaf.value, torch.Tensor):
-            continue
-        shape: list[int | str] = []
-        for axis, size in enumerate(node.meta["val"].shape):
-            expression = size.node.expr if isinstance(size, torch.SymInt) else None
-            if expression is None or not expression.is_symbol:
-                shape.append(int(leaf.value.shape[axis]))
-                continue
-            wanted = roles.get(leaf.index, {}).get(axis, f"{leaf.name}_{axis}")
-            name = by_symbol.setdefault(str(expression), wanted)
-            limits = exported.range_constraints.get(expression)
-            # A lower bound of 2 is torch's own (it never traces sizes 0 and 1 dynamically), not the model's.
-            low = int(limits.lower) if limits is not None and int(limits.lower) > 2 else 1
-            high = None if limits is None or limits.upper >= int_oo or int(limits.upper) >= 2**31 else int(limits.upper)
-            dims.setdefault(name, Dim(name, low, high, int(leaf.value.shape[axis])))
-            shape.append(name)
-        types[str(node.target)] = TensorType(leaf.value.dtype, tuple(shape))
-    return dims, types
+def _place(node: fx.Node) -> str:
+    path, source = _path(node), _source(node)
+    return f"module {path!r}, {source}" if path else source or "the model"

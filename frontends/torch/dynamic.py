@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from graphwright.frontends.torch.examples import Leaf
 from graphwright.ir.errors import InputError
 
 DynamicSpec = Mapping[str, Mapping[int, str]] | None
 Roles = dict[int, dict[int, str]]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One leaf of the example inputs: its position in the tree and a name for messages."""
-
-    index: int
-    name: str
-    value: Any
-
-
-def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Leaf]:
-    """The leaves of the example inputs with readable names: ``input_ids``, ``pixel_values.0``."""
-    found: list[Leaf] = []
-    for index, (path, value) in enumerate(pytree.tree_flatten_with_path((args, kwargs))[0]):
-        parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path[1:]]
-        found.append(Leaf(index, ".".join(parts), value))
-    return found
 
 
 def assign_roles(leaves: list[Leaf], dynamic: DynamicSpec | str) -> Roles:
@@ -41,13 +22,13 @@ def assign_roles(leaves: list[Leaf], dynamic: DynamicSpec | str) -> Roles:
     ``{input: {axis: name}}`` says it outright; ``None`` fixes every size.
 
     Raises:
-        InputError: the mapping names an input or axis that does not exist.
+        InputError: the mapping names an input or axis that does not exist, or one name stands for two sizes.
     """
     if dynamic is None:
         return {}
     if dynamic == "auto":
         return _automatic(leaves)
-    if isinstance(dynamic, str):
+    if not isinstance(dynamic, Mapping):
         raise InputError(f"must be 'auto', None or a mapping, not {dynamic!r}", where="argument 'dynamic'")
     by_name = {leaf.name: leaf for leaf in leaves if isinstance(leaf.value, torch.Tensor)}
     roles: Roles = {}
@@ -59,16 +40,14 @@ def assign_roles(leaves: list[Leaf], dynamic: DynamicSpec | str) -> Roles:
                 where=f"dynamic[{name!r}]",
                 hint=f"tensor inputs: {', '.join(by_name)}",
             )
+        if not isinstance(axes, Mapping):
+            raise InputError(f"must be a mapping {{axis: name}}, not {axes!r}", where=f"dynamic[{name!r}]")
         for axis, dim in axes.items():
-            if not 0 <= axis < leaf.value.dim():
-                raise InputError(
-                    f"axis {axis} does not exist, the input has shape {list(leaf.value.shape)}",
-                    where=f"dynamic[{name!r}]",
-                )
-            if not dim.isidentifier():
-                raise InputError(
-                    f"{dim!r} is not a name", where=f"dynamic[{name!r}][{axis}]", hint="use letters, digits and _"
-                )
+            where = f"dynamic[{name!r}][{axis!r}]"
+            if isinstance(axis, bool) or not isinstance(axis, int) or not 0 <= axis < leaf.value.dim():
+                raise InputError(f"there is no such axis, the input has shape {list(leaf.value.shape)}", where=where)
+            if not isinstance(dim, str) or not dim.isidentifier():
+                raise InputError(f"{dim!r} is not a name", where=where, hint="use letters, digits and _")
             roles.setdefault(leaf.index, {})[axis] = dim
     _check_equal_sizes(leaves, roles)
     return roles
@@ -107,34 +86,62 @@ def _check_equal_sizes(leaves: list[Leaf], roles: Roles) -> None:
                 )
 
 
-def widen(leaves: list[Leaf], roles: Roles) -> list[Any]:
-    """Leaf values whose varying dimensions have sizes of 2 and more, different from each other.
+def names_of(roles: Roles) -> list[str]:
+    """The dimension names in order of first use."""
+    return list(dict.fromkeys(name for axes in roles.values() for name in axes.values()))
+
+
+def keep(roles: Roles, names: Sequence[str]) -> Roles:
+    """The roles with these names only."""
+    kept = {index: {axis: name for axis, name in axes.items() if name in names} for index, axes in roles.items()}
+    return {index: axes for index, axes in kept.items() if axes}
+
+
+def sizes_of(leaves: list[Leaf], roles: Roles) -> dict[str, int]:
+    """The size each named dimension has in the example inputs."""
+    return {name: int(leaf.value.shape[axis]) for leaf in leaves for axis, name in roles.get(leaf.index, {}).items()}
+
+
+def widened_sizes(leaves: list[Leaf], roles: Roles) -> dict[str, int]:
+    """Sizes to trace with: the examples', made at least 2 and different from each other.
 
     torch.export burns in a size of 1 and unites two dimensions of one size, so tracing needs neither to occur.
     """
     wanted: dict[str, int] = {}
+    for name, size in sizes_of(leaves, roles).items():
+        size = max(size, 2)
+        while size in wanted.values():
+            size += 1
+        wanted[name] = size
+    return wanted
+
+
+def resized(leaves: list[Leaf], roles: Roles, sizes: Mapping[str, int]) -> list[Any]:
+    """Leaf values with the named dimensions at other sizes, rows repeated or left out.
+
+    Every tensor is a new one: tracing takes two inputs that are the same object for one input.
+
+    Raises:
+        InputError: a dimension to be enlarged is empty.
+    """
+    values: list[Any] = []
     for leaf in leaves:
-        for axis, name in roles.get(leaf.index, {}).items():
-            if name not in wanted:
-                size = max(int(leaf.value.shape[axis]), 2)
-                while size in wanted.values():
-                    size += 1
-                wanted[name] = size
-    return [
-        resize(leaf.value, {axis: wanted[name] for axis, name in roles.get(leaf.index, {}).items()}) for leaf in leaves
-    ]
+        value = leaf.value
+        if isinstance(value, torch.Tensor):
+            value = value.detach().clone(memory_format=torch.contiguous_format)
+            for axis, name in roles.get(leaf.index, {}).items():
+                value = _resize(value, axis, sizes[name], leaf.name)
+        values.append(value)
+    return values
 
 
-def resize(value: Any, sizes: Mapping[int, int]) -> Any:
-    """A tensor repeated or cut to the given sizes along the given axes."""
-    for axis, size in sizes.items():
-        present = int(value.shape[axis])
-        if size == present:
-            continue
-        if present == 0:
-            raise InputError(
-                "has an empty dimension", where="example inputs", hint="give examples with at least one element"
-            )
-        index = torch.arange(size, device=value.device) % present
-        value = value.index_select(axis, index)
-    return value
+def _resize(value: torch.Tensor, axis: int, size: int, name: str) -> torch.Tensor:
+    present = int(value.shape[axis])
+    if size == present:
+        return value
+    if present == 0:
+        raise InputError(
+            f"is empty in dimension {axis}", where=f"example input {name!r}", hint="give at least one element"
+        )
+    index = torch.arange(size, device=value.device) % present
+    return value.index_select(axis, index)
