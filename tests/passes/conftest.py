@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import graphwright as gw
 
@@ -93,3 +94,23 @@ class ScaleLinears(gw.Pass):
                 made = rewriter.weight(f"{weight.target}.scaled", scaled, like=node)
                 rewriter.replace(node, rewriter.call("aten.linear", node.args[0], made, *node.args[2:], like=node))
         return rewriter.changed
+
+
+@pytest.fixture(scope="session")
+def listing() -> Callable[[gw.Program], list[str]]:
+    """The calls of a program, one line each: ``%y = aten.relu(%x)``."""
+
+    def write(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return f"%{value.name}"
+        return f"[{', '.join(map(write, value))}]" if isinstance(value, list | tuple) else repr(value)
+
+    def lines(program: gw.Program) -> list[str]:
+        found = []
+        for node in program.nodes:
+            if node.op == "call_function":
+                named = [f"{key}={write(value)}" for key, value in node.kwargs.items()]
+                found.append(f"%{node.name} = {gw.op_name(node)}({', '.join([*map(write, node.args), *named])})")
+        return found
+
+    return lines
