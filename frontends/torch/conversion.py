@@ -14,6 +14,7 @@ from graphwright.frontends.torch import inplace, regions
 from graphwright.frontends.torch.dimensions import conditions, dimensions
 from graphwright.frontends.torch.dynamic import Roles
 from graphwright.frontends.torch.examples import Leaf
+from graphwright.frontends.torch.export import decompose
 from graphwright.ir import provenance
 from graphwright.ir.arguments import canonicalize
 from graphwright.ir.errors import ProgramError, TraceError
@@ -88,7 +89,7 @@ def _plain_module(exported: torch.export.ExportedProgram, model: nn.Module) -> f
     flat = inplace.make_functional(exported.graph_module.graph, lifted, _place) and flat
     if not flat:
         exported.graph_module.recompile()
-        exported = exported.run_decompositions({})
+        exported = decompose(exported)
         changed = {**exported.graph_signature.buffers_to_mutate, **exported.graph_signature.user_inputs_to_mutate}
         if changed:
             raise inplace.write_refused(next(iter(changed.values())), "the model")

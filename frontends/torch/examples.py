@@ -68,7 +68,7 @@ class Call:
             elif place < len(self.parameters):
                 source = f"L[{self.parameters[place]!r}]"
             else:
-                source = f"L[{self.rest!r}][{place - len(self.parameters)}]"
+                source = f"L['{self.rest}_{place - len(self.parameters)}']"
             inner = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in rest]
             named = keyword or place < len(self.parameters)
             head = str(first.key) if keyword else self.parameters[place] if named else f"{self.rest or 'args'}.{place}"

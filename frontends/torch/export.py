@@ -43,16 +43,53 @@ def export(model: nn.Module, call: Call, roles: Roles) -> torch.export.ExportedP
     """
     axes = [dict.fromkeys(roles.get(index, {}), ExportDim.AUTO) or None for index in range(call.spec.num_leaves)]
     args, kwargs = pytree.tree_unflatten(axes, call.spec)
-    shapes = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    for item in inspect.signature(model.forward).parameters.values():
-        if item.kind == inspect.Parameter.VAR_KEYWORD:
-            shapes.update(shapes.pop(item.name, {}))
     try:
         # With gradients on, so that regions of the model without them show in the trace.
-        with torch.enable_grad(), _quiet():
+        with torch.enable_grad(), _quiet(), _plain_signature(model, call):
+            shapes = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
             return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export fails with whatever the model's own code raises
         raise ExportFailed(error) from error
+
+
+@contextlib.contextmanager
+def _plain_signature(model: nn.Module, call: Call) -> Iterator[None]:
+    """A parameter of its own for each thing this call passes in ``*args`` or ``**kwargs``, as torch.export needs."""
+    kinds = inspect.Parameter
+    present = inspect.signature(model.forward).parameters.values()
+    named = {item.name for item in present if item.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)}
+    extra = [name for name in call.kwargs if name not in named]
+    surplus = len(call.args) - len(call.parameters)
+    if not extra and surplus <= 0:
+        yield
+        return
+    positional = [item for item in present if item.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    parameters = [item.replace(kind=kinds.POSITIONAL_ONLY) if surplus > 0 else item for item in positional]
+    parameters += [kinds(f"{call.rest}_{index}", kinds.POSITIONAL_ONLY) for index in range(surplus)]
+    parameters += [item for item in present if item.kind == kinds.KEYWORD_ONLY]
+    parameters += [kinds(name, kinds.KEYWORD_ONLY) for name in extra]
+    inner = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    own = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+def decompose(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The exported model with in-place operators and casts of autocast written out by torch; composites stay whole."""
+    with _quiet():
+        decomposed: torch.export.ExportedProgram = exported.run_decompositions({})
+    return decomposed
 
 
 @contextlib.contextmanager
