@@ -36,6 +36,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floor": math.floor,
     "ceil": math.ceil,
     "trunc": math.trunc,
+    "Max": max,
+    "Min": min,
+    "Mod": operator.mod,
 }
 
 
