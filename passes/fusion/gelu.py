@@ -26,6 +26,8 @@ _ARITHMETIC = (
     "aten.div.Tensor",
     "aten.add.Tensor",
     "aten.sub.Tensor",
+    "aten.rsub.Scalar",
+    "aten.neg",
     "aten.pow.Tensor_Scalar",
     "aten.square",
 )
