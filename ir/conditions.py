@@ -51,6 +51,15 @@ def holds(condition: str, sizes: Mapping[str, Any]) -> bool:
     return bool(_evaluate(_parse(condition), sizes))
 
 
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    """The value of a size such as ``2*batch`` for these sizes.
+
+    Raises:
+        ProgramError: it is not such an expression, or names a dimension that has no size here.
+    """
+    return int(_evaluate(_parse(expression), sizes))
+
+
 def names_in(condition: str) -> set[str]:
     """The dimensions a condition speaks of.
 

@@ -24,11 +24,12 @@ Shape = tuple[int, ...]
 
 # Operators that only rename or move a view: they read and write nothing by themselves.
 _VIEWS = frozenset(
-    "aten.view aten.reshape aten.expand aten.unsqueeze aten.squeeze.dim aten.transpose.int aten.permute "
-    "aten.slice.Tensor "
-    "aten.select.int aten.t aten.alias aten.detach aten.split.Tensor aten.split_with_sizes aten.chunk aten.unbind.int "
-    "aten.squeeze py.getitem".split()
-)
+    f"aten.{name}"
+    for name in (
+        *("view", "reshape", "expand", "unsqueeze", "squeeze", "squeeze.dim", "transpose.int", "permute", "t", "alias"),
+        *("slice.Tensor", "select.int", "detach", "split.Tensor", "split_with_sizes", "chunk", "unbind.int"),
+    )
+) | {"py.getitem"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _matmul(left: str) -> Callable[[Mapping[str, Any], Shape], int]:
 
 def _convolution(shapes: Mapping[str, Any], out: Shape) -> int:
     # weight [out channels, in channels / groups, *kernel]
-    return math.prod(out) * math.prod(shapes["weight"][1:])
+    return math.prod(out) * math.prod(int(size) for size in shapes["weight"][1:])
 
 
 def _sdpa(shapes: Mapping[str, Any], out: Shape) -> int:
