@@ -138,6 +138,7 @@ def _from_pretrained(kind: Any, folder: ModelFolder, options: Mapping[str, Any])
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are listed, and refused below
                 **options,
                 **extra,
             )
