@@ -64,7 +64,7 @@ class Program(nn.Module):
         title: the model's class name, for messages.
         journal: what passes did, in order.
         aliases: further names of tied weights: alias name -> name in the graph.
-        replacements: since the last pass began, new node name -> name of the node it stands for.
+        replacements: since the last pass began, name of a replaced node -> name of the node that stands for it.
         notes: what the running pass wants its report entry to say.
     """
 
@@ -178,6 +178,8 @@ class Program(nn.Module):
         module: nn.Module = self.body
         for part in filter(None, owner.split(".")):
             child = module._modules.get(part)
+            if child is None and isinstance(getattr(module, part, None), torch.Tensor):
+                raise ProgramError(f"the name {name!r} lies inside a weight", hint=f"{part!r} is a tensor, not a module")
             if child is None:
                 child = nn.Module()
                 module.add_module(part, child)

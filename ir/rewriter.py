@@ -161,7 +161,7 @@ class Rewriter:
             )
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         if equivalent:
-            self.program.replacements[new.name] = old.name
+            self.program.replacements[old.name] = new.name
         self.changed = True
         self._erase_dead(old)
 

@@ -17,7 +17,7 @@ from torch import fx
 from graphwright.ir.program import Program, Snapshot
 from graphwright.ir.provenance import path_of
 from graphwright.passes.verification.comparison import Difference, compare
-from graphwright.passes.verification.precise import run_node
+from graphwright.passes.verification.precise import run_node, wide
 
 
 @dataclass(frozen=True)
@@ -65,54 +65,127 @@ def check_locally(before: Snapshot, old_values: Mapping[str, Any], program: Prog
         old_values: values of that state in float64, see :func:`precise.run`.
         program: the program after the pass.
     """
-    old_nodes = {node.name: node for node in before.graph.nodes}
-    result = LocalResult()
-    identity: dict[fx.Node, str] = {}  # new node -> the old value it is equal to by construction or by comparison
-    computed: dict[fx.Node, Any] = {}
-
-    def value_of(node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            return program.tensor(node)
-        name = identity.get(node)
-        return old_values[name] if name is not None else computed[node]
-
+    check = _Check(before, old_values, program)
     with torch.no_grad():
         for node in program.nodes:
-            old = old_nodes.get(node.name)
-            if node.op == "placeholder":
-                identity[node] = node.name
-            elif node.op == "get_attr":
-                if (
-                    old is not None
-                    and old.op == "get_attr"
-                    and before.tensors.get(str(old.target)) is program.tensor(node)
-                ):
-                    identity[node] = node.name
-            elif node.op == "output":
-                _compare_outputs(node, before, identity, computed, old_values, program, result)
-            elif node.users:
-                if old is not None and node.name in old_values and _same_call(node, old, identity):
-                    identity[node] = node.name
-                    continue
-                value = run_node(program, node, value_of)
-                claim = _claim(node, program.replacements, old_values)
-                if claim is None:
-                    computed[node] = value
-                    continue
-                difference = compare(value, old_values[claim])
-                result.nodes.append(NodeDifference(node.name, path_of(node), claim, difference))
-                identity[node] = claim
-    for node in program.nodes:
-        if node.op in ("placeholder", "call_function") and (node in identity or node in computed):
-            result.values[node.name] = value_of(node)
-    return result
+            check.visit(node)
+    return LocalResult(check.found, check.values())
 
 
-def _same_call(node: fx.Node, old: fx.Node, identity: Mapping[fx.Node, str]) -> bool:
-    if node.target != old.target:
-        return False
-    mine = _spelled((node.args, node.kwargs), lambda operand: str(identity.get(operand)))
-    return mine == _spelled((old.args, old.kwargs), lambda operand: operand.name)
+class _Check:
+    """One walk over the new program."""
+
+    def __init__(self, before: Snapshot, old_values: Mapping[str, Any], program: Program) -> None:
+        self.before = before
+        self.old_values = old_values
+        self.program = program
+        self.old_nodes = {node.name: node for node in before.graph.nodes}
+        self.claims = _claims(program.replacements, old_values)
+        self.found: list[NodeDifference] = []
+        self.identity: dict[fx.Node, str] = {}  # new node -> the old value it is, by construction or by comparison
+        self.same_as: dict[str, str] = {}  # old value -> another old value equal to it bit for bit
+        self.computed: dict[fx.Node, Any] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        """Take a node over, or compute and compare it."""
+        old = self.old_nodes.get(node.name)
+        if node.op == "placeholder":
+            self.identity[node] = node.name
+            self._compare(node, self.old_values[node.name], self.claims.get(node.name, []))
+        elif node.op == "get_attr":
+            kept = old is not None and self.before.tensors.get(str(old.target)) is self.program.tensor(node)
+            claims = self.claims.get(node.name, [])
+            if kept:
+                self.identity[node] = node.name
+            elif claims:  # a constant that was computed before
+                self._compare(node, wide(self.program.tensor(node)), claims)
+                self.identity[node] = claims[0]
+        elif node.op == "output":
+            self._compare_outputs(node)
+        elif node.users:
+            self._visit_call(node, old)
+
+    def _visit_call(self, node: fx.Node, old: fx.Node | None) -> None:
+        own = [node.name] if node.name in self.old_values else []
+        claims = [*own, *self.claims.get(node.name, [])]
+        if old is not None and own and self._same_call(node, old):
+            self.identity[node] = node.name
+            self._compare(node, self.old_values[node.name], claims[1:])
+            return
+        value = run_node(self.program, node, self.value_of)
+        if not claims:
+            self.computed[node] = value
+            return
+        self._compare(node, value, claims)
+        # Cut: what follows reads the old value, so that an error is charged to the node that makes it and to no other.
+        self.identity[node] = claims[0]
+
+    def _compare(self, node: fx.Node, value: Any, claims: list[str]) -> None:
+        """Compare a value with every old one it stands for, and note which of those are interchangeable."""
+        first = self.identity.get(node, claims[0] if claims else "")
+        for claim in claims:
+            difference = compare(value, self.old_values[claim])
+            self.found.append(NodeDifference(node.name, path_of(node), claim, difference))
+            if claim != first and compare(self.old_values[first], self.old_values[claim]).worst == 0.0:
+                self.same_as[claim] = first
+
+    def value_of(self, node: fx.Node) -> Any:
+        """The value later nodes read."""
+        name = self.identity.get(node)
+        if node.op == "get_attr" and name not in self.old_values:
+            return self.program.tensor(node)
+        return self.old_values[name] if name is not None else self.computed[node]
+
+    def values(self) -> dict[str, Any]:
+        """Values of all nodes of the new program, by name."""
+        known = [node for node in self.program.nodes if node.op in ("placeholder", "call_function")]
+        return {node.name: self.value_of(node) for node in known if node in self.identity or node in self.computed}
+
+    def _same_call(self, node: fx.Node, old: fx.Node) -> bool:
+        if node.target != old.target:
+            return False
+        mine = _spelled((node.args, node.kwargs), lambda operand: self._canonical(self.identity.get(operand, "?")))
+        return mine == _spelled((old.args, old.kwargs), lambda operand: self._canonical(operand.name))
+
+    def _canonical(self, name: str) -> str:
+        while name in self.same_as:
+            name = self.same_as[name]
+        return name
+
+    def _compare_outputs(self, output: fx.Node) -> None:
+        old_output = self.before.graph.output_node()
+        old_items, new_items = old_output.args[0], output.args[0]
+        assert isinstance(old_items, tuple | list)
+        assert isinstance(new_items, tuple | list)
+        if len(old_items) != len(new_items):
+            self.found.append(NodeDifference(output.name, "", old_output.name, compare((), (0,))))
+            return
+        for index, (old, new) in enumerate(zip(old_items, new_items, strict=True)):
+            if isinstance(old, fx.Node) and isinstance(new, fx.Node) and self.identity.get(new) == old.name:
+                continue
+            value = wide(self.value_of(new)) if isinstance(new, fx.Node) else new
+            difference = compare(value, self._old_output(old))
+            self.found.append(NodeDifference(output.name, f"output {index}", old_output.name, difference))
+
+    def _old_output(self, item: Any) -> Any:
+        if not isinstance(item, fx.Node):
+            return item
+        return wide(self.before.tensors[str(item.target)]) if item.op == "get_attr" else self.old_values[item.name]
+
+
+def _claims(replacements: Mapping[str, str], old_values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """For every new node name, the old values it was said to stand for; replacements of replacements are followed."""
+    claims: dict[str, list[str]] = {}
+    for old in replacements:
+        if old not in old_values:
+            continue
+        name = old
+        for _ in range(len(replacements)):
+            if name not in replacements:
+                break
+            name = replacements[name]
+        claims.setdefault(name, []).append(old)
+    return claims
 
 
 def _spelled(item: Any, name_of: Callable[[fx.Node], str]) -> str:
@@ -124,51 +197,3 @@ def _spelled(item: Any, name_of: Callable[[fx.Node], str]) -> str:
     if isinstance(item, list | tuple):
         return f"[{', '.join(_spelled(value, name_of) for value in item)}]"
     return repr(item)
-
-
-def _claim(node: fx.Node, replacements: Mapping[str, str], old_values: Mapping[str, Any]) -> str | None:
-    name: str | None = (
-        node.name if node.name in old_values and node.name not in replacements else replacements.get(node.name)
-    )
-    for _ in range(len(replacements) + 1):
-        if name is None or name in old_values:
-            return name
-        name = replacements.get(name)
-    return None
-
-
-def _compare_outputs(
-    output: fx.Node,
-    before: Snapshot,
-    identity: Mapping[fx.Node, str],
-    computed: Mapping[fx.Node, Any],
-    old_values: Mapping[str, Any],
-    program: Program,
-    result: LocalResult,
-) -> None:
-    old_output = before.graph.output_node()
-    old_items, new_items = old_output.args[0], output.args[0]
-    assert isinstance(old_items, tuple | list)
-    assert isinstance(new_items, tuple | list)
-    if len(old_items) != len(new_items):
-        result.nodes.append(NodeDifference(output.name, "", old_output.name, compare((), (0,))))
-        return
-    for index, (old, new) in enumerate(zip(old_items, new_items, strict=True)):
-        if isinstance(old, fx.Node) and isinstance(new, fx.Node) and identity.get(new) == old.name:
-            continue
-        old_value = _output_value(old, old_values, before.tensors)
-        if isinstance(new, fx.Node) and new.op == "get_attr":
-            new_value: Any = program.tensor(new).double()
-        elif isinstance(new, fx.Node):
-            new_value = old_values[identity[new]] if new in identity else computed[new]
-        else:
-            new_value = new
-        result.nodes.append(
-            NodeDifference(output.name, f"output {index}", old_output.name, compare(new_value, old_value))
-        )
-
-
-def _output_value(item: Any, old_values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
-    if not isinstance(item, fx.Node):
-        return item
-    return tensors[str(item.target)].double() if item.op == "get_attr" else old_values[item.name]

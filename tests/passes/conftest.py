@@ -91,7 +91,7 @@ class ScaleLinears(gw.Pass):
                     continue
                 weight = node.args[1]
                 scaled = nn.Parameter(program.tensor(weight).detach() * self.factor)
-                made = rewriter.weight(f"{weight.target}.scaled", scaled, like=node)
+                made = rewriter.weight(f"{weight.target}_scaled", scaled, like=node)
                 rewriter.replace(node, rewriter.call("aten.linear", node.args[0], made, *node.args[2:], like=node))
         return rewriter.changed
 

@@ -221,7 +221,7 @@ def test_optimized_model_trains(stack: Stack, batch: Batch) -> None:
         loss = nn.functional.cross_entropy(small(**batch)["logits"], torch.tensor([1, 2]))
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[2] < losses[0]
 
 
