@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -66,50 +67,47 @@ class FoldConstants(Pass):
             raise InputError(f"must be a number of bytes, not {self.max_growth!r}", where=f"{self.name}: max_growth")
 
     def run(self, program: Program) -> bool:
-        """Find the constant expressions, then store those that something else reads."""
-        selected = self.selected(program)
-        constant, refusals = self._constants(program, selected)
+        """Find the constant expressions, choose which of their values to store, store them."""
+        refusals: list[Refusal] = []
+        cones = self._constants(program, self.selected(program), refusals)
+        chosen = self._chosen(program, cones, refusals)
         folded = 0
         with program.edit() as rewriter:
             values: dict[fx.Node, Any] = {}
             for node in program.nodes:
-                if node._erased or node not in constant:
-                    continue
-                if all(user in constant for user in node.users):
+                if node._erased or node not in chosen:
                     continue
                 kind = program.type_of(node)
                 if isinstance(kind, ScalarType):
                     folded += _inline(rewriter, node, int(kind.expression))
-                elif isinstance(kind, TensorType):
+                else:
                     _store(rewriter, node, _evaluate(program, node, values))
                     folded += 1
         program.notes["rewrites"] = program.notes.get("rewrites", 0) + folded
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
         return folded > 0
 
-    def _constants(self, program: Program, selected: Callable[[fx.Node], bool]) -> tuple[set[fx.Node], list[Refusal]]:
-        """The nodes to compute ahead of time, and why others that could be are not."""
-        constant: set[fx.Node] = set()
+    def _constants(
+        self, program: Program, selected: Callable[[fx.Node], bool], refusals: list[Refusal]
+    ) -> dict[fx.Node, set[fx.Node]]:
+        """The nodes that no input influences, each with everything it is computed from."""
         cones: dict[fx.Node, set[fx.Node]] = {}
-        refusals: list[Refusal] = []
         for node in program.nodes:
             if node.op != "call_function" or not is_pure(node):
                 continue
             if _is_known_size(program, node):
-                constant.add(node)
                 cones[node] = {node}
                 continue
             sources = node.all_input_nodes
-            if not all(source.op == "get_attr" or source in constant for source in sources):
+            if not all(source.op == "get_attr" or source in cones for source in sources):
                 continue
             cone = {node}.union(*(cones.get(source, {source}) for source in sources))
             reason = "not selected by where= / ignore=" if not selected(node) else self._objection(program, node, cone)
             if reason is None:
-                constant.add(node)
                 cones[node] = cone
             else:
-                refusals.append(Refusal(self.name, node.name, path_of(node), reason, len(cone)))
-        return constant, refusals
+                refusals.append(self._refusal(node, reason, cone))
+        return cones
 
     def _objection(self, program: Program, node: fx.Node, cone: set[fx.Node]) -> str | None:
         protected = tags_of(node) & self.respects
@@ -117,18 +115,44 @@ class FoldConstants(Pass):
             return f"it is tagged {', '.join(sorted(protected))}, which this pass leaves alone"
         if any(user.op == "output" for user in node.users):
             return "it is a result of the program, which must not hand out a stored tensor"
-        weights = [item for item in cone if item.op == "get_attr"]
-        trainable = [item for item in weights if _is_trainable(program, item)]
+        trainable = [item for item in cone if item.op == "get_attr" and _is_trainable(program, item)]
         if trainable and not self.fold_parameters:
             return f"it depends on the trainable parameter {trainable[0].target!r}; fold_parameters=True folds it"
-        size = _bytes_of(program.type_of(node))
+        return None
+
+    def _chosen(self, program: Program, cones: dict[fx.Node, set[fx.Node]], refusals: list[Refusal]) -> set[fx.Node]:
+        """The constants that something which stays reads; one too large to store stays itself."""
+        chosen: set[fx.Node] = set()
+        staying = {node for node in program.nodes if node not in cones}
+        for node in reversed(program.nodes):
+            if node not in cones or not any(user in staying for user in node.users):
+                continue
+            kind = program.type_of(node)
+            if _is_known_size(program, node):
+                chosen.add(node)
+                continue
+            reason = self._too_large(program, kind, cones[node])
+            if reason is None:
+                chosen.add(node)
+            else:
+                staying.add(node)
+                refusals.append(self._refusal(node, reason, cones[node]))
+        return chosen
+
+    def _too_large(self, program: Program, kind: Any, cone: set[fx.Node]) -> str | None:
+        size = _bytes_of(kind)
         if size is None:
-            return None if isinstance(program.type_of(node), ScalarType) else "its size varies"
-        alone = [item for item in weights if all(user in cone for user in item.users)]
-        freed = sum(_bytes_of(program.type_of(item)) or 0 for item in alone)
+            return (
+                "its size varies" if isinstance(kind, TensorType) else "it is several values; each is looked at alone"
+            )
+        weights = [item for item in cone if item.op == "get_attr" and all(user in cone for user in item.users)]
+        freed = sum(_bytes_of(program.type_of(item)) or 0 for item in weights)
         if size - freed > self.max_growth:
             return f"its value has {size} bytes and frees {freed}; max_growth is {self.max_growth}"
         return None
+
+    def _refusal(self, node: fx.Node, reason: str, cone: set[fx.Node]) -> Refusal:
+        return Refusal(self.name, node.name, path_of(node), reason, len(cone))
 
 
 def _is_trainable(program: Program, node: fx.Node) -> bool:
@@ -142,17 +166,11 @@ def _is_known_size(program: Program, node: fx.Node) -> bool:
 
 
 def _bytes_of(kind: Any) -> int | None:
-    """Bytes of a tensor, or of the largest of several; ``None`` when a size varies."""
-    if isinstance(kind, TensorType):
-        count = 1
-        for size in kind.shape:
-            if not isinstance(size, int):
-                return None
-            count *= size
-        return count * kind.dtype.itemsize
-    items = [_bytes_of(item) for item in getattr(kind, "items", ())]
-    sizes = [item for item in items if item is not None]
-    return max(sizes) if sizes and len(sizes) == len(items) else None
+    """Bytes of a tensor; ``None`` when a size varies, or for anything else."""
+    if not isinstance(kind, TensorType):
+        return None
+    sizes = [size for size in kind.shape if isinstance(size, int)]
+    return math.prod(sizes) * kind.dtype.itemsize if len(sizes) == len(kind.shape) else None
 
 
 def _evaluate(program: Program, node: fx.Node, values: dict[fx.Node, Any]) -> torch.Tensor:
