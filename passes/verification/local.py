@@ -17,6 +17,7 @@ from torch import fx
 from graphwright.ir.program import Program, Snapshot
 from graphwright.ir.provenance import path_of
 from graphwright.passes.verification.comparison import Difference, compare
+from graphwright.passes.verification.constants import native_constant
 from graphwright.passes.verification.precise import run_node, wide
 
 
@@ -98,7 +99,8 @@ class _Check:
             if kept:
                 self.identity[node] = node.name
             elif claims:  # a constant that was computed before
-                self._compare(node, wide(self.program.tensor(node)), claims)
+                if not self._is_native_value(node, claims):
+                    self._compare(node, wide(self.program.tensor(node)), claims)
                 self.identity[node] = claims[0]
         elif node.op == "output":
             self._compare_outputs(node)
@@ -119,6 +121,15 @@ class _Check:
         self._compare(node, value, claims)
         # Cut: what follows reads the old value, so that an error is charged to the node that makes it and to no other.
         self.identity[node] = claims[0]
+
+    def _is_native_value(self, node: fx.Node, claims: list[str]) -> bool:
+        """Whether a new weight is, bit for bit, what the old program computed for every value it stands for."""
+        stored = self.program.tensor(node)
+        natives = [native_constant(self.before, self.old_nodes[claim]) for claim in claims]
+        return all(
+            native is not None and native.dtype == stored.dtype and compare(stored, native).worst == 0.0
+            for native in natives
+        )
 
     def _compare(self, node: fx.Node, value: Any, claims: list[str]) -> None:
         """Compare a value with every old one it stands for, and note which of those are interchangeable."""

@@ -17,6 +17,7 @@ from torch.nn import functional
 from graphwright.ir.arguments import argument
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
+from graphwright.ir.types import TensorType
 
 # A weight is widened in slices of at most this many elements, so that the largest layer does not double the memory.
 _SLICE_ELEMENTS = 1 << 22
@@ -32,6 +33,8 @@ def run_node(program: Program, node: fx.Node, value_of: Callable[[fx.Node], Any]
         return _linear(node, value_of)
     if op_name(node) == "aten.embedding":
         return wide(_call(node, value_of, widen_tensors=False))
+    if op_name(node) == "aten.rms_norm" and argument(node, "eps") is None:
+        return _rms_norm(program, node, value_of)
     return wide(_call(node, value_of, widen_tensors=True))
 
 
@@ -90,3 +93,13 @@ def _linear(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> torch.Tensor:
     parts = [functional.linear(x, weight[start : start + rows].double()) for start in range(0, weight.shape[0], rows)]
     result = torch.cat(parts, dim=-1)
     return result + bias if bias is not None else result
+
+
+def _rms_norm(program: Program, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> torch.Tensor:
+    """Without an epsilon torch takes that of the dtype it computes in, which in float64 would be another one."""
+    kind = program.type_of(node)
+    assert isinstance(kind, TensorType)
+    eps = torch.finfo(torch.promote_types(kind.dtype, torch.float32)).eps
+    weight = argument(node, "weight")
+    operands = wide(value_of(argument(node, "input"))), argument(node, "normalized_shape")
+    return functional.rms_norm(*operands, wide(value_of(weight)) if weight is not None else None, eps)
