@@ -1,0 +1,210 @@
+"""Recipes: TOML to passes and back, and what is said of a mistyped one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from graphwright.frontends.recipes import Recipe, format_recipe, load_recipe, parse_recipe, save_recipe
+from graphwright.ir.errors import InputError, RecipeError
+from graphwright.ir.program import Program
+from graphwright.passes import registry
+from graphwright.passes.base import Pass
+from graphwright.passes.contract import Approximate, Contract
+from graphwright.passes.pipeline import Pipeline
+from graphwright.passes.selection import Select
+from graphwright.passes.verification import Verification
+
+
+@dataclass(frozen=True)
+class Corner:
+    x: int = 0
+    y: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkThings(Pass):
+    """A pass with an option of every kind."""
+
+    name: ClassVar[str] = "shrink-things"
+    contract: ClassVar[Contract] = Approximate()
+    bits: Literal[2, 4, 8] = 8
+    group: int | None = 128
+    scale: float = 1.0
+    label: str = ""
+    asymmetric: bool = False
+    ranges: tuple[int, ...] = ()
+    per_layer: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    corner: Corner = Corner()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group is not None and self.group % 2:
+            raise InputError(f"must be even, not {self.group}", where="shrink-things: group", hint="try 32")
+
+    def run(self, program: Program) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepThings(Pass):
+    name: ClassVar[str] = "keep-things"
+
+    def run(self, program: Program) -> bool:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes of the tests' own, so that these tests speak of recipes alone."""
+    passes: dict[str, type[Pass]] = {"shrink-things": ShrinkThings, "keep-things": KeepThings}
+    original = registry.get
+    monkeypatch.setattr(registry, "get", lambda name: passes[name] if name in passes else original(name))
+    names = registry.names
+    monkeypatch.setattr(registry, "names", lambda: sorted([*names(), *passes]))
+
+
+def test_a_recipe() -> None:
+    recipe = parse_recipe("""
+        target = "reference"
+        [verification]
+        fresh = 3
+        [[pass]]
+        name = "keep-things"
+        [[pass]]
+        name = "shrink-things"
+        bits = 4
+        group = "none"
+        scale = 2
+        where = ["encoder.*", { op = "aten.linear", shape = ["none", 8] }]
+        ranges = [1, 2]
+        per_layer = { "layer.0" = 8 }
+        corner = { x = 1 }
+        max_error = 0.1
+    """)
+    assert recipe == Recipe(
+        (
+            KeepThings(),
+            ShrinkThings(
+                bits=4,
+                group=None,
+                scale=2.0,
+                where=("encoder.*", Select(op="aten.linear", shape=(None, 8))),
+                ranges=(1, 2),
+                per_layer={"layer.0": 8},
+                corner=Corner(1),
+                max_error=0.1,
+            ),
+        ),
+        "reference",
+        Verification(fresh=3),
+    )
+    assert parse_recipe('verify = false\n[[pass]]\nname = "keep-things"') == Recipe((KeepThings(),), None, False)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe((KeepThings(),)),
+        Recipe(
+            (ShrinkThings(bits=2, group=None, label='a "b"\n\\c', where="re:.*\\.q"), KeepThings()), "reference", False
+        ),
+        Recipe((ShrinkThings(scale=1e-9, asymmetric=True, ignore=("a", Select(path="b", shape=(None, 3)))),)),
+        Recipe((ShrinkThings(per_layer={"a.b": 1, "c": 2}, corner=Corner(3, 0.5)),), verify=Verification(0, False, 7)),
+        Recipe((Pipeline(passes=(KeepThings(), ShrinkThings(bits=4)), fixed_point=True), KeepThings())),
+    ],
+)
+def test_what_is_saved_is_loaded_again(recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    save_recipe(recipe, file)
+    assert load_recipe(file) == recipe
+    assert os.listdir(tmp_path) == ["r.toml"]
+
+
+def test_a_pipeline_is_saved_as_its_passes() -> None:
+    text = format_recipe(Pipeline(passes=(KeepThings(), ShrinkThings(bits=4))))
+    assert text == '[[pass]]\nname = "keep-things"\n\n[[pass]]\nname = "shrink-things"\nbits = 4\n'
+    assert parse_recipe(text).passes == (KeepThings(), ShrinkThings(bits=4))
+
+
+def test_every_pass_of_ours_round_trips() -> None:
+    for name in registry.BUILT_IN:
+        passes = (registry.get(name)(),)
+        assert parse_recipe(format_recipe(passes)).passes == passes
+
+
+GOOD = '[[pass]]\nname = "keep-things"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[[pass]\n", ["not valid TOML", "line 1"]),
+        ("", ["lists no pass", "[[pass]]"]),
+        ("pass = 3", ["written as [[pass]]", "line 1"]),
+        (GOOD + "[[passes]]\nname = 'x'", ["unknown key 'passes'", "line 3", "did you mean 'pass'?"]),
+        (GOOD + "[[pass]]\nbits = 4", ["has no name", "line 3", "pass 2", "keep-things"]),
+        (GOOD + "[[pass]]\nname = 4", ["is a string", "line 4"]),
+        (
+            GOOD + "[[pass]]\nname = 'shrink-thing'",
+            ["no pass 'shrink-thing'", "line 4", "did you mean 'shrink-things'?"],
+        ),
+        (GOOD + "[[pass]]\nname = 'shrink-things'\n\nbit = 4", ["no option 'bit'", "line 6", "did you mean 'bits'?"]),
+        (GOOD + "[[pass]]\nname = 'shrink-things'\nbits = 3", ["'bits' must be 2 or 4 or 8, not 3", "line 5"]),
+        ("[[pass]]\nname = 'shrink-things'\nbits = '4'", ["'bits' must be 2 or 4 or 8, not '4'", "line 3"]),
+        ("[[pass]]\nname = 'shrink-things'\ngroup = 1.5", ["'group' must be an integer or \"none\", not 1.5"]),
+        ("[[pass]]\nname = 'shrink-things'\ngroup = true", ["'group' must be an integer", "True"]),
+        ("[[pass]]\nname = 'shrink-things'\ngroup = 33", ["must be even, not 33", "line 3", "try 32"]),
+        ("[[pass]]\nname = 'shrink-things'\nasymmetric = 1", ["'asymmetric' must be true or false, not 1"]),
+        ("[[pass]]\nname = 'shrink-things'\nranges = [1, 'a']", ["'ranges' must be a list, not 'a'"]),
+        ("[[pass]]\nname = 'shrink-things'\nwhere = 3", ["'where' must be a glob", "not 3"]),
+        ("[[pass]]\nname = 'shrink-things'\nwhere = 're:('", ["not a regular expression", "line 3"]),
+        (
+            "[[pass]]\nname = 'shrink-things'\nwhere = { pth = 'a' }",
+            ["no property 'pth'", "mean 'path'?", "line 3"],
+        ),
+        ("[[pass]]\nname = 'shrink-things'\ncorner = { z = 1 }", ["no option 'z'", "line 3"]),
+        ("[[pass]]\nname = 'keep-things'\nmax_error = 0.1", ["max_error", "line 3"]),
+        ("target = 3\n" + GOOD, ["must be a string", "line 1"]),
+        ("verify = 'no'\n" + GOOD, ["must be true or false", "line 1"]),
+        ("[verification]\nfrsh = 1\n" + GOOD, ["no option 'frsh'", "line 2", "did you mean 'fresh'?"]),
+        ("[verification]\nfresh = -1\n" + GOOD, ["must be 0 or more"]),
+        ("verify = false\n[verification]\nfresh = 1\n" + GOOD, ["switched off and set up"]),
+    ],
+)
+def test_mistakes_are_named_with_their_line(text: str, words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    for word in [*words, str(file)]:
+        assert word in str(caught.value)
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"absent\.toml"):
+        load_recipe(tmp_path / "absent.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "binary.toml")
+    with pytest.raises(RecipeError, match="cannot be written"):
+        save_recipe([KeepThings()], tmp_path / "nowhere" / "r.toml")
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(RecipeError, match="cannot be written"):
+        save_recipe([KeepThings()], tmp_path / "folder.toml")
+    assert sorted(os.listdir(tmp_path)) == ["binary.toml", "folder.toml"]
+
+
+def test_functions_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    passes: Any = [ShrinkThings(where=lambda node: True)]
+    with pytest.raises(RecipeError, match="shrink-things: where") as caught:
+        save_recipe(passes, file)
+    assert "glob" in str(caught.value)
+    assert not file.exists()
