@@ -3,13 +3,14 @@
 Containers are written as in Python; ``input "x"`` is a leaf fed by that input, a constant is one that was traced in,
 ``*`` is an output. Any other container is written as its registered type, its context as JSON, and its children::
 
-    "transformers.modeling_outputs.BaseModelOutput" ["last_hidden_state"] (*)
+    type "transformers.modeling_outputs.BaseModelOutput" ["last_hidden_state"] (*)
 
 The types are those that ``torch.utils._pytree`` knows; the module of an unknown one is imported when it is read back.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -20,6 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from graphwright.ir.errors import ProgramError
+from graphwright.ir.literals import format_value
 from graphwright.ir.signature import Signature
 
 if TYPE_CHECKING:
@@ -47,7 +49,6 @@ def default_signature(inputs: Sequence[str], results: int) -> Signature:
 
 def signature_lines(signature: Signature) -> list[str]:
     """The header lines of a signature; one that cannot be written is shown with a question mark."""
-    from graphwright.ir.text import format_value
 
     def leaf(index: int) -> str:
         name = signature.inputs[index]
@@ -69,7 +70,7 @@ def describe_tree(spec: pytree.TreeSpec) -> dict[str, Any]:
         ProgramError: the tree holds a type that cannot be found again by its name.
     """
     for kind in _types_in(spec):
-        if kind not in pytree.SUPPORTED_SERIALIZED_TYPES or pytree.is_namedtuple_class(kind):
+        if kind not in pytree.SUPPORTED_SERIALIZED_TYPES:
             _register(kind, f"{kind.__module__}.{kind.__qualname__}")
     try:
         text = pytree.treespec_dumps(spec, _PROTOCOL)
@@ -84,7 +85,7 @@ def describe_tree(spec: pytree.TreeSpec) -> dict[str, Any]:
 
 def _types_in(spec: pytree.TreeSpec) -> Iterator[Any]:
     if not spec.is_leaf():
-        yield spec.context if spec.type is pytree.namedtuple else spec.type
+        yield spec.context if spec.type is collections.namedtuple else spec.type
         for child in spec.children():
             yield from _types_in(child)
 
@@ -104,7 +105,7 @@ def _written(tree: dict[str, Any], leaves: Iterator[str]) -> str:
         return f"[{inner}]"
     # The context is JSON inside of a string, for most types.
     shown = context if isinstance(context, str) and _is_plain_json(context) else f"context {json.dumps(context)}"
-    return f"{json.dumps(kind)} {shown} ({inner})"
+    return f"type {json.dumps(kind)} {shown} ({inner})"
 
 
 def _is_plain_json(text: str) -> bool:
@@ -140,7 +141,7 @@ def read_tree(lexer: Lexer, read_leaf: Any) -> tuple[pytree.TreeSpec, list[Leaf]
     tree = _read(lexer, read_leaf, leaves)
     try:
         for kind, context in _names_in(tree):
-            _ensure_registered(json.loads(context) if kind == _NAMED_TUPLE else kind)
+            _ensure_registered(context if kind == _NAMED_TUPLE else kind)
         return pytree.treespec_loads(json.dumps([_PROTOCOL, tree])), leaves
     except ProgramError as error:
         raise lexer.error(error.what, at=start, hint=error.hint) from error
@@ -164,7 +165,7 @@ def _read(lexer: Lexer, read_leaf: Any, leaves: list[Leaf]) -> dict[str, Any]:
                 lexer.expect("}")
                 break
         return _node(_DICT, json.dumps(keys), children)
-    if lexer.peek().kind == "string" and lexer.follows_string():
+    if lexer.accept("type"):
         kind = lexer.string("the name of a type")
         context: Any = lexer.json() if lexer.accept("context") else json.dumps(lexer.json())
         lexer.expect("(")
@@ -243,7 +244,7 @@ def _register(kind: Any, name: str) -> None:
         )
     if pytree.is_namedtuple_class(kind):
         pytree._register_namedtuple(kind, serialized_type_name=name)
-    elif dataclasses.is_dataclass(kind):
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
         torch.export.register_dataclass(kind, serialized_type_name=name)
     else:
         raise ProgramError(

@@ -13,28 +13,27 @@
       return %linear
     }
 
-``1..512@16`` is a dimension from 1 to 512 that was 16 when the model was traced. After a value come its type, its module
-path (``@``), its tags (``#``) and the line of the user's code. A weight may be ``frozen`` (no gradient) and have
+``1..512@16`` is a dimension from 1 to 512 that was 16 when the model was traced. After a value come its type, its
+module path (``@``), its tags (``#``) and the line of the user's code. A weight may be ``frozen`` (no gradient) and have
 ``strides``. :func:`graphwright.ir.parser.parse` reads all of it back.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
 
 from graphwright.ir import provenance
 from graphwright.ir.errors import ProgramError
+from graphwright.ir.literals import format_value
 from graphwright.ir.names import target_name
 from graphwright.ir.program import Program
 from graphwright.ir.signature_text import default_signature, signature_lines
-from graphwright.ir.types import DTYPE_NAMES, Dim
+from graphwright.ir.types import Dim
 
 # What may stand without quotes after @ and #; the parser reads the same.
 BARE_PATH = re.compile(r"[A-Za-z0-9_./\-]+")
@@ -168,37 +167,3 @@ def format_dim(dim: Dim) -> str:
     largest = "" if dim.max is None else str(dim.max)
     hint = "" if dim.hint == Dim(dim.name).hint else f"@{dim.hint}"
     return f"{dim.name}: {dim.min}..{largest}{hint}"
-
-
-def format_value(value: Any) -> str:
-    """An argument as it is written: a node, a constant, or a sequence of them."""
-    if isinstance(value, fx.Node):
-        return f"%{value.name}"
-    if value is None or isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float):
-        return format_float(value)
-    if isinstance(value, int) and not isinstance(value, torch.SymInt):
-        return repr(int(value))
-    if isinstance(value, complex):
-        return f"complex({format_float(value.real)}, {format_float(value.imag)})"
-    if isinstance(value, str):
-        return json.dumps(value)
-    if isinstance(value, torch.dtype):
-        return DTYPE_NAMES.get(value, str(value))
-    if isinstance(value, torch.layout | torch.memory_format):
-        return str(value)
-    if isinstance(value, torch.device):
-        return f"device({json.dumps(str(value))})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(format_value, value))}]"
-    if isinstance(value, tuple):
-        return f"({', '.join(map(format_value, value))}{',' if len(value) == 1 else ''})"
-    return f"?{json.dumps(repr(value))}"
-
-
-def format_float(value: float) -> str:
-    """The shortest text that reads back as the same float: ``1e-12``, ``-0.0``, ``inf``, ``nan``."""
-    if math.isnan(value):
-        return "nan"
-    return repr(float(value))

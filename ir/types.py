@@ -149,8 +149,10 @@ class SymbolTable:
 
     def fake_weight(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake stand-in for a weight; holds no reference to it."""
+        # Weights without values (a program parsed without them) are typed like those on the CPU, where inputs are.
+        device = torch.device("cpu") if tensor.is_meta else tensor.device
         with self.mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         return fake
 
     def render(self, size: int | torch.SymInt) -> int | str:
