@@ -1,0 +1,8 @@
+"""Export to ONNX, checked in onnxruntime."""
+
+from __future__ import annotations
+
+from graphwright.backends.onnx.export import export_onnx as export_onnx
+from graphwright.backends.onnx.kernels import KernelTable as KernelTable
+from graphwright.backends.onnx.kernels import explain as explain
+from graphwright.backends.onnx.report import OnnxExport as OnnxExport

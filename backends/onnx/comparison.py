@@ -1,0 +1,200 @@
+"""Comparing an exported file with the program it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from graphwright.backends.onnx.noise import activation_error, difference, rounding_error, run
+from graphwright.backends.onnx.runtime import Session
+from graphwright.ir.arguments import argument
+from graphwright.ir.errors import ExportError, InputError
+from graphwright.ir.names import op_name
+from graphwright.ir.program import Program
+from graphwright.ir.types import Dim, TensorType
+
+# A right file differs from the program by a small multiple of the program's own rounding error; wrong ones by far more.
+_MARGIN = 16.0
+# Roundings to int8 in the runtime are not ours bit for bit, but of their size.
+_ACTIVATION_MARGIN = 4.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output is from the program's.
+
+    Attributes:
+        output: its name.
+        sizes: the dimensions of the call: ``batch=3 sequence=10``.
+        error: largest absolute difference.
+        tolerance: what rounding, and int8 activations if they were chosen, explain.
+        scale: root mean square of the program's output.
+    """
+
+    output: str
+    sizes: str
+    error: float
+    tolerance: float
+    scale: float
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the error is explained."""
+        return self.error <= self.tolerance
+
+
+def compare(
+    program: Program,
+    session: Session,
+    calls: Sequence[Sequence[torch.Tensor]],
+    *,
+    int8_activations: bool,
+    tolerance: float | None,
+) -> list[Difference]:
+    """Run both on the same inputs.
+
+    Args:
+        program: the program.
+        session: the file, opened.
+        calls: flat inputs.
+        int8_activations: whether the runtime was told to round activations of weight-only linears to int8.
+        tolerance: largest absolute difference; measured when left out.
+
+    Raises:
+        ExportError: an output differs by more than its tolerance.
+        BackendError: onnxruntime fails.
+    """
+    found: list[Difference] = []
+    for inputs in calls:
+        wanted = run(program, inputs)
+        limits = _limits(program, inputs, wanted, int8_activations, tolerance)
+        sizes = " ".join(f"{name}={size}" for name, size in sizes_of_call(program, inputs).items())
+        results = session.run(inputs)
+        for name, one, other, limit in zip(session.output_names, wanted, results, limits, strict=True):
+            scale = float(one.double().pow(2).mean().sqrt()) if isinstance(one, torch.Tensor) and one.numel() else 0.0
+            found.append(Difference(name, sizes, difference(_tensor(one), other), limit, scale))
+    for each in found:
+        if not each.is_within:
+            raise ExportError(
+                f"the exported file gives {each.error:.3g} away from the program, more than the {each.tolerance:.3g} "
+                "that rounding explains",
+                where=f"output {each.output!r}, {each.sizes or 'fixed sizes'}",
+                hint="this is a fault of the export or of the runtime; nothing was written",
+            )
+    return found
+
+
+def _limits(
+    program: Program,
+    inputs: Sequence[torch.Tensor],
+    wanted: Sequence[object],
+    int8_activations: bool,
+    tolerance: float | None,
+) -> list[float]:
+    if tolerance is not None:
+        return [tolerance] * len(wanted)
+    limits = [_MARGIN * error for error in rounding_error(program, inputs)]
+    if int8_activations:
+        extra = activation_error(program, inputs)
+        limits = [limit + _ACTIVATION_MARGIN * error for limit, error in zip(limits, extra, strict=True)]
+    return limits
+
+
+def _tensor(value: object) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value)
+
+
+def sizes_of_call(program: Program, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
+    """The size of each named dimension in a call."""
+    sizes: dict[str, int] = {}
+    for node, value in zip(program.inputs, inputs, strict=True):
+        kind = program.type_of(node)
+        if isinstance(kind, TensorType):
+            sizes.update({name: int(size) for name, size in zip(kind.shape, value.shape) if isinstance(name, str)})
+    return sizes
+
+
+def check_calls(program: Program, examples: Sequence[torch.Tensor] | None) -> list[list[torch.Tensor]]:
+    """Inputs to compare on: the examples, and the same at other sizes with padding where an input is a mask.
+
+    Raises:
+        InputError: the examples do not fit the program.
+    """
+    first = list(examples) if examples is not None else _made_up(program)
+    program.check_inputs(first)
+    sizes = sizes_of_call(program, first)
+    other = {name: _other_size(program, name, size) for name, size in sizes.items()}
+    calls = [first]
+    resized = [_resize(program, node, value, other) for node, value in zip(program.inputs, first, strict=True)]
+    try:
+        program.check_inputs(resized)
+    except InputError:
+        return calls  # sizes tied together by the model: the examples alone
+    if sizes:
+        calls.append(resized)
+    return calls
+
+
+def _other_size(program: Program, name: str, size: int) -> int:
+    dim = program.dims[name]
+    for wanted in (size + 1 if size < 4 else size + 3, size - 1):
+        if dim.admits(wanted) and wanted > 0:
+            return wanted
+    return size
+
+
+def _resize(program: Program, node: fx.Node, value: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+    kind = program.type_of(node)
+    assert isinstance(kind, TensorType)
+    resized = value
+    for axis, size in enumerate(kind.shape):
+        if isinstance(size, str):
+            resized = resized.index_select(axis, torch.arange(sizes[size]) % max(resized.shape[axis], 1))
+    if "mask" in str(node.target) and resized.dim() == 2 and resized.shape[1] > 2 and _is_binary(resized):
+        resized = resized.clone()
+        resized[::2, -(resized.shape[1] // 3) :] = 0
+    return resized
+
+
+def _is_binary(value: torch.Tensor) -> bool:
+    return value.dtype == torch.bool or (
+        not value.is_floating_point() and bool(((value == 0) | (value == 1)).all().item())
+    )
+
+
+def _made_up(program: Program) -> list[torch.Tensor]:
+    """Inputs from the program's types alone: indices within every table they are looked up in, ones, normals."""
+    generator = torch.Generator().manual_seed(0)
+    # Different sizes, so that a mix-up of dimensions shows.
+    sizes = {name: _admitted(dim, 3 + 2 * index) for index, (name, dim) in enumerate(program.dims.items())}
+    inputs: list[torch.Tensor] = []
+    for node in program.inputs:
+        kind = program.type_of(node)
+        if not isinstance(kind, TensorType):
+            raise InputError("is not a tensor", where=f"input {node.target!r}")
+        shape = [size if isinstance(size, int) else sizes[size] for size in kind.shape]
+        rows = _table_rows(program, node)
+        if kind.dtype.is_floating_point:
+            inputs.append(torch.randn(shape, generator=generator).to(kind.dtype))
+        elif rows is not None:
+            inputs.append(torch.randint(0, rows, shape, generator=generator).to(kind.dtype))
+        else:
+            inputs.append(torch.ones(shape, dtype=kind.dtype))
+    return inputs
+
+
+def _admitted(dim: Dim, size: int) -> int:
+    size = max(size, dim.min)
+    return size if dim.max is None else min(size, dim.max)
+
+
+def _table_rows(program: Program, node: fx.Node) -> int | None:
+    rows: list[int] = []
+    for user in node.users:
+        table = {"aten.embedding": "weight", "graphwright.embedding_nbits": "qweight"}.get(op_name(user))
+        if table is not None and argument(user, "indices") is node:
+            rows.append(int(program.tensor(argument(user, table)).shape[0]))
+    return min(rows) if rows else None

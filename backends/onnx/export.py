@@ -1,0 +1,119 @@
+"""``export_onnx``: write a Program as ONNX, and prove that the file does what the Program does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+import torch
+
+from graphwright.backends.onnx.comparison import Difference, check_calls, compare
+from graphwright.backends.onnx.kernels import KernelTable, kernels_of
+from graphwright.backends.onnx.model import BuiltModel, build
+from graphwright.backends.onnx.options import DEFAULT_OPSET, ExportOptions
+from graphwright.backends.onnx.proof import prove_quantized
+from graphwright.backends.onnx.report import OnnxExport
+from graphwright.backends.onnx.runtime import open_session
+from graphwright.backends.onnx.writing import check_target, publish, staged, write
+from graphwright.ir.errors import ExportError
+from graphwright.ir.program import Program
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What the check found; empty when there was none."""
+
+    quantized: Mapping[str, str] = field(default_factory=dict)
+    kernels: KernelTable | None = None
+    differences: tuple[Difference, ...] = ()
+
+
+def export_onnx(
+    program: Program,
+    path: str | os.PathLike[str],
+    *,
+    mode: str = "runtime",
+    opset: int = DEFAULT_OPSET,
+    accuracy_level: int = 1,
+    external_data: bool | None = None,
+    check: bool = True,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+    tolerance: float | None = None,
+) -> OnnxExport:
+    """Write a program as an ONNX file.
+
+    The file is written beside its target, opened in onnxruntime, compared with the program on the example inputs and
+    at other sizes, and its optimised graph is read to see that every quantised linear runs on quantised weights. Only
+    then it takes its place; on any failure nothing is left, and a file that stood there before stays.
+
+    Initialisers keep the names of the weights (rearranged ones with a suffix such as ``.transposed``), tied weights
+    are stored once, and dynamic axes carry the names of the program's dimensions.
+
+    Args:
+        program: what to export; it is not changed.
+        path: file to write.
+        mode: ``"runtime"`` uses contrib operators of onnxruntime where it has kernels for them; ``"portable"`` uses
+            standard ONNX only and is checked by onnx's checker.
+        opset: 21 to 26; from 23 on attention is one operator.
+        accuracy_level: 1 lets weight-only quantised linears compute on float activations, exactly as the program; 4
+            lets onnxruntime round activations to int8, faster on few rows. The report says which.
+        external_data: weights in ``<name>.onnx.data`` beside the file; ``None`` does so above 2 GB only.
+        check: open, compare and prove; ``False`` only writes.
+        example_inputs: flat inputs in the program's order; made up from the types when left out.
+        tolerance: largest absolute difference from the program; measured from its own rounding error when left out.
+
+    Raises:
+        InputError: an option or the example inputs are unusable.
+        ExportError: an operator has no translation, the file cannot be written, its outputs differ, or a quantised
+            linear would run in float; each names the node and module path, or the file.
+        BackendError: onnxruntime is not installed, or fails on the inputs.
+    """
+    options = ExportOptions(mode, opset, accuracy_level)
+    target = Path(path).absolute()
+    check_target(target)
+    built = build(program, options)
+    with staged(target) as temporary:
+        files = write(built, temporary, external_data=external_data)
+        if mode == "portable":
+            _check_standard(temporary)
+        findings = _check(program, built, temporary, options, example_inputs, tolerance) if check else _Findings()
+        written = publish(files, target)
+    return OnnxExport(
+        path=target,
+        files=written,
+        mode=mode,
+        opset=opset,
+        accuracy_level=accuracy_level,
+        input_names=built.input_names,
+        output_names=built.output_names,
+        quantized=findings.quantized,
+        kernels=findings.kernels,
+        differences=findings.differences,
+    )
+
+
+def _check(
+    program: Program,
+    built: BuiltModel,
+    path: Path,
+    options: ExportOptions,
+    examples: Sequence[torch.Tensor] | None,
+    tolerance: float | None,
+) -> _Findings:
+    calls = check_calls(program, examples)
+    session = open_session(path, accuracy_level=options.accuracy_level, keep_optimized=True)
+    assert session.optimized is not None
+    quantized = prove_quantized(session.optimized, built.quantized)
+    differences = compare(program, session, calls, int8_activations=options.accuracy_level == 4, tolerance=tolerance)
+    return _Findings(quantized, kernels_of(session.optimized), tuple(differences))
+
+
+def _check_standard(path: Path) -> None:
+    try:
+        onnx.checker.check_model(os.fspath(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ExportError(f"the file is not valid ONNX: {first}", where=str(path.name)) from error

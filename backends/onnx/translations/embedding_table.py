@@ -1,0 +1,131 @@
+"""Embeddings on quantised tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from graphwright.backends.onnx import encodings
+from graphwright.backends.onnx.graph import CONTRIB
+from graphwright.backends.onnx.lowering import Lowering
+
+
+def embedding_nbits(
+    lower: Lowering,
+    node: fx.Node,
+    indices: fx.Node,
+    qweight: fx.Node,
+    scales: fx.Node,
+    zero_points: fx.Node | None,
+    bits: int,
+    group_size: int,
+    embedding_dim: int,
+) -> None:
+    """``GatherBlockQuantized`` for the runtime; in portable files the rows read are gathered, unpacked and scaled."""
+    block = encodings.block_size(group_size, embedding_dim)
+    if lower.options.has_contrib and block is not None and embedding_dim % block == 0:
+        _gather_block_quantized(lower, node, indices, (qweight, scales, zero_points), bits, group_size, block)
+        return
+    _gather_rows(lower, node, indices, (qweight, scales, zero_points), bits, group_size)
+
+
+def _gather_block_quantized(
+    lower: Lowering,
+    node: fx.Node,
+    indices: fx.Node,
+    stored: tuple[fx.Node, fx.Node, fx.Node | None],
+    bits: int,
+    group_size: int,
+    block: int,
+) -> None:
+    width = lower.shape(node)[-1]
+    assert isinstance(width, int)
+    table, factors, points = (lower.program.tensor(each).detach() if each is not None else None for each in stored)
+    assert table is not None
+    assert factors is not None
+    names = [str(each.target) if each is not None else "" for each in stored]
+    rows, blocks = int(table.shape[0]), width // block
+    graph = lower.graph
+    packed = graph.derived(
+        f"{names[0]}.rows",
+        torch.uint8,
+        (rows, width * bits // 8),
+        lambda: encodings.blocked(table, bits, group_size, width, block).flatten(1),
+    )
+    scales = graph.derived(
+        f"{names[1]}.blocked",
+        factors.dtype,
+        (rows, blocks),
+        lambda: encodings.per_block(factors, group_size, width, block),
+    )
+    zero_points = None
+    if points is not None:
+        zero_points = graph.derived(
+            f"{names[2]}.packed",
+            torch.uint8,
+            (rows, blocks if bits == 8 else -(-blocks // 2)),
+            lambda: encodings.packed_zero_points(encodings.per_block(points, group_size, width, block), bits),
+        )
+    value = graph.call(
+        "GatherBlockQuantized",
+        packed,
+        lower.tensor(indices),
+        scales,
+        zero_points,
+        domain=CONTRIB,
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=block,
+        bits=bits,
+    )
+    lower.set(node, value)
+
+
+def _gather_rows(
+    lower: Lowering,
+    node: fx.Node,
+    indices: fx.Node,
+    stored: tuple[fx.Node, fx.Node, fx.Node | None],
+    bits: int,
+    group_size: int,
+) -> None:
+    graph, dtype = lower.graph, lower.dtype(node)
+    position = lower.tensor(indices)
+    rows, *_ = lower.shape(stored[0])
+    groups = lower.shape(stored[1])[1]
+    del rows
+    shape = (*lower.shape(indices), groups)
+
+    def gathered(each: fx.Node) -> ir.Value:
+        return graph.call("Gather", lower.tensor(each), position, axis=0)
+
+    table = gathered(stored[0])
+    if bits == 4:
+        low = graph.call("BitwiseAnd", table, graph.constant(15, torch.uint8))
+        high = graph.call("BitShift", table, graph.constant(4, torch.uint8), direction="RIGHT")
+        last = graph.integers(-1)
+        pairs = [graph.call("Unsqueeze", each, last) for each in (low, high)]
+        table = graph.call("Concat", *pairs, axis=-1)
+        table = graph.call("Reshape", table, lower.sizes.vector((*shape, group_size)))
+    integers = graph.call("Cast", table, to=_code(dtype))
+    last = graph.integers(-1)
+    points: Any = graph.constant(1 << (bits - 1), dtype)
+    if stored[2] is not None:
+        points = graph.call("Unsqueeze", graph.call("Cast", gathered(stored[2]), to=_code(dtype)), last)
+    scale = graph.call("Unsqueeze", lower.cast(gathered(stored[1]), lower.dtype(stored[1]), dtype), last)
+    values = graph.call("Mul", graph.call("Sub", integers, points), scale)
+    assert isinstance(groups, int)
+    flat = graph.call("Reshape", values, lower.sizes.vector((*lower.shape(indices), groups * group_size)))
+    width = lower.shape(node)[-1]
+    if width != groups * group_size:
+        flat = graph.call("Slice", flat, graph.integers(0), lower.sizes.vector((width,)), last)
+    lower.set(node, flat)
+
+
+def _code(dtype: torch.dtype) -> int:
+    from onnx_ir.tensor_adapters import from_torch_dtype
+
+    return int(from_torch_dtype(dtype).value)

@@ -1,0 +1,173 @@
+"""Linears on quantised weights and float activations."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from graphwright.backends.onnx import encodings
+from graphwright.backends.onnx.graph import CONTRIB
+from graphwright.backends.onnx.lowering import Lowering
+
+KERNEL = "MatMulNBits"
+_ONNX_UINT = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+
+
+def linear_nbits(
+    lower: Lowering,
+    node: fx.Node,
+    x: fx.Node,
+    qweight: fx.Node,
+    scales: fx.Node,
+    zero_points: fx.Node | None,
+    bias: fx.Node | None,
+    bits: int,
+    group_size: int,
+) -> None:
+    """``MatMulNBits`` for the runtime; ``DequantizeLinear(axis=0) -> MatMul`` in portable files.
+
+    The portable spelling stands on weights stored as ``[K, N]``, which onnxruntime fuses to ``MatMulNBits``; weights
+    stored as ``[N, K]`` with a Transpose, or fed to a Gemm, it would unpack on every call.
+
+    Raises:
+        ExportError: the group size cannot be written in blocks that have a kernel.
+    """
+    columns = lower.shape(x)[-1]
+    if not isinstance(columns, int):
+        raise lower.refuse(node, "the input features vary from call to call")
+    block = encodings.block_size(group_size, columns)
+    if bits not in _ONNX_UINT:
+        raise lower.refuse(node, f"onnxruntime has no kernel for {bits}-bit weights", "quantise to 4 or 8 bits")
+    if block is None:
+        raise lower.refuse(
+            node,
+            f"onnxruntime has no kernel for groups of {group_size}: it would run this linear in float",
+            "quantise with a group size that is a multiple of 16, or per channel",
+        )
+    for each in (qweight, scales, zero_points):
+        if each is not None and each.op != "get_attr":
+            raise lower.refuse(node, "quantised weights must be stored, here they are computed")
+    weights = _Weights(lower, qweight, scales, zero_points, bits, group_size, columns, block)
+    emit = _matmul_nbits if lower.options.has_contrib else _dequantize_matmul
+    results = emit(lower, node, x, weights, bias)
+    lower.set_rows(node, results[-1])
+    lower.expect(node, KERNEL, results)
+
+
+class _Weights:
+    """The stored tensors of one linear and how they are blocked."""
+
+    def __init__(
+        self,
+        lower: Lowering,
+        qweight: fx.Node,
+        scales: fx.Node,
+        zero_points: fx.Node | None,
+        bits: int,
+        group_size: int,
+        columns: int,
+        block: int,
+    ) -> None:
+        self.names = [str(each.target) if each is not None else "" for each in (qweight, scales, zero_points)]
+        self.qweight = lower.program.tensor(qweight).detach()
+        self.scales = lower.program.tensor(scales).detach()
+        self.zero_points = lower.program.tensor(zero_points).detach() if zero_points is not None else None
+        self.bits = bits
+        self.group = group_size
+        self.columns = columns
+        self.rows = int(self.qweight.shape[0])
+        self.block = block
+        self.blocks = -(-columns // block)
+
+    def blocked(self) -> torch.Tensor:
+        """``[N, blocks, block bytes]``."""
+        return encodings.blocked(self.qweight, self.bits, self.group, self.columns, self.block)
+
+    def per_block(self, values: torch.Tensor) -> torch.Tensor:
+        """``[N, blocks]``."""
+        return encodings.per_block(values, self.group, self.columns, self.block)
+
+
+def _matmul_nbits(
+    lower: Lowering, node: fx.Node, x: fx.Node, weights: _Weights, bias: fx.Node | None
+) -> list[ir.Value]:
+    graph, names = lower.graph, weights.names
+    in_place = weights.blocked() is weights.qweight
+    if in_place:
+        packed = graph.weight(names[0], weights.qweight)
+        scales = graph.weight(names[1], weights.scales)
+    else:
+        size = weights.block * weights.bits // 8
+        packed = graph.derived(
+            f"{names[0]}.blocked", torch.uint8, (weights.rows, weights.blocks, size), weights.blocked
+        )
+        scales = graph.derived(
+            f"{names[1]}.blocked",
+            weights.scales.dtype,
+            (weights.rows, weights.blocks),
+            lambda: weights.per_block(weights.scales),
+        )
+    zero_points = None
+    if weights.zero_points is not None:
+        points = weights.zero_points
+        width = weights.blocks if weights.bits == 8 else -(-weights.blocks // 2)
+        zero_points = graph.derived(
+            f"{names[2]}.packed",
+            torch.uint8,
+            (weights.rows, width),
+            lambda: encodings.packed_zero_points(weights.per_block(points), weights.bits),
+        )
+    value = graph.call(
+        KERNEL,
+        lower.rows(x),
+        packed,
+        scales,
+        zero_points,
+        None,
+        lower.tensor(bias, lower.dtype(node)) if bias is not None else None,
+        domain=CONTRIB,
+        K=weights.columns,
+        N=weights.rows,
+        bits=weights.bits,
+        block_size=weights.block,
+        accuracy_level=lower.options.accuracy_level,
+    )
+    return [value]
+
+
+def _dequantize_matmul(
+    lower: Lowering, node: fx.Node, x: fx.Node, weights: _Weights, bias: fx.Node | None
+) -> list[ir.Value]:
+    graph, names, kind = lower.graph, weights.names, _ONNX_UINT[weights.bits]
+    shape = (weights.columns, weights.rows)
+    packed = graph.derived(
+        f"{names[0]}.transposed",
+        kind,
+        shape,
+        lambda: encodings.pack_flat(
+            encodings.unpack(weights.qweight, weights.bits)[:, : weights.columns].t().contiguous(), weights.bits
+        ),
+    )
+    scales = graph.derived(
+        f"{names[1]}.transposed",
+        weights.scales.dtype,
+        (weights.blocks, weights.rows),
+        lambda: weights.per_block(weights.scales).t(),
+    )
+
+    def points() -> torch.Tensor:
+        if weights.zero_points is None:
+            middle = torch.full((weights.blocks, weights.rows), 1 << (weights.bits - 1), dtype=torch.uint8)
+            return encodings.pack_flat(middle, weights.bits)
+        return encodings.pack_flat(weights.per_block(weights.zero_points).t().contiguous(), weights.bits)
+
+    name = f"{names[2]}.transposed" if names[2] else f"{names[0]}.zero_points"
+    zero_points = graph.derived(name, kind, (weights.blocks, weights.rows), points)
+    weight = graph.call(
+        "DequantizeLinear", packed, scales, zero_points, axis=0, block_size=weights.block, output=f"{names[0]}.float"
+    )
+    product = graph.call("MatMul", lower.rows(x), weight)
+    if bias is None:
+        return [product]
+    return [product, graph.call("Add", product, lower.tensor(bias, lower.dtype(node)))]
