@@ -1,4 +1,4 @@
-"""What the linears of a program see: second moments of their inputs over calibration data, one accumulator per input."""
+"""What the linears of a program see: second moments of their inputs over calibration data, one for each input."""
 
 from __future__ import annotations
 

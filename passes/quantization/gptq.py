@@ -1,4 +1,4 @@
-"""GPTQ: round the columns of a weight one after another, each time letting the columns still to come make up for the error.
+"""GPTQ: round the columns of a weight one by one, each time letting the columns still to come make up for the error.
 
 Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers
 (ICLR 2023), algorithm 1, with the scales of each group fitted when the group is reached.
@@ -12,7 +12,8 @@ import torch
 
 from graphwright.ir.errors import InputError
 
-# Columns whose updates are gathered before they reach the rest of the matrix: one large product instead of many small ones.
+# Columns whose updates are gathered before they reach the rest of the matrix: one large product instead of many small
+# ones.
 _BLOCK = 128
 
 # (columns [out, group], importance [group]) -> scales [out], zero points [out]
@@ -39,7 +40,8 @@ def gptq(
         damping: added to the diagonal, as a fraction of its mean.
 
     Returns:
-        codes ``[out, in]`` uint8, scales and zero points ``[out, groups]`` float32; ``weight ≈ (code - zero point) * scale``.
+        codes ``[out, in]`` uint8, scales and zero points ``[out, groups]`` float32; ``weight ≈ (code - zero point) *
+        scale``.
 
     Raises:
         InputError: the second moment is not finite, of another size, or not positive even when damped.

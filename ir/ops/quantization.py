@@ -1,0 +1,280 @@
+"""Quantised linears and embeddings, and the packed layout their weights are stored in.
+
+Layout (``linear_nbits``, ``embedding_nbits``): rows are cut into ``G = ceil(in / group_size)`` groups along the input
+dimension. A group of 8-bit codes is ``group_size`` bytes; a group of 4-bit codes is ``group_size / 2`` bytes, the even
+column in the low
+nibble. The last group is padded with its zero point, which stands for exactly 0. A weight is ``(code - zero point) ·
+scale``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from graphwright.ir.ops.definition import OpDefinition
+
+BITS = (4, 8)
+ACTIVATION_MODES = ("per_token", "per_tensor")
+
+# Weights are dequantised in slices of at most this many elements, so that no float copy of a large layer ever exists.
+_SLICE_ELEMENTS = 1 << 22
+
+
+def pack(codes: torch.Tensor, bits: int, group_size: int, zero_points: torch.Tensor | None) -> torch.Tensor:
+    """Codes in the packed layout.
+
+    Args:
+        codes: uint8 ``[rows, columns]``, each below ``2**bits``.
+        bits: 4 or 8.
+        group_size: columns to a group; even for 4 bits.
+        zero_points: uint8 ``[rows, G]``, or ``None`` for ``2**(bits - 1)``.
+
+    Returns:
+        uint8 ``[rows, G, group_size * bits / 8]``.
+    """
+    rows, columns = codes.shape
+    groups = -(-columns // group_size)
+    if groups * group_size != columns:
+        padding = groups * group_size - columns
+        fill = zero_points[:, -1:] if zero_points is not None else codes.new_full((rows, 1), 2 ** (bits - 1))
+        codes = torch.cat((codes, fill.expand(rows, padding)), dim=1)
+    if bits == 4:
+        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return codes.reshape(rows, groups, group_size * bits // 8).contiguous()
+
+
+def unpack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of packed weights, uint8 ``[rows, G, group_size]``; the inverse of :func:`pack`, padding included."""
+    if bits == 8:
+        return qweight
+    return torch.stack((qweight & 15, qweight >> 4), dim=-1).flatten(-2)
+
+
+def dequantize(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight that packed codes stand for, ``[rows, columns]`` of ``dtype``: ``(code - zero point) · scale``."""
+    codes = unpack(qweight, bits).to(dtype)
+    zero = float(2 ** (bits - 1)) if zero_points is None else zero_points.to(dtype).unsqueeze(-1)
+    return ((codes - zero) * scales.to(dtype).unsqueeze(-1)).flatten(1)[:, :columns]
+
+
+def linear_nbits(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """``y = x Ŵᵀ + b`` with ``Ŵ = (code - zero point) · scale``: weights stored as integers, computed in floating point.
+
+    Args:
+        x: ``[..., in]``, floating.
+        qweight: packed codes, uint8 ``[out, G, group_size * bits / 8]``.
+        scales: ``[out, G]``, floating.
+        zero_points: uint8 ``[out, G]``, or ``None`` for ``2**(bits - 1)`` (symmetric).
+        bias: ``[out]`` or ``None``.
+        bits: 4 or 8.
+        group_size: columns to a group.
+
+    Returns:
+        ``[..., out]`` of x's dtype, computed in float32 or wider.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values, columns = x.to(wide), x.shape[-1]
+    rows = max(1, _SLICE_ELEMENTS // max(1, qweight.shape[1] * group_size))
+    parts = []
+    for start in range(0, qweight.shape[0], rows):
+        piece = slice(start, start + rows)
+        zero = zero_points[piece] if zero_points is not None else None
+        parts.append(functional.linear(values, dequantize(qweight[piece], scales[piece], zero, bits, columns, wide)))
+    result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
+
+
+def quantize_activations(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """8-bit codes of activations with ``x ≈ (code - zero point) · scale``; the range is the data's, and includes 0.
+
+    Args:
+        x: ``[..., in]``.
+        activation: ``per_token`` (one range for each row) or ``per_tensor`` (one for all, as ONNX
+        ``DynamicQuantizeLinear``).
+
+    Returns:
+        codes in 0..255 and zero points, as integers in x's dtype, and scales.
+    """
+    if activation == "per_tensor":
+        low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    else:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.round(-low / scale).clamp(0, 255)
+    codes = (torch.round(x / scale) + zero).clamp(0, 255)
+    return codes, scale, zero
+
+
+def linear_int8_dynamic(
+    x: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    """``y = x̂ Ŵᵀ + b`` with activations quantised on the fly to 8 bits and weights stored as INT8.
+
+    Args:
+        x: ``[..., in]``, floating.
+        qweight: int8 ``[out, in]``, symmetric per output channel.
+        scales: ``[out]``.
+        bias: ``[out]`` or ``None``.
+        activation: see :func:`quantize_activations`.
+
+    Returns:
+        ``[..., out]`` of x's dtype. The sum of products is exact, as with 32-bit integer accumulators.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    codes, scale, zero = quantize_activations(x.to(wide), activation)
+    # Integers below 2**53 are exact in float64, and float64 has a fast matrix product where int32 has none.
+    sums = functional.linear((codes - zero).double(), qweight.double())
+    result = (sums * scale.double()).to(wide) * scales.to(wide)
+    return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
+
+
+def embedding_nbits(
+    indices: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    embedding_dim: int,
+) -> torch.Tensor:
+    """Rows of a table stored as integers: ``(code - zero point) · scale`` of the rows looked up.
+
+    Args:
+        indices: integer, any shape.
+        qweight: packed codes, uint8 ``[vocabulary, G, group_size * bits / 8]``.
+        scales: ``[vocabulary, G]``, floating.
+        zero_points: uint8 ``[vocabulary, G]``, or ``None`` for ``2**(bits - 1)``.
+        bits: 4 or 8.
+        group_size: columns to a group.
+        embedding_dim: columns.
+
+    Returns:
+        ``[*indices, embedding_dim]`` of the scales' dtype, float32 at least.
+    """
+    flat = indices.reshape(-1)
+    zero = zero_points[flat] if zero_points is not None else None
+    wide = torch.promote_types(scales.dtype, torch.float32)
+    rows = dequantize(qweight[flat], scales[flat], zero, bits, embedding_dim, wide)
+    return rows.reshape(*indices.shape, embedding_dim)
+
+
+def _linear_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    _check_packed(qweight, scales, zero_points, bits, group_size, x.shape[-1])
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def _dynamic_fake(
+    x: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    if activation not in ACTIVATION_MODES:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATION_MODES)}")
+    torch._check(qweight.dtype == torch.int8, lambda: f"qweight must be int8, not {qweight.dtype}")
+    torch._check(qweight.shape[1] == x.shape[-1], lambda: f"x has {x.shape[-1]} features, qweight {qweight.shape[1]}")
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def _embedding_fake(
+    indices: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    embedding_dim: int,
+) -> torch.Tensor:
+    _check_packed(qweight, scales, zero_points, bits, group_size, embedding_dim)
+    wide = torch.promote_types(scales.dtype, torch.float32)
+    return scales.new_empty((*indices.shape, embedding_dim), dtype=wide)
+
+
+def _check_packed(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: Any,
+) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, not {bits}")
+    groups = -(-int(columns) // group_size)
+    expected = (qweight.shape[0], groups, group_size * bits // 8)
+    torch._check(qweight.dtype == torch.uint8, lambda: f"qweight must be uint8, not {qweight.dtype}")
+    torch._check(tuple(qweight.shape) == expected, lambda: f"qweight must be {expected}, not {tuple(qweight.shape)}")
+    torch._check(
+        tuple(scales.shape) == expected[:2], lambda: f"scales must be {expected[:2]}, not {tuple(scales.shape)}"
+    )
+    if zero_points is not None:
+        torch._check(zero_points.shape == scales.shape, lambda: "zero points must have the shape of the scales")
+
+
+def _linear_macs(arguments: Mapping[str, Any]) -> int:
+    count = int(arguments["qweight"][0])
+    for size in arguments["x"]:
+        count *= int(size)
+    return count
+
+
+def _no_macs(arguments: Mapping[str, Any]) -> int:
+    return 0
+
+
+LINEAR_NBITS = OpDefinition(
+    name="linear_nbits",
+    schema=(
+        "(Tensor x, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int bits, int group_size) -> Tensor"
+    ),
+    reference=linear_nbits,
+    fake=_linear_fake,
+    macs=_linear_macs,
+    differentiable=("x", "bias"),
+)
+
+# Rounding has no useful gradient: none flows through the activations' quantisation.
+LINEAR_INT8_DYNAMIC = OpDefinition(
+    name="linear_int8_dynamic",
+    schema="(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, str activation) -> Tensor",
+    reference=linear_int8_dynamic,
+    fake=_dynamic_fake,
+    macs=_linear_macs,
+    differentiable=("bias",),
+)
+
+EMBEDDING_NBITS = OpDefinition(
+    name="embedding_nbits",
+    schema=(
+        "(Tensor indices, Tensor qweight, Tensor scales, Tensor? zero_points, int bits, int group_size, int embedding_dim)"
+        " -> Tensor"
+    ),
+    reference=embedding_nbits,
+    fake=_embedding_fake,
+    macs=_no_macs,
+)

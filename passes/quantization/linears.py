@@ -1,0 +1,294 @@
+"""The pass that quantises linears."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from graphwright.ir.errors import InputError
+from graphwright.ir.pattern import Refusal
+from graphwright.ir.program import Program
+from graphwright.ir.provenance import path_of, tags_of
+from graphwright.ir.rewriter import Rewriter
+from graphwright.passes.base import Pass
+from graphwright.passes.contract import Approximate, Contract
+from graphwright.passes.quantization.calibration import Batch, second_moments
+from graphwright.passes.quantization.targets import LinearTarget, is_head, linear_target
+from graphwright.passes.quantization.weights import (
+    Format,
+    PackedWeight,
+    quantize_weight,
+    quantize_weight_gptq,
+    quantize_weight_int8,
+)
+
+# Relative error (root mean square) of one linear's output beyond which its weights are taken for wrong, not for
+# rounded.
+# Rounding to nearest gives about 0.005 (INT8), 0.01 (INT8 with INT8 activations) and 0.1 (INT4) on normal weights.
+_LOCAL_LIMITS = {(8, "none"): 0.05, (8, "int8"): 0.15, (4, "none"): 0.35}
+
+# Second moments are collected for so many bytes at a time; the calibration data is run once for each lot.
+_MOMENT_BYTES = 1 << 30
+
+_ACTIVATIONS = ("none", "int8")
+_ROUNDINGS = ("nearest", "gptq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeLinears(Pass):
+    """Store the weights of linears as INT8 or INT4, optionally with activations quantised on the fly.
+
+    ::
+
+        %y = aten.linear(%x, %w, %b)
+        ->
+        %y = graphwright.linear_nbits(%x, %qweight, %scales, %zero_points, %b, 4, 128)      activations="none"
+        %y = graphwright.linear_int8_dynamic(%x, %qweight, %scales, %b, "per_token")        activations="int8"
+
+    Linears spelled ``addmm``, ``mm`` or ``matmul`` with a constant weight (GPT-2) count. A weight that several linears
+    share is
+    quantised once and stays shared. The new weights are named after the old one: ``….q_proj.weight`` becomes
+    ``….q_proj.qweight``,
+    ``….q_proj.scales`` and ``….q_proj.zero_points``.
+
+    It does not fire on: linears outside ``where``; the output head (see ``lm_head``); nodes with a protected tag; a
+    weight that is
+    computed, not a floating matrix, or of another dtype than the input; ``addmm`` with factors.
+
+    Attributes:
+        bits: 8 or 4.
+        group_size: columns to a scale: 16, 32, 64, 128, 256 or any larger multiple of 16; ``None`` for one scale per
+        output
+            channel. The last group of a row may be shorter.
+        symmetric: zero point fixed at the middle code. Asymmetric grids are a little larger and more exact.
+        clip_search: choose the range with the least squared error instead of the full one.
+        activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too (8 bits, per channel
+        weights).
+        activation_ranges: with INT8 activations, one range ``"per_token"`` or ``"per_tensor"``.
+        rounding: ``"nearest"``, or ``"gptq"`` (Frantar et al. 2023), which needs ``calibration``. By default GPTQ when
+        there is
+            calibration data.
+        calibration: batches of typical inputs, each as the model is called.
+        damping: GPTQ: added to the second moments' diagonal, as a fraction of its mean.
+        lm_head: quantise the output head too.
+    """
+
+    name: ClassVar[str] = "quantize-linears"
+    contract: ClassVar[Contract] = Approximate()
+    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "masked", "quantized"})
+
+    bits: int = 8
+    group_size: int | None = None
+    symmetric: bool = True
+    clip_search: bool = True
+    activations: str = "none"
+    activation_ranges: str = "per_token"
+    rounding: str | None = None
+    calibration: Sequence[Batch] | None = field(default=None, compare=False)
+    damping: float = 0.01
+    lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_format(self.name, self.bits, self.group_size)
+        _one_of(self.name, "activations", self.activations, _ACTIVATIONS)
+        _one_of(self.name, "activation_ranges", self.activation_ranges, ("per_token", "per_tensor"))
+        if self.rounding is not None:
+            _one_of(self.name, "rounding", self.rounding, _ROUNDINGS)
+        if not 0.0 < self.damping < 10.0:
+            raise InputError(f"must be above 0, not {self.damping!r}", where=f"{self.name}: damping")
+        if self.rounding == "gptq" and self.calibration is None:
+            raise InputError(
+                "needs calibration data", where=f"{self.name}: rounding='gptq'", hint="give calibration=[batch, ...]"
+            )
+        if self.activations == "int8" and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+            raise InputError(
+                "INT8 activations go with symmetric INT8 weights, one scale per channel",
+                where=f"{self.name}: activations='int8'",
+                hint="use bits=8, group_size=None, symmetric=True",
+            )
+
+    def effective_contract(self) -> Contract:
+        """Approximate, with a limit for each linear by bits."""
+        base = Approximate(max_local_error=_LOCAL_LIMITS[self.bits, self.activations])
+        return base if self.max_error is None else dataclasses.replace(base, max_relative_error=float(self.max_error))
+
+    def options(self) -> dict[str, Any]:
+        """Options as JSON values; calibration data as its number of batches."""
+        found = super().options()
+        if self.calibration is not None:
+            found["calibration"] = f"{len(self.calibration)} batches"
+        return found
+
+    def run(self, program: Program) -> bool:
+        """Quantise every linear that is selected and can be.
+
+        Raises:
+            InputError: a weight or the calibration data holds NaN or infinity.
+        """
+        targets = list(self._targets(program))
+        moments = self._moments(program, targets)
+        packed: dict[fx.Node, PackedWeight | tuple[torch.Tensor, torch.Tensor]] = {}
+        with program.edit() as rewriter:
+            for target in targets:
+                if target.weight not in packed:
+                    packed[target.weight] = self._quantize(program, target, moments.get(target.x))
+                self._rewrite(rewriter, target, packed[target.weight])
+            program.notes["linears"] = len(targets)
+            return rewriter.changed
+
+    # -- choosing ------------------------------------------------------------------------------------------------------
+
+    def _targets(self, program: Program) -> Iterator[LinearTarget]:
+        chosen = self.selected(program)
+        refusals: list[Refusal] = []
+        for node in program.nodes:
+            if node.op != "call_function":
+                continue
+            found = linear_target(program, node)
+            if found is None:
+                continue
+            reason = found if isinstance(found, str) else self._refuse(program, node, chosen(node))
+            if reason is None:
+                assert isinstance(found, LinearTarget)
+                yield found
+            else:
+                refusals.append(Refusal(self.name, node.name, path_of(node), reason, 1))
+        program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
+
+    def _refuse(self, program: Program, node: fx.Node, selected: bool) -> str | None:
+        if not selected:
+            return "not selected by where= / ignore="
+        protected = tags_of(node) & self.respects
+        if protected:
+            return f"it is tagged {', '.join(sorted(protected))}, which this pass leaves alone"
+        if not self.lm_head and is_head(program, node):
+            return "it is the output head, which is left in floating point (set lm_head=True to quantise it)"
+        return None
+
+    def _moments(self, program: Program, targets: list[LinearTarget]) -> Mapping[fx.Node, torch.Tensor]:
+        if self.calibration is None or self.rounding == "nearest" or self.activations == "int8":
+            return {}
+        sources = list(dict.fromkeys(target.x for target in targets))
+        return _Moments(program, sources, self.calibration)
+
+    # -- quantising ----------------------------------------------------------------------------------------------------
+
+    def _quantize(
+        self, program: Program, target: LinearTarget, moment: torch.Tensor | None
+    ) -> PackedWeight | tuple[torch.Tensor, torch.Tensor]:
+        weight, name = program.tensor(target.weight), str(target.weight.target)
+        if target.transposed:
+            weight = weight.t()
+        if self.activations == "int8":
+            return quantize_weight_int8(weight, clip_search=self.clip_search, name=name)
+        form = Format(self.bits, self.group_size, self.symmetric, self.clip_search)
+        if moment is not None:
+            return quantize_weight_gptq(weight, moment, form, damping=self.damping, name=name)
+        return quantize_weight(weight, form, name=name)
+
+    def _rewrite(
+        self, rewriter: Rewriter, target: LinearTarget, packed: PackedWeight | tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        node, tags = target.node, ("quantized",)
+        base = str(target.weight.target).removesuffix(".weight")
+        if isinstance(packed, PackedWeight):
+            operands = store(rewriter, packed, base, node)
+            new = rewriter.call(
+                "graphwright.linear_nbits",
+                target.x,
+                *operands,
+                target.bias,
+                self.bits,
+                packed.group_size,
+                like=node,
+                tags=tags,
+            )
+        else:
+            codes = rewriter.weight(f"{base}.qweight", packed[0], like=node, tags=tags)
+            scales = rewriter.weight(f"{base}.scales", packed[1], like=node, tags=tags)
+            new = rewriter.call(
+                "graphwright.linear_int8_dynamic",
+                target.x,
+                codes,
+                scales,
+                target.bias,
+                self.activation_ranges,
+                like=node,
+                tags=tags,
+            )
+        rewriter.replace(node, new)
+
+
+class _Moments(Mapping[fx.Node, torch.Tensor]):
+    """Second moments on demand, a lot at a time, so that not all of a large model's are in memory together."""
+
+    def __init__(self, program: Program, sources: list[fx.Node], batches: Sequence[Batch]) -> None:
+        self._program = program.clone()
+        names = {node.name: node for node in self._program.nodes}
+        self._twins = {source: names[source.name] for source in sources}
+        self._sources = sources
+        self._batches = batches
+        self._held: dict[fx.Node, torch.Tensor] = {}
+
+    def __getitem__(self, source: fx.Node) -> torch.Tensor:
+        if source not in self._held:
+            self._held = self._collect(self._sources.index(source))
+        return self._held[source]
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def _collect(self, first: int) -> dict[fx.Node, torch.Tensor]:
+        lot: list[fx.Node] = []
+        used = 0
+        for source in self._sources[first:]:
+            width = int(source.meta["val"].shape[-1])
+            used += 4 * width * width
+            if lot and used > _MOMENT_BYTES:
+                break
+            lot.append(source)
+        found = second_moments(self._program, [self._twins[source] for source in lot], self._batches)
+        return {source: found[self._twins[source]] for source in lot}
+
+
+def store(
+    rewriter: Rewriter, packed: PackedWeight, base: str, like: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Weights of a packed matrix: codes, scales and zero points (``None`` when symmetric)."""
+    tags = ("quantized",)
+    codes = rewriter.weight(f"{base}.qweight", packed.qweight, like=like, tags=tags)
+    scales = rewriter.weight(f"{base}.scales", packed.scales, like=like, tags=tags)
+    zeros = packed.zero_points
+    zero_points = rewriter.weight(f"{base}.zero_points", zeros, like=like, tags=tags) if zeros is not None else None
+    return codes, scales, zero_points
+
+
+def check_format(name: str, bits: int, group_size: int | None) -> None:
+    """Check bits and group size.
+
+    Raises:
+        InputError: naming the option and what it may be.
+    """
+    if bits not in (4, 8) or isinstance(bits, bool):
+        raise InputError(f"must be 4 or 8, not {bits!r}", where=f"{name}: bits")
+    if group_size is None:
+        return
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 16 or group_size % 16:
+        raise InputError(
+            f"must be a multiple of 16 (such as 32, 64, 128), or None for one scale per channel, not {group_size!r}",
+            where=f"{name}: group_size",
+        )
+
+
+def _one_of(name: str, option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"must be one of {', '.join(map(repr, choices))}, not {value!r}", where=f"{name}: {option}")
