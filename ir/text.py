@@ -130,14 +130,14 @@ class Printer:
         if not self.types:
             return ""
         kind = self.program.type_of(node)
-        text = "" if kind is None else f" : {self._numbered(str(kind))}"
+        text = "" if kind is None else f" : {self.numbered(str(kind))}"
         if node.op == "get_attr":
             tensor = self._tensor(node)
             if tensor is not None and not tensor.is_contiguous():
                 text += f" strides ({', '.join(map(str, tensor.stride()))})"
         return text
 
-    def _numbered(self, text: str) -> str:
+    def numbered(self, text: str) -> str:
         """The type with sizes that depend on values numbered from zero, however often types were inferred before."""
 
         def renamed(found: re.Match[str]) -> str:
