@@ -56,7 +56,7 @@ def read_options(kind: type, options: Mapping[str, Any], where: Locate, owner: s
     Raises:
         RecipeError: an unknown option, or a value of another type.
     """
-    hints = _hints(kind)
+    hints = field_types(kind)
     known = [item.name for item in dataclasses.fields(kind) if item.init]
     values: dict[str, Any] = {}
     for key, value in options.items():
@@ -67,7 +67,7 @@ def read_options(kind: type, options: Mapping[str, Any], where: Locate, owner: s
         try:
             values[key] = _convert(value, hints[key], _at(where, key))
         except _WrongType as error:
-            wanted = _describe(hints[key])
+            wanted = describe_type(hints[key])
             raise RecipeError(f"the option {key!r} must be {wanted}, not {error.value!r}", where=where(key)) from None
     return values
 
@@ -77,12 +77,13 @@ def _at(where: Locate, key: str) -> Locate:
     return lambda _: where(key)
 
 
-def _hints(kind: type) -> dict[str, Any]:
+def field_types(kind: type) -> dict[str, Any]:
     """Types of the fields; unknown ones where a foreign class names types that only its type checker sees."""
     try:
-        return typing.get_type_hints(kind)
+        hints: dict[str, Any] = typing.get_type_hints(kind)
     except NameError:
-        return {item.name: Any for item in dataclasses.fields(kind)}
+        hints = {item.name: Any for item in dataclasses.fields(kind)}
+    return hints
 
 
 class _WrongType(Exception):
@@ -159,12 +160,13 @@ def _selection(value: Any, where: Locate) -> Where:
     raise _WrongType(value)
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """What an option of this type takes, in words."""
     if hint == Where:
         return "a glob, 're:<regex>', a table of path/op/shape, or a list of these"
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(f'"{NONE}"' if item is type(None) else _describe(item) for item in inner)
+        return " or ".join(f'"{NONE}"' if item is type(None) else describe_type(item) for item in inner)
     if origin is typing.Literal:
         return " or ".join(repr(item) for item in inner)
     if origin in (tuple, list, collections.abc.Sequence):

@@ -63,6 +63,28 @@ def load_huggingface(
         InputError: not a model folder; weights missing, truncated or of other shapes; an unknown task or dtype.
         TraceError: the model cannot be traced.
     """
+    return load_with_examples(
+        source,
+        task=task,
+        dtype=dtype,
+        example_inputs=example_inputs,
+        attn_implementation=attn_implementation,
+        dynamic=dynamic,
+        check=check,
+    )[0]
+
+
+def load_with_examples(
+    source: Any,
+    *,
+    task: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    example_inputs: ExampleInputs | None = None,
+    attn_implementation: str | None = None,
+    dynamic: DynamicSpec | str = "auto",
+    check: bool = True,
+) -> tuple[Program, Any]:
+    """The Program and the example inputs it was traced with; see :func:`load_huggingface`."""
     also: tuple[str, ...] = ()
     if isinstance(source, str | os.PathLike):
         folder = open_folder(source)
@@ -83,7 +105,7 @@ def load_huggingface(
     examples = make_examples(model, also=also) if example_inputs is None else example_inputs
     if example_inputs is not None and isinstance(example_inputs, Mapping):
         examples = _without_cache(model, example_inputs)
-    return trace(model, examples, dynamic=dynamic, check=check)
+    return trace(model, examples, dynamic=dynamic, check=check), examples
 
 
 def load_model(

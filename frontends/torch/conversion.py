@@ -197,6 +197,8 @@ def _copy_call(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any]) -
 def _path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(next(reversed(stack.values()))[0]) if stack else ""
+    if path.startswith("_empty_nn_module_stack"):  # torch's mark for what its own passes put in
+        return ""
     return re.sub(r"^L\['self'\]\.?", "", path)
 
 

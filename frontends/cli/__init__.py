@@ -1,0 +1,1 @@
+"""The command line: ``graphwright <command>``, one module per command."""
