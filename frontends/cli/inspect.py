@@ -58,7 +58,7 @@ def summarize(program: Any, sizes: dict[str, int], depth: int) -> dict[str, Any]
     modules: dict[str, dict[str, int]] = {}
     for name, tensor in program.tensors().items():
         entry = modules.setdefault(".".join(name.split(".")[:-1][:depth]) or "(root)", _blank())
-        entry["parameters"] += tensor.numel()
+        entry["parameters"] += tensor.numel() if _is_parameter(tensor) else 0
         entry["bytes"] += tensor.numel() * tensor.element_size()
     for path, work in cost.by_module(depth).items():
         modules.setdefault(path, _blank())["macs"] += work.macs
@@ -69,7 +69,7 @@ def summarize(program: Any, sizes: dict[str, int], depth: int) -> dict[str, Any]
         "outputs": _outputs(program),
         "dimensions": {dim.name: {"min": dim.min, "max": dim.max} for dim in program.dims.values()},
         "conditions": list(program.symbols.conditions),
-        "parameters": cost.parameters,
+        "parameters": sum(tensor.numel() for tensor in program.tensors().values() if _is_parameter(tensor)),
         "bytes": weight_bytes(program),
         "macs": cost.total.macs,
         "sizes": dict(cost.sizes),
@@ -81,6 +81,11 @@ def summarize(program: Any, sizes: dict[str, int], depth: int) -> dict[str, Any]
             for entry in program.journal
         ],
     }
+
+
+def _is_parameter(tensor: Any) -> bool:
+    """Learnt numbers, quantised ones included; not tables of positions and masks."""
+    return tensor.element_size() == 1 if not tensor.is_floating_point() else True
 
 
 def _blank() -> dict[str, int]:

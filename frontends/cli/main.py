@@ -101,3 +101,7 @@ class _Version(argparse.Action):
 
         print(f"graphwright {version('graphwright')}")
         parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
