@@ -33,7 +33,7 @@ from graphwright.ir.literals import format_value
 from graphwright.ir.names import target_name
 from graphwright.ir.program import Program
 from graphwright.ir.signature_text import default_signature, signature_lines
-from graphwright.ir.types import Dim
+from graphwright.ir.types import Dim, ScalarType, TensorType, TupleType, ValueType
 
 # What may stand without quotes after @ and #; the parser reads the same.
 BARE_PATH = re.compile(r"[A-Za-z0-9_./\-]+")
@@ -129,22 +129,38 @@ class Printer:
     def _type(self, node: fx.Node) -> str:
         if not self.types:
             return ""
-        kind = self.program.type_of(node)
-        text = "" if kind is None else f" : {self.numbered(str(kind))}"
+        kind = self.kind(node)
+        text = "" if kind is None else f" : {kind}"
         if node.op == "get_attr":
             tensor = self._tensor(node)
             if tensor is not None and not tensor.is_contiguous():
                 text += f" strides ({', '.join(map(str, tensor.stride()))})"
         return text
 
-    def numbered(self, text: str) -> str:
-        """The type with sizes that depend on values numbered from zero, however often types were inferred before."""
+    def kind(self, node: fx.Node) -> ValueType | None:
+        """The type of a node, with sizes that depend on values numbered in the order in which they are asked for.
 
-        def renamed(found: re.Match[str]) -> str:
+        torch numbers them on with every inference; so counted, two programs have equal types if they have the same.
+        """
+        return self.numbered(self.program.type_of(node))
+
+    def numbered(self, kind: ValueType | None) -> ValueType | None:
+        """A type with such sizes renamed."""
+        if isinstance(kind, TensorType):
+            shape = tuple(self._renamed(size) if isinstance(size, str) else size for size in kind.shape)
+            return TensorType(kind.dtype, shape)
+        if isinstance(kind, ScalarType):
+            return ScalarType(kind.kind, self._renamed(kind.expression))
+        if isinstance(kind, TupleType):
+            return TupleType(tuple(map(self.numbered, kind.items)))
+        return None
+
+    def _renamed(self, expression: str) -> str:
+        def new_name(found: re.Match[str]) -> str:
             name = found.group()
             return name if name in self.program.dims else self._unbacked.setdefault(name, f"u{len(self._unbacked)}")
 
-        return _UNBACKED.sub(renamed, text)
+        return _UNBACKED.sub(new_name, expression)
 
     def _suffix(self, node: fx.Node) -> str:
         parts: list[str] = []

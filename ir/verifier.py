@@ -232,6 +232,6 @@ def _types(program: Program) -> Iterator[Problem]:
             yield node, error.what
             continue
         found = fresh.type_of_value(copied.meta.get(VAL))
-        if recorded.numbered(str(kind)) != inferred.numbered(str(found)):
+        if recorded.numbered(kind) != inferred.numbered(found):
             failed.add(node.name)
             yield node, f"its recorded type is {kind}, it computes {found}"
