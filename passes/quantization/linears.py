@@ -25,6 +25,7 @@ from graphwright.passes.quantization.weights import (
     quantize_weight,
     quantize_weight_gptq,
     quantize_weight_int8,
+    quantize_weight_int8_gptq,
 )
 
 # Relative error (root mean square) of one linear's output beyond which its weights are taken for wrong, not for
@@ -172,7 +173,7 @@ class QuantizeLinears(Pass):
         return None
 
     def _moments(self, program: Program, targets: list[LinearTarget]) -> Mapping[fx.Node, torch.Tensor]:
-        if self.calibration is None or self.rounding == "nearest" or self.activations == "int8":
+        if self.calibration is None or self.rounding == "nearest":
             return {}
         sources = list(dict.fromkeys(target.x for target in targets))
         return _Moments(program, sources, self.calibration)
@@ -186,6 +187,8 @@ class QuantizeLinears(Pass):
         if target.transposed:
             weight = weight.t()
         if self.activations == "int8":
+            if moment is not None:
+                return quantize_weight_int8_gptq(weight, moment, self.clip_search, damping=self.damping, name=name)
             return quantize_weight_int8(weight, clip_search=self.clip_search, name=name)
         form = Format(self.bits, self.group_size, self.symmetric, self.clip_search)
         if moment is not None:

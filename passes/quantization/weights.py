@@ -164,6 +164,35 @@ def quantize_weight_int8(
     return codes, scales
 
 
+def quantize_weight_int8_gptq(
+    weight: torch.Tensor, second_moment: torch.Tensor, clip_search: bool, *, damping: float, name: str = "weight"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`quantize_weight_int8`, rounded by GPTQ.
+
+    Raises:
+        InputError: the weight or the second moment holds NaN or infinity, or the latter is singular.
+    """
+    check_finite(weight, name)
+
+    def fit(columns: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return fit_grid(
+            columns.contiguous(),
+            bits=8,
+            symmetric=True,
+            clip_search=clip_search,
+            importance=importance,
+            full_range=False,
+        )
+
+    try:
+        codes, scales, _ = gptq(
+            weight, second_moment, bits=8, group_size=weight.shape[1], fit_group=fit, damping=damping
+        )
+    except InputError as error:
+        raise InputError(error.what, where=f"weight {name!r}", hint=error.hint) from error
+    return (codes.to(torch.int16) - 128).clamp_(-127, 127).to(torch.int8), scales.squeeze(1)
+
+
 def _stored_scales(scales: torch.Tensor) -> torch.Tensor:
     size = scales.abs()
     fits = bool(((size >= _HALF.tiny) & (size <= _HALF.max)).all())
