@@ -164,6 +164,16 @@ class SymbolTable:
             return int(expression)
         return re.sub(r"\b[suz]+\d+\b", lambda found: self._names.get(found.group(), found.group()), str(expression))
 
+    def concrete(self, size: int | torch.SymInt, sizes: Mapping[str, int]) -> int | None:
+        """A size when every dimension has the given one; ``None`` if it depends on values."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        names = {symbol: self._names.get(str(symbol)) for symbol in expression.free_symbols}
+        if any(name not in sizes for name in names.values()):
+            return None
+        return int(expression.subs({symbol: sizes[str(name)] for symbol, name in names.items()}))
+
     def type_of_value(self, value: Any) -> ValueType | None:
         """The type of a fake value, ``None`` for constants."""
         if isinstance(value, torch.Tensor):
