@@ -1,0 +1,50 @@
+"""Every example runs, and says what it is there to say."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from graphwright.frontends.cli.main import main
+from graphwright.frontends.recipes import load_recipe
+from graphwright.ir.program import Program
+
+# example -> what its output must hold
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "quickstart": ("quantize-linears", "torch.Size([5, 7, 64])"),
+    "custom_pass": ("aten.mul.Tensor(%x, 0.125)", "3 is no power of two", "caught: the pass 'multiply-wrongly'"),
+    "optimize_llama": ("quantize-linears", "graphwright.linear_nbits", "it gives the same logits"),
+}
+# `make demo` runs the long one, and a test of its own its short form
+ELSEWHERE = {"minilm_demo"}
+
+
+def test_every_example_is_run(repository: Path) -> None:
+    assert {path.stem for path in (repository / "examples").glob("*.py")} - ELSEWHERE == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_an_example(
+    name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "optimize_llama":
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    runpy.run_path(str(repository / "examples" / f"{name}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    for words in EXAMPLES[name]:
+        assert words in out
+
+
+def test_the_recipe(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = repository / "examples" / "recipe.toml"
+    assert [item.name for item in load_recipe(recipe).passes] == ["cleanup", "fuse-all", "quantize-linears"]
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(repository / "examples" / "quickstart.py"), run_name="__main__")
+    # The quickstart's result is quantised already; its own recipe would find nothing to do but clean up.
+    assert main(["optimize", "small", "--recipe", str(recipe), "-o", "smaller"]) == 0
+    assert [entry.pass_name for entry in Program.load("smaller").journal].count("cleanup") == 2
