@@ -2,14 +2,13 @@
 
 Layout (``linear_nbits``, ``embedding_nbits``): rows are cut into ``G = ceil(in / group_size)`` groups along the input
 dimension. A group of 8-bit codes is ``group_size`` bytes; a group of 4-bit codes is ``group_size / 2`` bytes, the even
-column in the low
-nibble. The last group is padded with its zero point, which stands for exactly 0. A weight is ``(code - zero point) ·
-scale``.
+column in the low nibble. The last group is padded with its zero point, which stands for exactly 0. A weight is
+``(code - zero point) · scale``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from graphwright.ir.ops.definition import OpDefinition
 BITS = (4, 8)
 ACTIVATION_MODES = ("per_token", "per_tensor")
 
-# Weights are dequantised in slices of at most this many elements, so that no float copy of a large layer ever exists.
-_SLICE_ELEMENTS = 1 << 22
+# Weights are dequantised in slices of at most this many elements: no float copy of a large layer ever exists, and a
+# slice is still in the cache when it is multiplied.
+_SLICE_ELEMENTS = 1 << 20
 
 
 def pack(codes: torch.Tensor, bits: int, group_size: int, zero_points: torch.Tensor | None) -> torch.Tensor:
@@ -63,9 +63,20 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The weight that packed codes stand for, ``[rows, columns]`` of ``dtype``: ``(code - zero point) · scale``."""
-    codes = unpack(qweight, bits).to(dtype)
-    zero = float(2 ** (bits - 1)) if zero_points is None else zero_points.to(dtype).unsqueeze(-1)
-    return ((codes - zero) * scales.to(dtype).unsqueeze(-1)).flatten(1)[:, :columns]
+    values = _unpack_as(qweight, bits, dtype)
+    values -= float(2 ** (bits - 1)) if zero_points is None else zero_points.to(dtype).unsqueeze(-1)
+    values *= scales.to(dtype).unsqueeze(-1)
+    return values.flatten(1)[:, :columns]
+
+
+def _unpack_as(qweight: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Codes as floats, a tensor of its own; each nibble is converted on its way to its place."""
+    if bits == 8:
+        return qweight.to(dtype)
+    codes = torch.empty(*qweight.shape, 2, dtype=dtype, device=qweight.device)
+    codes[..., 0] = qweight & 15
+    codes[..., 1] = qweight >> 4
+    return codes.flatten(-2)
 
 
 def linear_nbits(
@@ -93,14 +104,20 @@ def linear_nbits(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     values, columns = x.to(wide), x.shape[-1]
-    rows = max(1, _SLICE_ELEMENTS // max(1, qweight.shape[1] * group_size))
-    parts = []
-    for start in range(0, qweight.shape[0], rows):
-        piece = slice(start, start + rows)
+
+    def product(piece: slice) -> torch.Tensor:
         zero = zero_points[piece] if zero_points is not None else None
-        parts.append(functional.linear(values, dequantize(qweight[piece], scales[piece], zero, bits, columns, wide)))
-    result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return functional.linear(values, dequantize(qweight[piece], scales[piece], zero, bits, columns, wide))
+
+    result = _by_rows(product, len(qweight), qweight.shape[1] * group_size)
     return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
+
+
+def _by_rows(product: Callable[[slice], torch.Tensor], rows: int, columns: int) -> torch.Tensor:
+    """``[..., rows]`` from the products with slices of a weight's rows."""
+    step = max(1, _SLICE_ELEMENTS // max(1, columns))
+    parts = [product(slice(start, start + step)) for start in range(0, rows, step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def quantize_activations(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +131,9 @@ def quantize_activations(x: torch.Tensor, activation: str) -> tuple[torch.Tensor
     Returns:
         codes in 0..255 and zero points, as integers in x's dtype, and scales.
     """
-    if activation == "per_tensor":
+    if activation == "per_tensor" and x.numel() == 0:
+        low = high = x.new_zeros(())
+    elif activation == "per_tensor":
         low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     else:
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
@@ -138,12 +157,20 @@ def linear_int8_dynamic(
         activation: see :func:`quantize_activations`.
 
     Returns:
-        ``[..., out]`` of x's dtype. The sum of products is exact, as with 32-bit integer accumulators.
+        ``[..., out]`` of x's dtype. The sum of products is exact, as with 32-bit integer accumulators. The gradient for x
+        is that of ``x Ŵᵀ``: rounding counts as the identity (straight-through, Bengio et al. 2013). A row that holds NaN
+        or infinity gives NaN, and with ``per_tensor`` every row does.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    codes, scale, zero = quantize_activations(x.to(wide), activation)
+    values = x.to(wide)
+    with torch.no_grad():
+        codes, scale, zero = quantize_activations(values, activation)
+    steps = values / scale
+    # In value this is the integer `codes - zero`: neighbouring floats subtract without rounding.
+    steps = steps + (codes - zero - steps).detach()
     # Integers below 2**53 are exact in float64, and float64 has a fast matrix product where int32 has none.
-    sums = functional.linear((codes - zero).double(), qweight.double())
+    exact = steps.double()
+    sums = _by_rows(lambda piece: functional.linear(exact, qweight[piece].double()), *qweight.shape)
     result = (sums * scale.double()).to(wide) * scales.to(wide)
     return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
 
@@ -188,6 +215,7 @@ def _linear_fake(
     group_size: int,
 ) -> torch.Tensor:
     _check_packed(qweight, scales, zero_points, bits, group_size, x.shape[-1])
+    _check_vectors(qweight.shape[0], bias=bias)
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
@@ -198,6 +226,7 @@ def _dynamic_fake(
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATION_MODES)}")
     torch._check(qweight.dtype == torch.int8, lambda: f"qweight must be int8, not {qweight.dtype}")
     torch._check(qweight.shape[1] == x.shape[-1], lambda: f"x has {x.shape[-1]} features, qweight {qweight.shape[1]}")
+    _check_vectors(qweight.shape[0], scales=scales, bias=bias)
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
@@ -225,6 +254,8 @@ def _check_packed(
 ) -> None:
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, not {bits}")
+    if group_size < 1 or group_size * bits % 8:
+        raise ValueError(f"a group of {group_size} codes of {bits} bits does not fill whole bytes")
     groups = -(-int(columns) // group_size)
     expected = (qweight.shape[0], groups, group_size * bits // 8)
     torch._check(qweight.dtype == torch.uint8, lambda: f"qweight must be uint8, not {qweight.dtype}")
@@ -233,7 +264,14 @@ def _check_packed(
         tuple(scales.shape) == expected[:2], lambda: f"scales must be {expected[:2]}, not {tuple(scales.shape)}"
     )
     if zero_points is not None:
+        torch._check(zero_points.dtype == torch.uint8, lambda: f"zero points must be uint8, not {zero_points.dtype}")
         torch._check(zero_points.shape == scales.shape, lambda: "zero points must have the shape of the scales")
+
+
+def _check_vectors(rows: int, **vectors: torch.Tensor | None) -> None:
+    for name, vector in vectors.items():
+        if vector is not None and tuple(vector.shape) != (rows,):
+            raise ValueError(f"{name} must be [{rows}], not {list(vector.shape)}")
 
 
 def _linear_macs(arguments: Mapping[str, Any]) -> int:
@@ -258,14 +296,13 @@ LINEAR_NBITS = OpDefinition(
     differentiable=("x", "bias"),
 )
 
-# Rounding has no useful gradient: none flows through the activations' quantisation.
 LINEAR_INT8_DYNAMIC = OpDefinition(
     name="linear_int8_dynamic",
     schema="(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, str activation) -> Tensor",
     reference=linear_int8_dynamic,
     fake=_dynamic_fake,
     macs=_linear_macs,
-    differentiable=("bias",),
+    differentiable=("x", "bias"),
 )
 
 EMBEDDING_NBITS = OpDefinition(
