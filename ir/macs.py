@@ -52,8 +52,9 @@ def _attention(arguments: Mapping[str, Any], result: Shape) -> int:
 
 def _recurrent(arguments: Mapping[str, Any], result: Shape) -> int:
     # input: [steps, batch, features], or batch first; every step multiplies by each weight matrix once.
-    steps = math.prod(int(size) for size in arguments["input"][:2])
-    return steps * sum(math.prod(shape) for shape in arguments["params"] if len(shape) == 2)
+    read: Shape = arguments["input"]
+    weights: Sequence[Shape] = arguments["params"]
+    return math.prod(read[:2]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
 
 
 def _einsum(arguments: Mapping[str, Any], result: Shape) -> int:

@@ -13,27 +13,18 @@ from torch import fx, nn
 
 from graphwright.ir import provenance
 from graphwright.ir.arguments import canonical_call
-from graphwright.ir.conditions import holds, names_in
+from graphwright.ir.conditions import names_in
 from graphwright.ir.errors import ProgramError, TypeMismatch
 from graphwright.ir.lexer import Lexer
 from graphwright.ir.names import resolve_target
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
 from graphwright.ir.signature_text import Leaf, default_signature, read_tree
-from graphwright.ir.types import (
-    DTYPES_BY_NAME,
-    VAL,
-    Dim,
-    ScalarType,
-    SymbolTable,
-    TensorType,
-    TupleType,
-    ValueType,
-)
+from graphwright.ir.type_text import Agreement, read_type
+from graphwright.ir.types import DTYPES_BY_NAME, VAL, Dim, SymbolTable, TensorType, ValueType
 
 _CONSTANTS: dict[str, Any] = {"None": None, "True": True, "False": False}
 _FLOATS = ("inf", "nan")
-_SCALARS = ("int", "float", "bool")
 
 
 def parse(text: str, tensors: Mapping[str, torch.Tensor] | None = None) -> Program:
@@ -66,7 +57,6 @@ class _Parser:
         self.aliases: dict[str, str] = {}
         self.conditions: list[str] = []
         self.spec: dict[str, Any] = {}
-        self.sizes: dict[str, str] = {}
         self.weights: set[str] = set()
         self.inputs: set[str] = set()
 
@@ -83,6 +73,7 @@ class _Parser:
         self._header()
         placeholder = default_signature([], 1)
         self.symbols = SymbolTable({dim.name: dim for dim in dims}, self.conditions)
+        self.agreement = Agreement(self.symbols.dims)
         self.built = Program(
             fx.GraphModule(nn.Module(), fx.Graph()), placeholder, self.symbols, title=title, aliases=self.aliases
         )
@@ -387,45 +378,12 @@ class _Parser:
                 break
         return values
 
-    # -- types ---------------------------------------------------------------------------------------------------------
-
     def _written_type(self) -> ValueType | None:
-        return self._type() if self.lexer.accept(":") else None
-
-    def _type(self) -> ValueType | None:
-        lexer = self.lexer
-        if lexer.accept("("):
-            items: list[ValueType | None] = []
-            while not lexer.accept(")"):
-                items.append(self._type())
-                if not lexer.accept(","):
-                    lexer.expect(")")
-                    break
-            return TupleType(tuple(items))
-        start, word = lexer.place(), lexer.take("word", "a type")
-        if word == "None":
-            return None
-        if word in _SCALARS and lexer.accept("("):
-            expression = lexer.size()
-            lexer.expect(")")
-            return ScalarType(word, expression)
-        dtype = DTYPES_BY_NAME.get(word) or getattr(torch, word.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
-            names = ", ".join(DTYPES_BY_NAME)
-            raise lexer.error(f"'{word}' is not a type", at=start, hint=f"element types are {names}")
-        lexer.expect("[")
-        shape: list[int | str] = []
-        while not lexer.accept("]"):
-            size = lexer.size()
-            shape.append(int(size) if size.isdigit() else size)
-            if not lexer.accept(","):
-                lexer.expect("]")
-                break
-        return TensorType(dtype, tuple(shape))
+        return read_type(self.lexer) if self.lexer.accept(":") else None
 
     def _check_type(self, node: fx.Node, written: ValueType, place: int) -> None:
         inferred = self.built.type_of(node)
-        if not self._agree(inferred, written):
+        if not self.agreement(inferred, written):
             where, context = self.lexer.describe(place)
             raise TypeMismatch(
                 f"%{node.name} is {inferred}, the text says {written}",
@@ -433,35 +391,6 @@ class _Parser:
                 context=context,
                 hint="correct the type, or leave it out",
             )
-
-    def _agree(self, inferred: ValueType | None, written: ValueType | None) -> bool:
-        if inferred == written:
-            return True
-        if isinstance(inferred, TensorType) and isinstance(written, TensorType):
-            same_rank = inferred.dtype == written.dtype and len(inferred.shape) == len(written.shape)
-            return same_rank and all(map(self._same_size, inferred.shape, written.shape))
-        if isinstance(inferred, ScalarType) and isinstance(written, ScalarType):
-            return inferred.kind == written.kind and self._same_size(inferred.expression, written.expression)
-        if isinstance(inferred, TupleType) and isinstance(written, TupleType):
-            return len(inferred.items) == len(written.items) and all(map(self._agree, inferred.items, written.items))
-        return False
-
-    def _same_size(self, inferred: int | str, written: int | str) -> bool:
-        """Whether two sizes are one, though another release of torch may have spelled it differently."""
-        if inferred == written:
-            return True
-        if isinstance(inferred, int) or isinstance(written, int):
-            return False
-        try:
-            if names_in(inferred) <= set(self.symbols.dims):
-                samples = [
-                    {name: step * (index + 2) + 1 for index, name in enumerate(self.symbols.dims)} for step in (2, 5, 9)
-                ]
-                return all(holds(f"({inferred}) == ({written})", sizes) for sizes in samples)
-        except ProgramError:
-            return False
-        # Sizes that depend on values have no names of their own; their numbers say only which of them are equal.
-        return self.sizes.setdefault(written, inferred) == inferred
 
     def _at(self, place: int, action: Callable[[], Any]) -> Any:
         """Do something, and say where in the text it failed."""
