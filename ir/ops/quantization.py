@@ -88,7 +88,7 @@ def linear_nbits(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    """``y = x Ŵᵀ + b`` with ``Ŵ = (code - zero point) · scale``: weights stored as integers, computed in floating point.
+    """``y = x Ŵᵀ + b`` with ``Ŵ = (code - zero point) · scale``: stored as integers, computed in floating point.
 
     Args:
         x: ``[..., in]``, floating.
@@ -157,9 +157,9 @@ def linear_int8_dynamic(
         activation: see :func:`quantize_activations`.
 
     Returns:
-        ``[..., out]`` of x's dtype. The sum of products is exact, as with 32-bit integer accumulators. The gradient for x
-        is that of ``x Ŵᵀ``: rounding counts as the identity (straight-through, Bengio et al. 2013). A row that holds NaN
-        or infinity gives NaN, and with ``per_tensor`` every row does.
+        ``[..., out]`` of x's dtype. The sum of products is exact, as with 32-bit integer accumulators. The gradient
+        for x is that of ``x Ŵᵀ``: rounding counts as the identity (straight-through, Bengio et al. 2013). A row that
+        holds NaN or infinity gives NaN, and with ``per_tensor`` every row does.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     values = x.to(wide)
@@ -288,7 +288,8 @@ def _no_macs(arguments: Mapping[str, Any]) -> int:
 LINEAR_NBITS = OpDefinition(
     name="linear_nbits",
     schema=(
-        "(Tensor x, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int bits, int group_size) -> Tensor"
+        "(Tensor x, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int bits, int group_size)"
+        " -> Tensor"
     ),
     reference=linear_nbits,
     fake=_linear_fake,
@@ -308,8 +309,8 @@ LINEAR_INT8_DYNAMIC = OpDefinition(
 EMBEDDING_NBITS = OpDefinition(
     name="embedding_nbits",
     schema=(
-        "(Tensor indices, Tensor qweight, Tensor scales, Tensor? zero_points, int bits, int group_size, int embedding_dim)"
-        " -> Tensor"
+        "(Tensor indices, Tensor qweight, Tensor scales, Tensor? zero_points, int bits, int group_size,"
+        " int embedding_dim) -> Tensor"
     ),
     reference=embedding_nbits,
     fake=_embedding_fake,

@@ -89,7 +89,7 @@ def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_inputs_are_computed_in_float32_and_returned_as_they_came(dtype: torch.dtype) -> None:
-    packed, scales, zeros, weight = stored(4, 64, 4, 32, True)
+    packed, scales, zeros, _ = stored(4, 64, 4, 32, True)
     x = torch.randn(2, 64).to(dtype)
     found = quantization.linear_nbits(x, packed, scales.half(), zeros, None, 4, 32)
     half = dequantize(packed, scales.half(), zeros, 4, 64, torch.float64)
