@@ -37,7 +37,7 @@ def to_toml(value: Any, where: str) -> str:
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, str):
-        return json.dumps(value).replace("\x7f", "\\u007f")
+        return _text(value)
     if isinstance(value, Pass):
         return to_toml(table_of(value), where)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -56,4 +56,8 @@ def to_toml(value: Any, where: str) -> str:
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _text(key)
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

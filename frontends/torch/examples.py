@@ -105,13 +105,24 @@ def unwrap(model: Any) -> nn.Module:
         )
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in named:
-            if tensor.device.type != "cpu":
-                raise InputError(
-                    f"the {kind} {name!r} is on the device {tensor.device}; models are traced on the CPU",
-                    where="argument 'model'",
-                    hint="load its weights first" if tensor.is_meta else "use model.cpu()",
-                )
+            _check_tensor(f"the {kind} {name!r}", tensor)
     return model
+
+
+def _check_tensor(what: str, tensor: torch.Tensor) -> None:
+    where = "argument 'model'"
+    if tensor.device.type != "cpu":
+        raise InputError(
+            f"{what} is on the device {tensor.device}; models are traced on the CPU",
+            where=where,
+            hint="load its weights first" if tensor.is_meta else "use model.cpu()",
+        )
+    if tensor.is_inference():
+        raise InputError(
+            f"{what} was made under torch.inference_mode(), which keeps it from ever being traced or trained",
+            where=where,
+            hint="make or load the model outside of it; torch.no_grad() does no harm",
+        )
 
 
 def bind(model: nn.Module, example_inputs: ExampleInputs, example_kwargs: Mapping[str, Any] | None = None) -> Call:

@@ -111,7 +111,8 @@ def _choices(call: Call, roles: Roles) -> list[list[str]]:
     leaves = call.leaves()
     names, present, wide = names_of(roles), sizes_of(leaves, roles), widened_sizes(leaves, roles)
     changed = [name for name in names if present[name] != wide[name]]
-    choices = [names, *([name for name in names if name != left_out] for left_out in changed)]
+    # The batch is the last to be given up.
+    choices = [names, *([name for name in names if name != left_out] for left_out in reversed(changed))]
     choices += [[name for name in names if name not in changed], []]
     return [choice for index, choice in enumerate(choices) if choice not in choices[:index]]
 

@@ -124,6 +124,12 @@ def test_a_live_model_is_left_as_it_was() -> None:
     assert_same(program, model.eval(), ((2, 8),))
 
 
+def test_a_program_on_disk_is_called_like_the_model(tmp_path: Path) -> None:
+    model = make_model("t5")
+    load_huggingface(model).save(tmp_path)
+    assert_same(Program.load(tmp_path), model, ((2, 7),))
+
+
 def test_shards_and_dtype(tmp_path: Path) -> None:
     model = make_model("qwen2")
     model.save_pretrained(tmp_path, max_shard_size="40KB")

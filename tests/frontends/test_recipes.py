@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graphwright.frontends.recipes import Recipe, format_recipe, load_recipe, parse_recipe, save_recipe
+from graphwright.frontends.toml import to_toml
 from graphwright.ir.errors import InputError, RecipeError
 from graphwright.ir.program import Program
 from graphwright.passes import registry
@@ -20,6 +24,11 @@ from graphwright.passes.contract import Approximate, Contract
 from graphwright.passes.pipeline import Pipeline
 from graphwright.passes.selection import Select
 from graphwright.passes.verification import Verification
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -208,3 +217,14 @@ def test_functions_cannot_be_written(tmp_path: Path) -> None:
         save_recipe(passes, file)
     assert "glob" in str(caught.value)
     assert not file.exists()
+
+
+_PLAIN = st.one_of(st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False), st.text())
+_VALUES = st.recursive(
+    _PLAIN, lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(min_size=1), inner)), max_leaves=8
+)
+
+
+@given(_VALUES)
+def test_any_value_is_written_so_that_it_reads_back(value: Any) -> None:
+    assert tomllib.loads(f"value = {to_toml(value, 'here')}")["value"] == value

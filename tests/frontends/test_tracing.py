@@ -402,6 +402,11 @@ def test_a_size_that_cannot_vary_is_the_examples() -> None:
         program = trace(single, torch.randn(1, 1, 8))  # channels and batch are 1, and only the batch may change
     x = torch.randn(5, 1, 8)
     assert_equal(program(x), single(x))
+    double = nn.Conv1d(2, 4, 3)
+    with pytest.warns(UserWarning, match="sequence = 2 only"):
+        program = trace(double, torch.randn(1, 2, 9))
+    x = torch.randn(5, 2, 9)
+    assert_equal(program(x), double(x))
 
 
 def test_fixed_sizes() -> None:

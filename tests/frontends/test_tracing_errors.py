@@ -152,11 +152,17 @@ def test_example_inputs_that_do_not_fit(examples: Any, words: str) -> None:
     assert words in str(caught.value)
 
 
+def inference_model() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(4, 4)
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
         (torch.nn.functional.relu, "expected an nn.Module"),
         (nn.Linear(4, 4, device="meta"), "load its weights first"),
+        (inference_model(), "torch.inference_mode()"),
         (torch.jit.script(nn.Linear(4, 4)), "TorchScript"),
     ],
 )
