@@ -13,7 +13,7 @@ from graphwright.ir.errors import ContractViolation, InputError
 from graphwright.ir.program import Program, Snapshot
 from graphwright.ir.types import DTYPE_NAMES
 from graphwright.passes.base import Pass
-from graphwright.passes.contract import Approximate, Contract, Exact
+from graphwright.passes.contract import Approximate, Contract, Exact, Retrain
 from graphwright.passes.hooks import Hook
 from graphwright.passes.report import PassRecord, Report
 from graphwright.passes.verification import precise
@@ -207,6 +207,8 @@ class Verifier(Hook):
                 hint="the program was rolled back",
             )
 
+        if isinstance(value, torch.Tensor) and value.dtype != previous.dtype and not isinstance(contract, Retrain):
+            raise broken(f"the output is {value.dtype} instead of {previous.dtype}")
         if to_previous.reason and not isinstance(contract, Approximate):
             raise broken(to_previous.reason)
         if isinstance(contract, Exact):

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphwright.ir.arguments import argument
 from graphwright.ir.program import Program, Snapshot
 from graphwright.ir.provenance import path_of
 from graphwright.passes.verification.comparison import Difference, compare
 from graphwright.passes.verification.constants import native_constant
 from graphwright.passes.verification.precise import run_node, wide
+from graphwright.passes.verification.tables import compare_tables, is_lookup
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class _Check:
             self.computed[node] = value
             return
         self._compare(node, value, claims)
+        for claim in claims:
+            self._compare_table(node, claim)
         # Cut: what follows reads the old value, so that an error is charged to the node that makes it and to no other.
         self.identity[node] = claims[0]
 
@@ -130,6 +134,17 @@ class _Check:
             native is not None and native.dtype == stored.dtype and compare(stored, native).worst == 0.0
             for native in natives
         )
+
+    def _compare_table(self, node: fx.Node, claim: str) -> None:
+        """Compare all rows of a lookup that stands for a lookup with the same indices."""
+        old = self.old_nodes[claim]
+        if not is_lookup(node) or not is_lookup(old):
+            return
+        indices, wanted = argument(node, "indices"), argument(old, "indices")
+        if self._canonical(self.identity.get(indices, "?")) != self._canonical(wanted.name):
+            return
+        difference = compare_tables(self.program, node, old, self.value_of, self._old_value)
+        self.found.append(NodeDifference(node.name, path_of(node), claim, difference))
 
     def _compare(self, node: fx.Node, value: Any, claims: list[str]) -> None:
         """Compare a value with every old one it stands for, and note which of those are interchangeable."""
@@ -179,9 +194,10 @@ class _Check:
             self.found.append(NodeDifference(output.name, f"output {index}", old_output.name, difference))
 
     def _old_output(self, item: Any) -> Any:
-        if not isinstance(item, fx.Node):
-            return item
-        return wide(self.before.tensors[str(item.target)]) if item.op == "get_attr" else self.old_values[item.name]
+        return wide(self._old_value(item)) if isinstance(item, fx.Node) else item
+
+    def _old_value(self, node: fx.Node) -> Any:
+        return self.before.tensors[str(node.target)] if node.op == "get_attr" else self.old_values[node.name]
 
 
 def _claims(replacements: Mapping[str, str], old_values: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping
 
@@ -9,10 +10,11 @@ import torch
 from torch import fx
 
 from graphwright.ir.arguments import argument
+from graphwright.ir.conditions import holds
 from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
-from graphwright.ir.types import TensorType
+from graphwright.ir.types import Dim, TensorType
 
 # Operators that only move the values of their operand; followed to find what an input is used for.
 _MOVES = (
@@ -29,15 +31,32 @@ _MOVES = (
     "transpose",
 )
 
+# How far from the wanted size of a dimension one that meets the program's conditions is looked for.
+_SEARCHED = 9
+
 
 def small_sizes(program: Program, variant: int = 0) -> dict[str, int]:
-    """Small sizes for every dimension, differing by variant, within the program's limits."""
-    bases = {"batch": (2, 1, 3), "sequence": (9, 13, 6)}
-    sizes: dict[str, int] = {}
+    """Small sizes for every dimension, differing by variant, within the program's limits and conditions.
+
+    Variant 1 takes 1 for every dimension that may be 1: what a rewrite does to a single row or token shows only there.
+    """
+    bases = {"batch": (2, 1, 3), "sequence": (9, 1, 13)}
+    wanted: list[int] = []
     for index, dim in enumerate(program.dims.values()):
-        choice = bases.get(dim.name, (5 + index, 7 + index, 4 + index))[variant % 3]
-        sizes[dim.name] = min(max(choice, dim.min), dim.max if dim.max is not None else choice)
-    return sizes
+        choice = bases.get(dim.name, (5 + index, 1, 4 + index))[variant % 3]
+        wanted.append(min(max(choice, dim.min), dim.max if dim.max is not None else choice))
+    dims = list(program.dims.values())
+    for sizes in itertools.product(*(_nearby(dim, size) for dim, size in zip(dims, wanted, strict=True))):
+        named = {dim.name: size for dim, size in zip(dims, sizes, strict=True)}
+        if all(holds(condition, named) for condition in program.symbols.conditions):
+            return named
+    return {dim.name: dim.hint for dim in dims}
+
+
+def _nearby(dim: Dim, size: int) -> list[int]:
+    """A size, and those around it that the dimension admits."""
+    around = [size] + [size + sign * step for step in range(1, _SEARCHED) for sign in (1, -1)]
+    return [candidate for candidate in around if candidate >= 1 and dim.admits(candidate)] or [dim.hint]
 
 
 def sample(
