@@ -62,7 +62,7 @@ def check_trace(program: Program, model: nn.Module, call: Call, roles: Roles) ->
             where=type(model).__name__,
             hint=f"leave {', '.join(names_of(roles))} open one by one with dynamic= to find which the model burns in",
         )
-    _settle_ones(program, run, present)
+    _settle_ones(program, run, other or present)
 
 
 class _Comparison:
@@ -123,20 +123,21 @@ def _possible(program: Program, sizes: Mapping[str, int]) -> bool:
     return all(holds(condition, sizes) for condition in program.symbols.conditions)
 
 
-def _settle_ones(program: Program, run: _Comparison, present: Mapping[str, int]) -> None:
+def _settle_ones(program: Program, run: _Comparison, others: Mapping[str, int]) -> None:
+    """Where sizes of 1 take another path, take them out of the limits; ``others`` are the sizes beside the 1."""
     symbols = program.symbols
     shown: list[dict[str, int]] = []
     for name, dim in list(symbols.dims.items()):
         if dim.min > 1:
             continue
-        sizes = {**present, name: 1}
+        sizes = {**others, name: 1}
         if run(sizes) == "":
             shown.append(sizes)
         else:
             symbols.dims[name] = dataclasses.replace(dim, min=2)
     ones = [name for name, dim in symbols.dims.items() if dim.min == 1]
     if len(ones) > 1:
-        sizes = {**present, **dict.fromkeys(ones, 1)}
+        sizes = {**others, **dict.fromkeys(ones, 1)}
         if run(sizes) == "":
             shown.append(sizes)
         else:
