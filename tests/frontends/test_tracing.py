@@ -402,6 +402,12 @@ def test_a_size_that_cannot_vary_is_the_examples() -> None:
         program = trace(single, torch.randn(1, 1, 8))  # channels and batch are 1, and only the batch may change
     x = torch.randn(5, 1, 8)
     assert_equal(program(x), single(x))
+    wide = nn.Conv1d(4, 4, 9)
+    program = trace(wide, torch.randn(3, 4, 20), dynamic={"input": {0: "batch", 2: "length"}})
+    assert program.dims["batch"].min == 1  # though no length of 1 can be run
+    assert program.dims["length"].min > 1
+    x = torch.randn(1, 4, 33)
+    torch.testing.assert_close(program(x), wide(x))
     double = nn.Conv1d(2, 4, 3)
     with pytest.warns(UserWarning, match="sequence = 2 only"):
         program = trace(double, torch.randn(1, 2, 9))
