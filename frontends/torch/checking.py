@@ -64,7 +64,7 @@ def check_trace(program: Program, model: nn.Module, call: Call, roles: Roles) ->
             raise TraceError(
                 f"the trace holds for the traced sizes only: {difference} with {_text(sizes)}",
                 where=type(model).__name__,
-                hint=f"leave {', '.join(names_of(roles))} open one by one with dynamic= to find which the model burns in",
+                hint=f"leave {', '.join(names_of(roles))} open one by one with dynamic= to find the cause",
             )
         others = sizes
         break
