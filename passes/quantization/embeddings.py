@@ -17,8 +17,10 @@ from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract
 from graphwright.passes.quantization.linears import check_format, store
+from graphwright.passes.quantization.loss import Loss, report_entries
 from graphwright.passes.quantization.targets import LinearTarget, embedding_objection, linear_target
 from graphwright.passes.quantization.weights import Format, quantize_weight
+from graphwright.passes.selection import Predicate
 
 _LOCAL_LIMITS = {8: 0.05, 4: 0.35}
 
@@ -34,8 +36,7 @@ class QuantizeEmbeddings(Pass):
         %e = graphwright.embedding_nbits(%ids, %qweight, %scales, %zero_points, 8, 384, 384)
 
     A table that is tied to the output head is left alone unless ``tied`` is set; then table and head read the same
-    packed
-    storage, and the head becomes ``graphwright.linear_nbits``.
+    packed storage, and the head becomes ``graphwright.linear_nbits``.
 
     It does not fire on: embeddings outside ``where``; tables tied to something else; tables that are computed or not
     floating.
@@ -75,37 +76,49 @@ class QuantizeEmbeddings(Pass):
         """
         tables = self._tables(program)
         form = Format(self.bits, self.group_size, self.symmetric, self.clip_search)
+        losses: dict[str, Loss] = {}
         with program.edit() as rewriter:
             for table, users in tables.items():
                 name = str(table.target)
                 packed = quantize_weight(program.tensor(table), form, name=name)
+                losses[name] = packed.loss
                 operands = store(rewriter, packed, name.removesuffix(".weight"), users[0])
                 columns = program.tensor(table).shape[1]
                 for user in users:
                     self._rewrite(rewriter, program, user, operands, packed.group_size, columns)
             program.notes["tables"] = len(tables)
+            if losses:
+                program.notes.update(report_entries(losses))
             return rewriter.changed
 
     def _tables(self, program: Program) -> dict[fx.Node, list[fx.Node]]:
         chosen = self.selected(program)
         tables: dict[fx.Node, list[fx.Node]] = {}
-        refusals: list[Refusal] = []
+        reasons: dict[fx.Node, str] = {}
         for node in program.nodes:
             if op_name(node) != "aten.embedding":
                 continue
-            reason = embedding_objection(program, node, tied=self.tied)
-            protected = tags_of(node) & self.respects
-            if not chosen(node):
-                reason = "not selected by where= / ignore="
-            elif protected:
-                reason = f"it is tagged {', '.join(sorted(protected))}, which this pass leaves alone"
+            reason = self._refuse(program, node, chosen)
             if reason is None:
                 table = arguments_of(node)["weight"]
                 tables[table] = list(table.users)
             else:
-                refusals.append(Refusal(self.name, node.name, path_of(node), reason, 1))
+                reasons[node] = reason
+        refusals = [Refusal(self.name, node.name, path_of(node), reason, 1) for node, reason in reasons.items()]
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
         return tables
+
+    def _refuse(self, program: Program, node: fx.Node, chosen: Predicate) -> str | None:
+        if not chosen(node):
+            return "not selected by where= / ignore="
+        for reader in arguments_of(node)["weight"].users:
+            protected = tags_of(reader) & self.respects
+            if protected:
+                place = "it" if reader is node else f"%{reader.name}, which reads the same table,"
+                return f"{place} is tagged {', '.join(sorted(protected))}, which this pass leaves alone"
+            if op_name(reader) == "aten.embedding" and not chosen(reader):
+                return f"its table is also read by %{reader.name}, which is not selected, and would be stored twice"
+        return embedding_objection(program, node, tied=self.tied)
 
     def _rewrite(
         self,

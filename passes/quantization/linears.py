@@ -18,8 +18,10 @@ from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract
 from graphwright.passes.quantization.calibration import Batch, second_moments
-from graphwright.passes.quantization.targets import LinearTarget, is_head, linear_target
+from graphwright.passes.quantization.loss import report_entries
+from graphwright.passes.quantization.targets import LinearTarget, half_shared, is_head, linear_target
 from graphwright.passes.quantization.weights import (
+    ChannelWeight,
     Format,
     PackedWeight,
     quantize_weight,
@@ -52,14 +54,15 @@ class QuantizeLinears(Pass):
         %y = graphwright.linear_int8_dynamic(%x, %qweight, %scales, %b, "per_token")        activations="int8"
 
     Linears spelled ``addmm``, ``mm`` or ``matmul`` with a constant weight (GPT-2) count. A weight that several linears
-    share is
-    quantised once and stays shared. The new weights are named after the old one: ``….q_proj.weight`` becomes
-    ``….q_proj.qweight``,
-    ``….q_proj.scales`` and ``….q_proj.zero_points``.
+    share is quantised once and stays shared. The new weights are named after the old one: ``….q_proj.weight`` becomes
+    ``….q_proj.qweight``, ``….q_proj.scales`` and ``….q_proj.zero_points``.
+
+    The report names the weights that lost most, with their signal-to-noise ratio: of the weight itself, or with GPTQ of
+    the outputs on the calibration data.
 
     It does not fire on: linears outside ``where``; the output head (see ``lm_head``); nodes with a protected tag; a
-    weight that is
-    computed, not a floating matrix, or of another dtype than the input; ``addmm`` with factors.
+    weight that is computed, not a floating matrix, of another dtype than the input, or that something else reads which
+    stays in floating point (a tied embedding: it would be stored twice); ``addmm`` with factors.
 
     Attributes:
         bits: 8 or 4.
@@ -132,35 +135,39 @@ class QuantizeLinears(Pass):
         Raises:
             InputError: a weight or the calibration data holds NaN or infinity.
         """
-        targets = list(self._targets(program))
+        targets = self._targets(program)
         moments = self._moments(program, targets)
-        packed: dict[fx.Node, PackedWeight | tuple[torch.Tensor, torch.Tensor]] = {}
+        packed: dict[str, PackedWeight | ChannelWeight] = {}
         with program.edit() as rewriter:
             for target in targets:
-                if target.weight not in packed:
-                    packed[target.weight] = self._quantize(program, target, moments.get(target.x))
-                self._rewrite(rewriter, target, packed[target.weight])
+                name = str(target.weight.target)
+                if name not in packed:
+                    packed[name] = self._quantize(program, target, moments.get(target.x))
+                self._rewrite(rewriter, target, packed[name])
             program.notes["linears"] = len(targets)
+            if packed:
+                program.notes.update(report_entries({name: found.loss for name, found in packed.items()}))
             return rewriter.changed
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
-    def _targets(self, program: Program) -> Iterator[LinearTarget]:
+    def _targets(self, program: Program) -> list[LinearTarget]:
         chosen = self.selected(program)
-        refusals: list[Refusal] = []
+        targets: list[LinearTarget] = []
+        reasons: dict[fx.Node, str] = {}
         for node in program.nodes:
-            if node.op != "call_function":
-                continue
-            found = linear_target(program, node)
+            found = linear_target(program, node) if node.op == "call_function" else None
             if found is None:
                 continue
             reason = found if isinstance(found, str) else self._refuse(program, node, chosen(node))
-            if reason is None:
-                assert isinstance(found, LinearTarget)
-                yield found
-            else:
-                refusals.append(Refusal(self.name, node.name, path_of(node), reason, 1))
+            if reason is not None:
+                reasons[node] = reason
+            elif isinstance(found, LinearTarget):
+                targets.append(found)
+        reasons.update(half_shared(program, targets))
+        refusals = [Refusal(self.name, node.name, path_of(node), reason, 1) for node, reason in reasons.items()]
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
+        return [target for target in targets if target.node not in reasons]
 
     def _refuse(self, program: Program, node: fx.Node, selected: bool) -> str | None:
         if not selected:
@@ -182,22 +189,22 @@ class QuantizeLinears(Pass):
 
     def _quantize(
         self, program: Program, target: LinearTarget, moment: torch.Tensor | None
-    ) -> PackedWeight | tuple[torch.Tensor, torch.Tensor]:
+    ) -> PackedWeight | ChannelWeight:
         weight, name = program.tensor(target.weight), str(target.weight.target)
         if target.transposed:
             weight = weight.t()
         if self.activations == "int8":
             if moment is not None:
-                return quantize_weight_int8_gptq(weight, moment, self.clip_search, damping=self.damping, name=name)
+                return quantize_weight_int8_gptq(
+                    weight, moment, clip_search=self.clip_search, damping=self.damping, name=name
+                )
             return quantize_weight_int8(weight, clip_search=self.clip_search, name=name)
         form = Format(self.bits, self.group_size, self.symmetric, self.clip_search)
         if moment is not None:
             return quantize_weight_gptq(weight, moment, form, damping=self.damping, name=name)
         return quantize_weight(weight, form, name=name)
 
-    def _rewrite(
-        self, rewriter: Rewriter, target: LinearTarget, packed: PackedWeight | tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
+    def _rewrite(self, rewriter: Rewriter, target: LinearTarget, packed: PackedWeight | ChannelWeight) -> None:
         node, tags = target.node, ("quantized",)
         base = str(target.weight.target).removesuffix(".weight")
         if isinstance(packed, PackedWeight):
@@ -213,8 +220,8 @@ class QuantizeLinears(Pass):
                 tags=tags,
             )
         else:
-            codes = rewriter.weight(f"{base}.qweight", packed[0], like=node, tags=tags)
-            scales = rewriter.weight(f"{base}.scales", packed[1], like=node, tags=tags)
+            codes = rewriter.weight(f"{base}.qweight", packed.qweight, like=node, tags=tags)
+            scales = rewriter.weight(f"{base}.scales", packed.scales, like=node, tags=tags)
             new = rewriter.call(
                 "graphwright.linear_int8_dynamic",
                 target.x,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,28 @@ def _objection(program: Program, target: LinearTarget) -> str | None:
         if not isinstance(bias, TensorType) or len(bias.shape) != 1:
             return "its bias is not a vector"
     return None
+
+
+def half_shared(program: Program, targets: Sequence[LinearTarget]) -> dict[fx.Node, str]:
+    """Linears whose weight something else reads too that would keep it in floating point, and the reason in words.
+
+    Quantising such a linear would leave the program with both forms of the weight.
+    """
+    form = {target.node: (str(target.weight.target), target.transposed) for target in targets}
+    readers: dict[str, list[fx.Node]] = {}
+    for node in program.nodes:
+        if node.op == "get_attr":
+            readers.setdefault(str(node.target), []).extend(node.users)
+    reasons: dict[fx.Node, str] = {}
+    for target in targets:
+        others = [user for user in readers[form[target.node][0]] if form.get(user) != form[target.node]]
+        if not others:
+            continue
+        reason = f"its weight is also read by %{others[0].name}, which is not quantised, and would be stored twice"
+        if op_name(others[0]) == "aten.embedding":
+            reason += " (QuantizeEmbeddings(tied=True) quantises a table and the head tied to it)"
+        reasons[target.node] = reason
+    return reasons
 
 
 def is_head(program: Program, node: fx.Node) -> bool:

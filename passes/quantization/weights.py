@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from graphwright.ir.errors import InputError
 from graphwright.ir.ops.quantization import pack
-from graphwright.passes.quantization.gptq import gptq
+from graphwright.passes.quantization.gptq import FitGroup, gptq
 from graphwright.passes.quantization.grids import fit_grid, round_to_grid
+from graphwright.passes.quantization.loss import Loss
 
 # Elements worked on at once: the temporaries of a slice stay in a core's cache.
 _SLICE_ELEMENTS = 1 << 18
@@ -42,22 +44,30 @@ class Format:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A quantised weight in the layout of :mod:`graphwright.ir.ops.quantization`."""
+    """A quantised weight in the layout of :mod:`graphwright.ir.ops.quantization`, with what it cost."""
 
     qweight: torch.Tensor
     scales: torch.Tensor
     zero_points: torch.Tensor | None
     group_size: int
+    loss: Loss
 
 
-def check_finite(weight: torch.Tensor, name: str) -> None:
-    """Refuse a weight no grid can hold.
+@dataclass(frozen=True)
+class ChannelWeight:
+    """A weight as int8 codes in ±127 ``[rows, columns]`` with one float32 scale per row, and what it cost."""
 
-    Raises:
-        InputError: it holds NaN or infinity.
-    """
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError("holds NaN or infinity and cannot be quantised", where=f"weight {name!r}")
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    loss: Loss
+
+
+def _not_finite(name: str) -> InputError:
+    return InputError(
+        "holds NaN or infinity and cannot be quantised",
+        where=f"weight {name!r}",
+        hint="repair the checkpoint, or leave the layer out with ignore=",
+    )
 
 
 def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight") -> PackedWeight:
@@ -74,34 +84,46 @@ def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight")
     rows, columns = weight.shape
     group = form.columns_per_group(columns)
     groups = -(-columns // group)
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
     scales, zeros = torch.empty(rows, groups), torch.empty(rows, groups)
+    with torch.no_grad():
+        for _, span, block in _blocks(weight, group):
+            scales[span], zeros[span] = fit_grid(
+                block, bits=form.bits, symmetric=form.symmetric, clip_search=form.clip_search
+            )
+            # NaN and infinity reach the scales: the extremes they are made from take them over.
+            if not bool(torch.isfinite(scales[span]).all()):
+                raise _not_finite(name)
+        stored = _stored_scales(scales)
+        codes, loss = torch.empty(rows, columns, dtype=torch.uint8), Loss()
+        for piece, span, block in _blocks(weight, group):
+            scale, zero = stored[span].to(torch.float32), zeros[span]
+            found = round_to_grid(block, scale, zero, form.bits)
+            codes[piece] = found.flatten(1).to(torch.uint8)
+            loss.add(found.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)), block)
+    return _packed(codes, stored, zeros, form, group, loss)
+
+
+_Span = tuple[slice, slice]
+
+
+def _blocks(weight: torch.Tensor, group: int) -> Iterator[tuple[_Span, _Span, torch.Tensor]]:
+    """Slices of a weight in float32, cut into groups ``[rows, groups, group]``.
+
+    Yields the slice's place in the weight, that of its groups, and its values. The last group of rows that do not
+    divide comes by itself, shorter.
+    """
+    rows, columns = weight.shape
     step = max(1, _SLICE_ELEMENTS // max(1, columns))
     whole = columns // group
-    with torch.no_grad():
-        for start in range(0, rows, step):
-            piece = weight[start : start + step].detach().to(torch.float32)
-            check_finite(piece, name)
-            spans = [(0, whole)] if whole else []
-            spans += [(whole, groups)] if whole < groups else []
-            for first, last in spans:
-                left, right = first * group, min(last * group, columns)
-                block = piece[:, left:right].reshape(len(piece), last - first, -1)
-                fitted, zero = fit_grid(block, bits=form.bits, symmetric=form.symmetric, clip_search=form.clip_search)
-                scales[start : start + step, first:last], zeros[start : start + step, first:last] = fitted, zero
-    stored = _stored_scales(scales)
-    with torch.no_grad():
-        for start in range(0, rows, step):
-            piece = weight[start : start + step].detach().to(torch.float32)
-            for first, last in [(0, whole), (whole, groups)]:
-                if first == last:
-                    continue
-                left, right = first * group, min(last * group, columns)
-                block = piece[:, left:right].reshape(len(piece), last - first, -1)
-                span = (slice(start, start + step), slice(first, last))
-                found = round_to_grid(block, stored[span].to(torch.float32), zeros[span], form.bits)
-                codes[start : start + step, left:right] = found.reshape(len(piece), -1)
-    return _packed(codes, stored, zeros, form, group)
+    for start in range(0, rows, step):
+        down = slice(start, min(start + step, rows))
+        piece = weight[down].detach().to(torch.float32)
+        if whole:
+            across = slice(0, whole * group)
+            yield (down, across), (down, slice(0, whole)), piece[:, across].reshape(len(piece), whole, group)
+        if whole * group < columns:
+            across = slice(whole * group, columns)
+            yield (down, across), (down, slice(whole, whole + 1)), piece[:, across].unsqueeze(1)
 
 
 def quantize_weight_gptq(
@@ -112,7 +134,6 @@ def quantize_weight_gptq(
     Raises:
         InputError: the weight or the second moment holds NaN or infinity, or the latter is singular.
     """
-    check_finite(weight, name)
     group = form.columns_per_group(weight.shape[1])
 
     def fit(columns: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,18 +146,31 @@ def quantize_weight_gptq(
         )
         return _stored_scales(scale).to(torch.float32), zero
 
+    codes, scales, zeros = _gptq(weight, second_moment, form.bits, group, fit, damping, name)
+    stored, group_of = _stored_scales(scales), torch.arange(weight.shape[1]) // group
+    rounded = (codes - zeros[:, group_of]) * stored.to(torch.float32)[:, group_of]
+    loss = Loss.of_outputs(rounded, weight.detach(), second_moment)
+    return _packed(codes, stored, zeros, form, group, loss)
+
+
+def _gptq(
+    weight: torch.Tensor,
+    second_moment: torch.Tensor,
+    bits: int,
+    group_size: int,
+    fit: FitGroup,
+    damping: float,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if not bool(torch.isfinite(weight).all()):
+        raise _not_finite(name)
     try:
-        codes, scales, zeros = gptq(
-            weight, second_moment, bits=form.bits, group_size=group, fit_group=fit, damping=damping
-        )
+        return gptq(weight, second_moment, bits=bits, group_size=group_size, fit_group=fit, damping=damping)
     except InputError as error:
         raise InputError(error.what, where=f"weight {name!r}", hint=error.hint) from error
-    return _packed(codes, _stored_scales(scales), zeros, form, group)
 
 
-def quantize_weight_int8(
-    weight: torch.Tensor, *, clip_search: bool, name: str = "weight"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight_int8(weight: torch.Tensor, *, clip_search: bool, name: str = "weight") -> ChannelWeight:
     """Symmetric INT8 per row, for integer products with quantised activations.
 
     Args:
@@ -144,35 +178,32 @@ def quantize_weight_int8(
         clip_search: look for the range with the least squared error.
         name: for messages.
 
-    Returns:
-        int8 codes in ±127 ``[rows, columns]`` and float32 scales ``[rows]``.
-
     Raises:
         InputError: the weight holds NaN or infinity.
     """
     rows, columns = weight.shape
-    codes, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
-    step = max(1, _SLICE_ELEMENTS // max(1, columns))
+    codes, scales, loss = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows), Loss()
     with torch.no_grad():
-        for start in range(0, rows, step):
-            piece = weight[start : start + step].detach().to(torch.float32)
-            check_finite(piece, name)
-            scale, _ = fit_grid(piece, bits=8, symmetric=True, clip_search=clip_search, full_range=False)
-            scales[start : start + step] = scale
-            steps = torch.round(piece / scale.unsqueeze(-1)).clamp_(-127, 127)
-            codes[start : start + step] = steps.to(torch.int8)
-    return codes, scales
+        for (down, _), _, block in _blocks(weight, columns):
+            piece = block.squeeze(1)
+            scale, zero = fit_grid(piece, bits=8, symmetric=True, clip_search=clip_search, full_range=False)
+            if not bool(torch.isfinite(scale).all()):
+                raise _not_finite(name)
+            scales[down] = scale
+            found = round_to_grid(piece, scale, zero, 8, lowest=1.0).sub_(zero.unsqueeze(-1))
+            codes[down] = found.to(torch.int8)
+            loss.add(found.mul_(scale.unsqueeze(-1)), piece)
+    return ChannelWeight(codes, scales, loss)
 
 
 def quantize_weight_int8_gptq(
-    weight: torch.Tensor, second_moment: torch.Tensor, clip_search: bool, *, damping: float, name: str = "weight"
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weight: torch.Tensor, second_moment: torch.Tensor, *, clip_search: bool, damping: float, name: str = "weight"
+) -> ChannelWeight:
     """As :func:`quantize_weight_int8`, rounded by GPTQ.
 
     Raises:
         InputError: the weight or the second moment holds NaN or infinity, or the latter is singular.
     """
-    check_finite(weight, name)
 
     def fit(columns: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return fit_grid(
@@ -184,13 +215,10 @@ def quantize_weight_int8_gptq(
             full_range=False,
         )
 
-    try:
-        codes, scales, _ = gptq(
-            weight, second_moment, bits=8, group_size=weight.shape[1], fit_group=fit, damping=damping
-        )
-    except InputError as error:
-        raise InputError(error.what, where=f"weight {name!r}", hint=error.hint) from error
-    return (codes.to(torch.int16) - 128).clamp_(-127, 127).to(torch.int8), scales.squeeze(1)
+    codes, scales, _ = _gptq(weight, second_moment, 8, weight.shape[1], fit, damping, name)
+    steps = (codes.to(torch.int16) - 128).clamp_(-127, 127)
+    loss = Loss.of_outputs(steps * scales, weight.detach(), second_moment)
+    return ChannelWeight(steps.to(torch.int8), scales.squeeze(1), loss)
 
 
 def _stored_scales(scales: torch.Tensor) -> torch.Tensor:
@@ -199,6 +227,8 @@ def _stored_scales(scales: torch.Tensor) -> torch.Tensor:
     return scales.to(torch.float16) if fits else scales
 
 
-def _packed(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, form: Format, group: int) -> PackedWeight:
+def _packed(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, form: Format, group: int, loss: Loss
+) -> PackedWeight:
     zero_points = None if form.symmetric else zeros.to(torch.uint8)
-    return PackedWeight(pack(codes, form.bits, group, zero_points), scales, zero_points, group)
+    return PackedWeight(pack(codes, form.bits, group, zero_points), scales, zero_points, group, loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from graphwright.passes.report import PassRecord, Report
 
 COLUMNS = ("pass", "contract", "nodes", "local error", "output error", "weights", "MACs", "run s", "check s")
@@ -88,7 +90,7 @@ def details(row: PassRecord) -> list[tuple[str, str]]:
             text += f", KL {entry['logits']['kl']:.2e} nats, top-1 agreement {entry['logits']['top1_agreement']:.1%}"
         found.append((f"output {name}", text))
     for key, value in row.notes.items():
-        if key != "worst_values":
+        if key != "worst_values" and not isinstance(value, Mapping):  # tables of numbers are for the JSON form
             found.append((key.replace("_", " "), _short(value)))
     return found
 
