@@ -18,6 +18,8 @@ Listing = Callable[[gw.Program], list[str]]
 class Applied(nn.Module):
     """A function of x and a constant table, a frozen parameter and a trainable one."""
 
+    table: torch.Tensor
+
     def __init__(self, function: Callable[..., Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.register_buffer("table", torch.randn(8, 4).to(dtype))

@@ -77,7 +77,7 @@ def test_one_linear_for_gate_and_up() -> None:
             super().__init__()
             self.gate_up = nn.Linear(8, 24, bias=False)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             gate, up = self.gate_up(x).chunk(2, dim=-1)
             return up * functional.silu(gate)
 

@@ -83,7 +83,7 @@ def test_every_spelling(approximate: str, name: str, function: Function) -> None
 @given(order=st.permutations([0, 1, 2]), nested=st.booleans(), swap=st.booleans(), divide=st.booleans())
 @settings(max_examples=12)
 def test_any_order_of_the_factors(order: list[int], nested: bool, swap: bool, divide: bool) -> None:
-    def function(x: torch.Tensor) -> torch.Tensor:
+    def function(x: torch.Tensor) -> Any:
         scaled = x / math.sqrt(2.0) if divide else math.sqrt(0.5) * x
         erf = torch.erf(scaled)
         factors: list[Any] = [x, 0.5, 1 + erf if swap else erf + 1]

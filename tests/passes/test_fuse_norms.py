@@ -239,9 +239,13 @@ def test_rms_norm_refuses_several_axes_of_torch() -> None:
     assert "last 2 axes" in refusals(FuseRMSNorm(), program)
 
 
+def with_epsilon(eps: float) -> Spelling:
+    return lambda x, w, b: x * torch.rsqrt(mean_square(x) + eps)
+
+
 def test_rms_norm_epsilon_is_kept() -> None:
     for eps in (1e-5, 1e-6, 1e-12):
-        program, _ = traced(lambda x, w, b, eps=eps: x * torch.rsqrt(mean_square(x) + eps))
+        program, _ = traced(with_epsilon(eps))
         FuseRMSNorm()(program)
         assert [node.args[2] for node in program.nodes if node.op == "call_function"] == [eps]
 

@@ -15,7 +15,7 @@ import graphwright as gw
 
 transformers = pytest.importorskip("transformers")
 
-Case = tuple[gw.Program, dict[str, torch.Tensor]]
+Case = tuple[gw.Program, dict[str, Any]]
 
 
 def shaken(model: nn.Module) -> nn.Module:
@@ -63,9 +63,9 @@ def _trace(name: str, request: pytest.FixtureRequest) -> Case:
         folder: Path = request.getfixturevalue("minilm_dir")
         encoder = transformers.AutoModel.from_pretrained(folder).eval()
         encoder.encoder.layer = encoder.encoder.layer[:3]  # the same mistakes, in half the time
-        inputs = batch(encoder.config.vocab_size, 16)
-        return gw.trace(SentenceEmbedder(encoder), inputs), inputs
-    inputs = {**batch(97, 7), "use_cache": False}
+        sentences = batch(encoder.config.vocab_size, 16)
+        return gw.trace(SentenceEmbedder(encoder), sentences), sentences
+    inputs: dict[str, Any] = {**batch(97, 7), "use_cache": False}
     if name == "llama":
         config = transformers.LlamaConfig(
             hidden_size=32,
