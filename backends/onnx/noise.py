@@ -8,7 +8,9 @@ do between implementations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from graphwright.ir.program import Program
 
 # Size of the disturbance in units of the rounding step.
 _STEPS = 1.0
-_TRIALS = 3
+_TRIALS = 2
 # Fraction of the dtype's range in which values are taken for results of arithmetic.
 _ORDINARY = 0.01
 
@@ -58,25 +60,39 @@ class _RoundedActivations(fx.Interpreter):
         return target(_rounded(args[0], block), *args[1:], **kwargs)
 
 
-def rounding_error(program: Program, inputs: Sequence[torch.Tensor]) -> list[float]:
-    """The largest change that disturbed rounding makes to each output, over a few trials."""
-    plain = run(program, inputs)
-    errors = [0.0] * len(plain)
+@dataclass(frozen=True)
+class Gap:
+    """How far one tensor is from another.
+
+    Attributes:
+        largest: largest absolute difference; infinite when one is not finite where the other is, or shapes differ.
+        spread: root mean square of the differences.
+    """
+
+    largest: float
+    spread: float
+
+    def __or__(self, other: Gap) -> Gap:
+        """The larger of both."""
+        return Gap(max(self.largest, other.largest), max(self.spread, other.spread))
+
+
+def rounding_error(program: Program, inputs: Sequence[torch.Tensor], plain: Sequence[Any]) -> list[Gap]:
+    """The largest change that disturbed rounding makes to each of the program's plain outputs, over a few trials."""
+    errors = [Gap(0.0, 0.0)] * len(plain)
     generator = torch.Generator().manual_seed(0)
     for _ in range(_TRIALS):
         with torch.no_grad():
             disturbed = _Disturbed(program.body, generator).run(*inputs)
-        errors = [
-            max(error, difference(one, other)) for error, one, other in zip(errors, plain, disturbed, strict=True)
-        ]
+        errors = [error | difference(one, other) for error, one, other in zip(errors, plain, disturbed, strict=True)]
     return errors
 
 
-def activation_error(program: Program, inputs: Sequence[torch.Tensor]) -> list[float]:
-    """The largest change that int8 activations in weight-only linears make to each output."""
+def activation_error(program: Program, inputs: Sequence[torch.Tensor], plain: Sequence[Any]) -> list[Gap]:
+    """The largest change that int8 activations in weight-only linears make to each of the program's plain outputs."""
     with torch.no_grad():
         rounded = _RoundedActivations(program.body).run(*inputs)
-    return [difference(one, other) for one, other in zip(run(program, inputs), rounded, strict=True)]
+    return [difference(one, other) for one, other in zip(plain, rounded, strict=True)]
 
 
 def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -86,18 +102,20 @@ def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     return results
 
 
-def difference(one: Any, other: Any) -> float:
-    """The largest absolute difference of two outputs; infinite when one is not finite where the other is."""
+def difference(one: Any, other: Any) -> Gap:
+    """How far two outputs are apart."""
     if not isinstance(one, torch.Tensor):
-        return 0.0 if one == other else float("inf")
+        return Gap(0.0, 0.0) if one == other else Gap(math.inf, math.inf)
     a, b = one.detach().double(), other.detach().double()
     if a.shape != b.shape:
-        return float("inf")
+        return Gap(math.inf, math.inf)
     if a.numel() == 0:
-        return 0.0
+        return Gap(0.0, 0.0)
     same = (a == b) | (a.isnan() & b.isnan())
     gap = torch.where(same, torch.zeros_like(a), (a - b).abs())
-    return float("inf") if bool(gap.isnan().any()) else float(gap.max())
+    if bool(gap.isnan().any()):
+        return Gap(math.inf, math.inf)
+    return Gap(float(gap.max()), float(gap.pow(2).mean().sqrt()))
 
 
 def _is_product(node: fx.Node) -> bool:

@@ -48,7 +48,7 @@ class OnnxExport:
     @property
     def error(self) -> float:
         """Largest absolute difference from the program."""
-        return max((each.error for each in self.differences), default=0.0)
+        return max((each.error.largest for each in self.differences), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -64,7 +64,15 @@ class OnnxExport:
             "quantized": dict(self.quantized),
             "kernels": [{"kernel": row.kernel, "count": row.count, "note": row.note} for row in self.kernels or ()],
             "differences": [
-                {"output": each.output, "sizes": each.sizes, "error": each.error, "tolerance": each.tolerance}
+                {
+                    "output": each.output,
+                    "sizes": each.sizes,
+                    "error": each.error.largest,
+                    "error_rms": each.error.spread,
+                    "tolerance": each.tolerance.largest,
+                    "tolerance_rms": each.tolerance.spread,
+                    "values_rms": each.scale,
+                }
                 for each in self.differences
             ],
         }
@@ -76,8 +84,8 @@ class OnnxExport:
         for each in self.differences:
             calls = f"{each.sizes}: " if each.sizes else ""
             lines.append(
-                f"{each.output}: {calls}{each.error:.2g} from the program (tolerance {each.tolerance:.2g}, "
-                f"values about {each.scale:.2g})"
+                f"{each.output}: {calls}{each.error.largest:.2g} from the program (tolerance "
+                f"{each.tolerance.largest:.2g}, values about {each.scale:.2g})"
             )
         if self.quantized:
             lines.append(f"{len(self.quantized)} quantised linears, all on quantised weights:")

@@ -1,8 +1,11 @@
 """Linears on int8 weights whose activations are rounded to 8 bits as they come.
 
-The runtime's integer kernels are fast for unsigned activations only (signed ones are ten times slower, onnxruntime
-1.31): symmetric activations are stored with a zero point of 128. One rounding serves every linear that reads the same
-tensor.
+One rounding serves every linear that reads the same tensor. The runtime's integer kernels take one zero point for all
+rows; one per row is brought in afterwards: with codes ``c``, row zero points ``z`` and any constant ``m``,
+
+    sum (c - z) w = sum (c - m) w - (z - m) sum w
+
+so a product with the constant 128, and a correction of rank one that joins the bias in one small Gemm.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ from torch import fx
 
 from graphwright.backends.onnx.graph import CONTRIB
 from graphwright.backends.onnx.lowering import Lowering
+from graphwright.backends.onnx.sizes import Size, product
 
-# Smallest scale of a row, so that a row of zeros is not divided by zero.
-_SMALLEST = torch.finfo(torch.float32).tiny
+# What the kernels subtract from every code. In the middle of the range, so that sums stay small in float32.
+_MIDDLE = 128
+_LEVELS = 255
+# Added to every scale: nothing to those of values that matter, and no division by zero.
+_SMALLEST = 1e-30
 
 
 def linear_int8_dynamic(
@@ -30,61 +37,103 @@ def linear_int8_dynamic(
     """``MatMulIntegerToFloat`` for the runtime; ``MatMulInteger`` and its scaling written out in portable files.
 
     ``per_tensor`` activations are rounded by ``DynamicQuantizeLinear``; ``per_token`` ones by a ``QuantizeLinear``
-    that takes one scale per row.
+    that takes one scale and zero point per row. Weights stay signed and activations unsigned: the other way round
+    onnxruntime is ten times slower (1.31, CPU).
+
+    Raises:
+        ExportError: the weights are computed, not stored, or the activations are not float32.
     """
-    if qweight.op != "get_attr":
+    if qweight.op != "get_attr" or scales.op != "get_attr":
         raise lower.refuse(node, "quantised weights must be stored, here they are computed")
-    graph, dtype = lower.graph, lower.dtype(node)
-    tensor = lower.program.tensor(qweight).detach()
+    if lower.dtype(node) != torch.float32:
+        raise lower.refuse(node, f"the runtime rounds float32 activations only, not {lower.dtype(node)}")
+    stored = lower.program.tensor(qweight).detach()
     name = str(qweight.target)
-    weight = graph.derived(f"{name}.transposed", torch.int8, (tensor.shape[1], tensor.shape[0]), tensor.t)
-    factors = lower.tensor(scales, dtype)
-    shift = lower.tensor(bias, dtype) if bias is not None else None
-    if activation == "per_token":
-        rounded, step = lower.once(("per token", lower.elements(x)), lambda: _per_token(lower, x))
-        one, middle = graph.constant(1.0, dtype), graph.constant(128, torch.uint8)
-        values = _product(lower, rounded, weight, one, factors, middle, None)
-        values.append(graph.call("Mul", values[-1], step))
-        if shift is not None:
-            values.append(graph.call("Add", values[-1], shift))
+    weight = lower.graph.derived(
+        f"{name}.transposed", torch.int8, (stored.shape[1], stored.shape[0]), lambda: stored.t()
+    )
+    factors = lower.tensor(scales, torch.float32)
+    shift = lower.tensor(bias, torch.float32) if bias is not None else None
+    if activation == "per_tensor":
+        key = ("per tensor", lower.elements(x))
+        codes, step, zero = lower.once(key, lambda: _per_tensor(lower, x))
+        values = _product(lower, codes, weight, step, factors, zero, shift)
+        result = values[-1]
     else:
-        rounded, step, middle = lower.once(("per tensor", lower.elements(x)), lambda: _per_tensor(lower, x))
-        values = _product(lower, rounded, weight, step, factors, middle, shift)
-    lower.set_rows(node, values[-1])
+        codes, step, correction = lower.once(("per token", lower.elements(x)), lambda: _per_token(lower, x))
+        one, middle = lower.graph.constant(1.0, torch.float32), lower.graph.constant(_MIDDLE, torch.uint8)
+        values = _product(lower, codes, weight, one, factors, middle, None)
+        values.append(lower.graph.call("Mul", values[-1], step))
+        columns = _columns(lower, name, stored, lower.program.tensor(scales), bias)
+        result = lower.graph.call("Gemm", correction, columns, values[-1])
+    lower.set_rows(node, result)
     lower.expect(node, "MatMulIntegerToFloat", values)
 
 
 def _product(
     lower: Lowering,
-    rounded: ir.Value,
+    codes: ir.Value,
     weight: ir.Value,
     step: ir.Value,
     factors: ir.Value,
-    middle: ir.Value,
+    zero: ir.Value,
     shift: ir.Value | None,
 ) -> list[ir.Value]:
+    """``(codes - zero) @ weight * step * factors + shift``; gives every value up to the result."""
     graph = lower.graph
     if lower.options.has_contrib:
-        operands = [rounded, weight, step, factors, middle, None, shift]
+        operands = [codes, weight, step, factors, zero, None, shift]
         return [graph.call("MatMulIntegerToFloat", *operands, domain=CONTRIB)]
-    product = graph.call("MatMulInteger", rounded, weight, middle)
-    values = [graph.call("Cast", product, to=ir.DataType.FLOAT.value)]
+    product = graph.call("MatMulInteger", codes, weight, zero)
+    values = [product, graph.call("Cast", product, to=ir.DataType.FLOAT.value)]
     values.append(graph.call("Mul", values[-1], graph.call("Mul", step, factors)))
     if shift is not None:
         values.append(graph.call("Add", values[-1], shift))
-    return [product, *values]
+    return values
 
 
 def _per_tensor(lower: Lowering, x: fx.Node) -> tuple[ir.Value, ...]:
     return lower.graph.call_many("DynamicQuantizeLinear", lower.rows(x), count=3)
 
 
-def _per_token(lower: Lowering, x: fx.Node) -> tuple[ir.Value, ir.Value]:
-    """Activations as uint8 around 128, and the scale of every row ``[rows, 1]``."""
-    graph, dtype, value = lower.graph, lower.dtype(x), lower.rows(x)
-    largest = graph.call("ReduceMax", graph.call("Abs", value), graph.integers(-1), keepdims=1)
-    step = graph.call("Mul", largest, graph.constant(1 / 127, dtype))
-    step = graph.call("Max", step, graph.constant(_SMALLEST, dtype))
-    flat = graph.call("Squeeze", step, graph.integers(1))
-    middle = graph.call("Expand", graph.constant(128, torch.uint8), graph.call("Shape", flat))
-    return graph.call("QuantizeLinear", value, flat, middle, axis=0), step
+def _per_token(lower: Lowering, x: fx.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Codes, the scale of every row ``[rows, 1]``, and the left factor of the correction ``[rows, 2]``.
+
+    On vectors the size of a batch the runtime's comparisons and selections take longer than its arithmetic, so the
+    clamping is done by Relu, and the zero points are rounded and multiplied out by (De)QuantizeLinear.
+    """
+    graph, value = lower.graph, lower.rows(x)
+    last = graph.integers(-1)
+    low = graph.call("Relu", graph.call("Neg", graph.call("ReduceMin", value, last, keepdims=0)))
+    high = graph.call("Relu", graph.call("ReduceMax", value, last, keepdims=0))
+    step = graph.call("Div", graph.call("Add", high, low), graph.constant(float(_LEVELS), torch.float32))
+    # A row of zeros has no scale; any other will do.
+    step = graph.call("Add", step, graph.constant(_SMALLEST, torch.float32))
+    zero = graph.call("QuantizeLinear", low, step, axis=0)
+    codes = graph.call("QuantizeLinear", value, step, zero, axis=0)
+    rows = product(lower.shape(x)[:-1])
+    scope, graph.scope = graph.scope, "sizes"
+    ones, middles = lower.once(("per row", rows), lambda: _per_row(lower, rows))
+    graph.scope = scope
+    offset = graph.call("DequantizeLinear", zero, step, middles, axis=0)
+    offset = graph.call("Unsqueeze", offset, last)
+    return codes, graph.call("Unsqueeze", step, last), graph.call("Concat", offset, ones, axis=1)
+
+
+def _per_row(lower: Lowering, rows: Size) -> tuple[ir.Value, ir.Value]:
+    """Ones ``[rows, 1]`` and zero points ``[rows]``."""
+    graph = lower.graph
+    ones = graph.call("Expand", graph.constant(1.0, torch.float32), lower.sizes.vector((rows, 1)))
+    middles = graph.call("Expand", graph.constant(_MIDDLE, torch.uint8), lower.sizes.vector((rows,)))
+    return ones, middles
+
+
+def _columns(lower: Lowering, name: str, stored: torch.Tensor, scales: torch.Tensor, bias: fx.Node | None) -> ir.Value:
+    """The right factor of the correction, ``[2, N]``: what a zero point takes from each output, and the bias."""
+
+    def make() -> torch.Tensor:
+        sums = stored.sum(dim=1, dtype=torch.int64).double() * scales.detach().double()
+        shift = lower.program.tensor(bias).detach().double() if bias is not None else torch.zeros_like(sums)
+        return torch.stack((-sums, shift)).float()
+
+    return lower.graph.derived(f"{name}.correction", torch.float32, (2, stored.shape[0]), make)

@@ -81,7 +81,7 @@ def _gather_block_quantized(
         block_size=block,
         bits=bits,
     )
-    lower.set(node, value)
+    lower.set(node, lower.cast(value, factors.dtype, lower.dtype(node)))
 
 
 def _gather_rows(

@@ -11,7 +11,7 @@ from graphwright.backends.onnx.graph import CONTRIB
 from graphwright.backends.onnx.lowering import Lowering
 
 KERNEL = "MatMulNBits"
-_ONNX_UINT = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+_KINDS: dict[int, torch.dtype | ir.DataType] = {4: ir.DataType.UINT4, 8: torch.uint8}
 
 
 def linear_nbits(
@@ -37,7 +37,7 @@ def linear_nbits(
     if not isinstance(columns, int):
         raise lower.refuse(node, "the input features vary from call to call")
     block = encodings.block_size(group_size, columns)
-    if bits not in _ONNX_UINT:
+    if bits not in _KINDS:
         raise lower.refuse(node, f"onnxruntime has no kernel for {bits}-bit weights", "quantise to 4 or 8 bits")
     if block is None:
         raise lower.refuse(
@@ -108,6 +108,8 @@ def _matmul_nbits(
             (weights.rows, weights.blocks),
             lambda: weights.per_block(weights.scales),
         )
+    # Scales may be stored in half precision; the runtime folds the cast when it opens the file.
+    scales = lower.cast(scales, weights.scales.dtype, lower.dtype(node))
     zero_points = None
     if weights.zero_points is not None:
         points = weights.zero_points
@@ -139,7 +141,7 @@ def _matmul_nbits(
 def _dequantize_matmul(
     lower: Lowering, node: fx.Node, x: fx.Node, weights: _Weights, bias: fx.Node | None
 ) -> list[ir.Value]:
-    graph, names, kind = lower.graph, weights.names, _ONNX_UINT[weights.bits]
+    graph, names, kind = lower.graph, weights.names, _KINDS[weights.bits]
     shape = (weights.columns, weights.rows)
     packed = graph.derived(
         f"{names[0]}.transposed",
@@ -155,6 +157,7 @@ def _dequantize_matmul(
         (weights.blocks, weights.rows),
         lambda: weights.per_block(weights.scales).t(),
     )
+    scales = lower.cast(scales, weights.scales.dtype, lower.dtype(node))
 
     def points() -> torch.Tensor:
         if weights.zero_points is None:
