@@ -18,18 +18,10 @@ from graphwright.ir.provenance import path_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import fake_of
 from graphwright.passes.base import RulePass
-from graphwright.passes.fusion.heads import (
-    Heads,
-    bare,
-    given_back,
-    in_dtype,
-    transposed,
-    unfolded,
-    unrepeated,
-    unscaled,
-)
-from graphwright.passes.fusion.masks import MaskReader, Reading, Term, never
+from graphwright.passes.fusion.heads import Heads, bare, in_dtype, unfolded, unrepeated, unscaled
+from graphwright.passes.fusion.masks import BATCH, SCORES, MaskReader, Reading, Term, never
 from graphwright.passes.fusion.matching import ASSERTIONS, drop_assertions, leak
+from graphwright.passes.fusion.products import MATRIX_PRODUCTS, weighted_sum
 from graphwright.passes.fusion.scores import Scores
 from graphwright.passes.fusion.symbolic import size_of
 
@@ -124,7 +116,10 @@ class _Attention(Rule):
             for user in list(node.users):
                 if op_name(user) in ASSERTIONS:
                     rewriter.erase(user)  # so that masks nobody reads any more can go
-        return new if fake_of(root).dim() == 4 else rewriter.call("aten.squeeze.dim", new, 1, like=root)
+        order = match.get("order")
+        if fake_of(root).dim() == 3:
+            new = rewriter.call("aten.squeeze.dim", new, 1, like=root)
+        return new if order is None else rewriter.call("aten.permute", new, list(order), like=root)
 
     def plan(
         self, match: Match, heads: Sequence[Heads], scale: float, terms: Sequence[Term], *, causal: bool = False
@@ -176,7 +171,7 @@ class _Operator(_Attention):
         if isinstance(scale, fx.Node) or (scale is None and not isinstance(width, int)):
             return "the scale is computed"
         rank = fake_of(query).dim()
-        axes = ("b", "h", "i", "j") if rank == 4 else ("b", "i", "j")
+        axes = SCORES if rank == 4 else (BATCH, *SCORES[2:])
         terms = []
         if mask is not None:
             kind = "add" if fake_of(mask).dtype.is_floating_point else "keep"
@@ -192,31 +187,30 @@ class _Parts(_Attention):
     name = "attention, spelled out"
 
     def match(self, program: Program, node: fx.Node) -> Match | tuple[int, str]:
-        product = _product_at(program, node)
-        if product is None:
+        product = _product_at(node)
+        parts = weighted_sum(product) if product is not None else None
+        if product is None or parts is None:
             return -1, ""
         scores = Scores(program, never(self.trusted))
-        if not scores.read(product.args[0]):
+        if not scores.read(parts.weights):
             return scores.miss
-        value = product.args[1]
-        if not isinstance(value, fx.Node) or scores.query is None or scores.key is None:
-            return -1, ""
-        heads = [Heads(scores.query), _key(program, scores.key), Heads(value)]
-        terms = scores.terms
+        assert scores.query is not None
+        assert scores.key is not None
+        heads, terms = [scores.query, scores.key, parts.value], scores.terms
         if fake_of(product).dim() == 3:
-            folded = [unfolded(program, item) for item in heads]
-            split = [item for item in folded if item is not None]
-            if len(split) == 3 and _split_view(product, split[0]) is not None:
-                if _split_view(product, split[0]) is not node:
-                    return -1, ""  # the view that follows is the root
-                heads = split
-            elif node is not product or scores.is_reshaped:
-                return -1, ""
-            else:
-                terms = [replace(term, axes=("b", *term.axes[1:])) for term in terms]
-        elif node is not product or scores.is_reshaped:
+            split = [item for item in (unfolded(program, item) for item in heads) if item is not None]
+            root = _split_view(product, split[0]) if len(split) == 3 else None
+            if root is not None and root is not node:
+                return -1, ""  # the view that follows is the root
+            if root is None:
+                terms = [replace(term, axes=(BATCH, *term.axes[1:])) for term in terms]
+            heads = heads if root is None else split
+        else:
+            root = product
+        if (root or product) is not node or (scores.is_reshaped and (root is None or root is product)):
             return -1, ""
-        match = Match(program, node, {"heads": heads, "terms": terms, "scale": scores.scale})
+        bound = {"heads": heads, "terms": terms, "scale": scores.scale, "order": parts.order}
+        match = Match(program, node, bound)
         match.inner = [*dict.fromkeys([*scores.inner, product, node])]
         return match
 
@@ -224,12 +218,11 @@ class _Parts(_Attention):
         return leak(match) or self.plan(match, match["heads"], match["scale"], match["terms"])
 
 
-def _product_at(program: Program, node: fx.Node) -> fx.Node | None:
+def _product_at(node: fx.Node) -> fx.Node | None:
     """The last product of an attention rooted at a node: the node itself, or the one whose batch it splits."""
-    name = op_name(node)
-    if name in ("aten.matmul", "aten.bmm"):
+    if op_name(node) in (*MATRIX_PRODUCTS, "aten.einsum"):
         return node
-    source = node.args[0] if name in _RESHAPES else None
+    source = node.args[0] if op_name(node) in _RESHAPES else None
     if isinstance(source, fx.Node) and op_name(source) == "aten.bmm" and fake_of(node).dim() == 4:
         return source
     return None
@@ -242,13 +235,6 @@ def _split_view(product: fx.Node, query: Heads) -> fx.Node | None:
         return None
     found, wanted = fake_of(users[0]).shape, query.shape()
     return users[0] if [size_of(size) for size in found[:3]] == [size_of(size) for size in wanted[:3]] else None
-
-
-def _key(program: Program, node: fx.Node) -> Heads:
-    """The key behind the second factor of the scores, with whatever scales it."""
-    outer = unscaled(program, Heads(node))
-    inner = transposed(program, given_back(program, outer.node))
-    return replace(inner, factor=inner.factor * outer.factor)
 
 
 def _shape_reason(query: Heads, key: Heads, value: Heads) -> str | None:

@@ -20,6 +20,7 @@ from graphwright.passes.cleanup.casts import CASTS
 from graphwright.passes.cleanup.effects import is_idle_dropout
 from graphwright.passes.cleanup.views import permutation
 from graphwright.passes.fusion.calculation import FORMS, calculated, compared, constant, number_of, of_dtype
+from graphwright.passes.fusion.reshapes import source_index
 from graphwright.passes.fusion.symbolic import (
     AtLeastZero,
     Element,
@@ -187,17 +188,9 @@ class Elements:
         return self.at(node.args[0], index) if is_idle_dropout(node) else None
 
     def _reshaped(self, node: fx.Node, arguments: dict[str, Any], index: Index) -> Value | None:
-        """Reshapes that only add and take away axes of size 1."""
         source = arguments["self"]
-        before, after = fake_of(source).shape, fake_of(node).shape
-        kept = [axis for axis, size in enumerate(after) if not (isinstance(size, int) and size == 1)]
-        wanted = [axis for axis, size in enumerate(before) if not (isinstance(size, int) and size == 1)]
-        if [size_of(after[axis]) for axis in kept] != [size_of(before[axis]) for axis in wanted]:
-            return None
-        found = [Linear()] * len(before)
-        for axis, origin in zip(kept, wanted, strict=True):
-            found[origin] = index[axis]
-        return self.at(source, tuple(found))
+        found = source_index(fake_of(source).shape, fake_of(node).shape, index, self.is_at_least_zero)
+        return self.at(source, found) if found is not None else None
 
     def _expanded(self, node: fx.Node, arguments: dict[str, Any], index: Index) -> Value | None:
         return self.broadcast(arguments["self"], node, index)

@@ -13,11 +13,11 @@ from graphwright.ir.program import Program
 from graphwright.ir.types import fake_of, is_tensor
 from graphwright.passes.cleanup.casts import CASTS
 from graphwright.passes.cleanup.effects import is_idle_dropout
-from graphwright.passes.fusion.heads import constant_of, scaled
+from graphwright.passes.fusion.heads import Heads, constant_of, scaled
 from graphwright.passes.fusion.masks import SCORES, Term
 from graphwright.passes.fusion.matching import tensor_type
+from graphwright.passes.fusion.products import query_and_key, transposed_key
 
-_PRODUCTS = frozenset({"aten.matmul", "aten.bmm"})
 _SOFTMAX = frozenset({"aten.softmax.int", "aten._softmax", "aten._safe_softmax"})
 _KEEPS = frozenset({"aten.clone", "aten.contiguous", "aten.alias", "aten.detach", *CASTS})
 _RESHAPES = frozenset({"aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand"})
@@ -35,8 +35,8 @@ class Scores:
         never: scores filled in at or below this are taken for "never attended".
 
     Attributes:
-        query: first factor of the scores.
-        key: second factor of the scores, transposed.
+        query: of the scores.
+        key: of the scores.
         scale: factor on the scores.
         terms: masks and what is added.
         inner: the operators that were read.
@@ -46,8 +46,8 @@ class Scores:
 
     def __init__(self, program: Program, never: float) -> None:
         self.program = program
-        self.query: fx.Node | None = None
-        self.key: fx.Node | None = None
+        self.query: Heads | None = None
+        self.key: Heads | None = None
         self.scale = 1.0
         self.terms: list[Term] = []
         self.inner: list[fx.Node] = []
@@ -122,8 +122,9 @@ class Scores:
 
     def _step(self, node: fx.Node, factor: float) -> bool:
         name = op_name(node)
-        if name in _PRODUCTS:
-            return self._product(node.args[0], node.args[1], factor)
+        factors = query_and_key(self.program, node)
+        if factors is not None:
+            return self._product(factors, factor)
         if name == "aten.baddbmm":
             return self._added_product(node, factor)
         times = scaled(self.program, node)
@@ -139,10 +140,8 @@ class Scores:
             return self._descend(node.args[0], factor)
         return self._fail(node, f"= {name} stands between the scores and softmax")
 
-    def _product(self, query: Any, key: Any, factor: float) -> bool:
-        if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
-            return False
-        self.query, self.key, self.scale = query, key, factor
+    def _product(self, factors: tuple[Heads, Heads], factor: float) -> bool:
+        (self.query, self.key), self.scale = factors, factor
         return True
 
     def _added_product(self, node: fx.Node, factor: float) -> bool:
@@ -152,7 +151,8 @@ class Scores:
             return self._fail(node, "scales the scores by a value that is computed")
         if beta:
             self._term("add", arguments["self"], node, factor * beta, is_safe=self._is_safe)
-        return self._product(arguments["batch1"], arguments["batch2"], factor * alpha)
+        query, key = arguments["batch1"], arguments["batch2"]
+        return self._product((Heads(query), transposed_key(self.program, key)), factor * alpha)
 
     def _sum(self, node: fx.Node, factor: float) -> bool:
         alpha = argument(node, "alpha")
