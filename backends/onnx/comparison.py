@@ -84,7 +84,8 @@ def compare(
         if not each.is_within:
             raise ExportError(
                 f"the exported file is {each.error.largest:.3g} from the program (root mean square "
-                f"{each.error.spread:.3g}); rounding explains {each.tolerance.largest:.3g} and {each.tolerance.spread:.3g}",
+                f"{each.error.spread:.3g}); rounding explains {each.tolerance.largest:.3g} and "
+                f"{each.tolerance.spread:.3g}",
                 where=f"output {each.output!r}, {each.sizes or 'fixed sizes'}",
                 hint="this is a fault of the export or of the runtime; nothing was written",
             )
