@@ -61,6 +61,8 @@ def _gather_block_quantized(
         (rows, blocks),
         lambda: encodings.per_block(factors, group_size, width, block),
     )
+    # The kernel computes in the scales' dtype; they may be stored in half precision, and the runtime folds the cast.
+    scales = lower.cast(scales, factors.dtype, lower.dtype(node))
     zero_points = None
     if points is not None:
         zero_points = graph.derived(
@@ -81,7 +83,7 @@ def _gather_block_quantized(
         block_size=block,
         bits=bits,
     )
-    lower.set(node, lower.cast(value, factors.dtype, lower.dtype(node)))
+    lower.set(node, value)
 
 
 def _gather_rows(
