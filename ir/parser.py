@@ -216,10 +216,8 @@ class _Parser:
             args, kwargs = canonical_call(target, args, kwargs)
             node = self._create(start, "call_function", target, args, kwargs, name)
             self._at(start, lambda: self.symbols.infer(node, self.built.tensor))
-            kind_place = lexer.place()
-            kind = self._written_type()
-            if kind is not None:
-                self._check_type(node, kind, kind_place)
+            if lexer.accept(":"):
+                self._check_type(node, lexer.place(), read_type(lexer))
         self._provenance(node)
 
     def _create(
@@ -381,7 +379,7 @@ class _Parser:
     def _written_type(self) -> ValueType | None:
         return read_type(self.lexer) if self.lexer.accept(":") else None
 
-    def _check_type(self, node: fx.Node, written: ValueType, place: int) -> None:
+    def _check_type(self, node: fx.Node, place: int, written: ValueType | None) -> None:
         inferred = self.built.type_of(node)
         if not self.agreement(inferred, written):
             where, context = self.lexer.describe(place)

@@ -179,7 +179,9 @@ class Program(nn.Module):
         for part in filter(None, owner.split(".")):
             child = module._modules.get(part)
             if child is None and isinstance(getattr(module, part, None), torch.Tensor):
-                raise ProgramError(f"the name {name!r} lies inside a weight", hint=f"{part!r} is a tensor, not a module")
+                raise ProgramError(
+                    f"the name {name!r} lies inside a weight", hint=f"{part!r} is a tensor, not a module"
+                )
             if child is None:
                 child = nn.Module()
                 module.add_module(part, child)
@@ -189,6 +191,18 @@ class Program(nn.Module):
             module.register_parameter(leaf, tensor)
         else:
             module.register_buffer(leaf, tensor)
+
+    def bind_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Bind exactly these tensors. Parameters keep this order, on which optimizers rely."""
+        present = self.tensors()
+        if list(present) == list(tensors) and all(present[name] is tensor for name, tensor in tensors.items()):
+            return
+        for module in self.body.modules():
+            for leaf in [*module._parameters, *module._buffers]:
+                self._unbind(module, leaf)
+        self._prune_empty_modules(self.body)
+        for name, tensor in tensors.items():
+            self.set_tensor(name, tensor)
 
     def drop_unused_tensors(self) -> list[str]:
         """Unbind every weight no ``get_attr`` node reads, and free it; returns the names."""
@@ -242,6 +256,9 @@ class Program(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights saved under the original names."""
         own = {name: value for name, value in state_dict.items() if name not in self.aliases}
+        for alias, name in self.aliases.items():  # a tied weight may have been saved under any of its names
+            if alias in state_dict and name not in own:
+                own[name] = state_dict[alias]
         return self.body.load_state_dict(own, strict=strict, assign=assign)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -303,15 +320,7 @@ class Program(nn.Module):
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to a state taken before. Tensors written into since cannot be brought back; see ``overwritten``."""
-        for name, current in self.tensors().items():
-            if snapshot.tensors.get(name) is not current:
-                owner, _, leaf = name.rpartition(".")
-                self._unbind(self.body.get_submodule(owner), leaf)
-        present = self.tensors()
-        for name, tensor in snapshot.tensors.items():
-            if name not in present:
-                self.set_tensor(name, tensor)
-        self._prune_empty_modules(self.body)
+        self.bind_tensors(snapshot.tensors)
         self.aliases = dict(snapshot.aliases)
         self.journal = list(snapshot.journal)
         self.replacements = {}
@@ -344,7 +353,7 @@ class Program(nn.Module):
         other = self.at(self.snapshot())
         if copy_weights:
             for name, tensor in other.tensors().items():
-                copied = tensor.detach().clone()
+                copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 other.set_tensor(name, nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied)
         return other

@@ -13,6 +13,7 @@ from graphwright.ir.arguments import canonical_call
 from graphwright.ir.errors import ProgramError, TypeMismatch
 from graphwright.ir.names import resolve_target
 from graphwright.ir.program import Program, Snapshot
+from graphwright.ir.types import VAL
 
 
 class Rewriter:
@@ -42,7 +43,7 @@ class Rewriter:
             try:
                 self._commit()
                 return
-            except ProgramError:
+            except BaseException:
                 self._roll_back()
                 raise
         self._roll_back()
@@ -91,13 +92,13 @@ class Rewriter:
         operands: list[fx.Node] = []
         fx.node.map_arg((args, kwargs), operands.append)
         graph = self.program.graph
-        moving = [node for node in operands if node.op not in ("get_attr", "placeholder")]
-        if moving:
-            place = graph.inserting_after(max(moving))
-        elif operands:
-            place = graph.inserting_before(self._first_call())
-        else:
+        first = self._first_call()
+        if not operands:
             place = graph.inserting_before(like)
+        elif max(operands) < first:  # weights and inputs only: behind all of these
+            place = graph.inserting_before(first)
+        else:
+            place = graph.inserting_after(max(operands))
         with place:
             node: fx.Node = graph.create_node("call_function", function, args, kwargs, name or _base_name(function))
         self._inherit(node, like, tags)
@@ -185,11 +186,16 @@ class Rewriter:
             TypeMismatch: the type would change, or the operands are not accepted.
         """
         before, inputs = self.program.type_of(node), list(node.all_input_nodes)
+        present = node.args, node.kwargs, node.meta[VAL]
         node.args, node.kwargs = canonical_call(node.target, args, kwargs)
-        self.program.symbols.infer(node, self.program.tensor)
-        after = self.program.type_of(node)
-        if before != after:
-            raise TypeMismatch(f"the node would become {after}, it is {before}", where=provenance.describe(node))
+        try:
+            self.program.symbols.infer(node, self.program.tensor)
+            after = self.program.type_of(node)
+            if before != after:
+                raise TypeMismatch(f"the node would become {after}, it is {before}", where=provenance.describe(node))
+        except TypeMismatch:
+            node.args, node.kwargs, node.meta[VAL] = present
+            raise
         self.changed = True
         for source in inputs:
             if not source.users:

@@ -85,7 +85,7 @@ def _document(program: Program) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "torch": torch.__version__.partition("+")[0],
-        "weights": {"file": WEIGHTS_FILE, "digest": ""},
+        "weights": {"file": WEIGHTS_FILE, "digest": "", "order": list(program.tensors())},
         "journal": [_entry(entry) for entry in program.journal],
         "text": text.splitlines(),
     }
@@ -229,11 +229,15 @@ def load(path: str | os.PathLike[str]) -> Program:
             hint=error.hint or "its files do not fit this version of graphwright or each other: save it again",
             context=error.context,
         ) from error
-    extra = sorted(set(weights) - set(program.tensors()))
-    if extra:
+    tensors, order = program.tensors(), document["weights"]["order"]
+    different = sorted({*map(str, order), *weights} ^ set(tensors))
+    if different:
         raise SerializationError(
-            f"the file holds tensors the program has not: {', '.join(extra[:5])}", where=str(weights.path)
+            f"the program and its weights file do not have the same weights; they differ in {', '.join(different[:5])}",
+            where=str(weights.path),
+            hint="copy both files of a save together",
         )
+    program.bind_tensors({name: tensors[name] for name in order})
     program.journal = [
         JournalEntry(entry["pass"], entry["options"], entry["changed"], entry["details"])
         for entry in document["journal"]
@@ -294,6 +298,7 @@ def _check_document(document: dict[str, Any], where: str) -> None:
         and isinstance(weights.get("file"), str)
         and Path(weights["file"]).name == weights["file"]
         and isinstance(weights.get("digest"), str)
+        and isinstance(weights.get("order"), list)
         and isinstance(text, list)
         and all(isinstance(line, str) for line in text)
         and isinstance(journal, list)
