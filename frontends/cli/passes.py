@@ -45,7 +45,7 @@ def describe(name: str) -> dict[str, Any]:
     text = inspect.getdoc(kind) or ""
     return {
         "name": name,
-        "summary": text.splitlines()[0] if text else "",
+        "summary": text.splitlines()[0].replace("``", "") if text else "",
         "contract": _contract(kind),
         "needs": list(kind.needs),
         "after": list(kind.after),

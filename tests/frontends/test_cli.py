@@ -106,6 +106,10 @@ def test_a_result_is_replaced_only_when_told_to(
     assert main([*arguments, "--force"]) == 0
     assert not (out / "extra").exists()
     assert json.loads(capsys.readouterr().out)["rows"]
+    # its own source may be what it replaces
+    assert main(["optimize", str(out), "--recipe", recipe, "-o", str(out), "--force"]) == 0
+    assert len(Program.load(out).journal) == 3
+    capsys.readouterr()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").write_text("x")
     assert main([*arguments[:5], str(tmp_path / "other"), "--force"]) == 2
