@@ -20,7 +20,8 @@ from graphwright.passes.pipeline import Pipeline
 class FuseAll(Pipeline):
     """Every fusion, each pattern before those that would take its parts apart.
 
-    Norms and activations first; rotary embedding before the attention it feeds; linears last, when what follows them has
+    Norms and activations first; rotary embedding before the attention it feeds; linears last, when what follows them
+    has
     its final form. Each pass is verified and reported by itself. Run ``Cleanup`` before: tracing noise hides patterns.
     """
 

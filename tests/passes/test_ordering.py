@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tests.passes.conftest import Stack
 
 import graphwright as gw
 from graphwright.passes.ordering import check_order, sorted_passes
-from tests.passes.conftest import Stack
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tests.passes.conftest import DropDropout, ScaleLinears, Stack
 from torch import nn
 
 import graphwright as gw
-from tests.passes.conftest import DropDropout, ScaleLinears, Stack
 
 Batch = dict[str, torch.Tensor]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.passes.conftest import DropDropout, Stack
 
 import graphwright as gw
 from graphwright.passes.selection import Where, predicate
-from tests.passes.conftest import DropDropout, Stack
 
 
 def paths(program: gw.Program, where: Where, ignore: Where = None) -> list[str]:
@@ -59,7 +59,9 @@ def test_a_typo_is_met_with_the_nearest_paths(program: gw.Program) -> None:
     assert "layers.0.up" in str(caught.value)
 
 
-@pytest.mark.parametrize(("where", "message"), [(3, "selects nothing"), ("re:(", "regular expression"), ([None, 3], "int")])
+@pytest.mark.parametrize(
+    ("where", "message"), [(3, "selects nothing"), ("re:(", "regular expression"), ([None, 3], "int")]
+)
 def test_malformed_selection_is_refused_at_construction(where: Where, message: str) -> None:
     with pytest.raises(gw.SelectionError, match=message):
         DropDropout(where=where)

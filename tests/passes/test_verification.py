@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tests.passes.conftest import DropDropout, Stack
 from torch import nn
 
 import graphwright as gw
@@ -13,7 +14,6 @@ from graphwright.passes.verification import precise
 from graphwright.passes.verification.comparison import compare, compare_logits
 from graphwright.passes.verification.local import check_locally
 from graphwright.passes.verification.sampling import sample, small_sizes, vocabulary
-from tests.passes.conftest import DropDropout, Stack
 
 NAN, INF = math.nan, math.inf
 
