@@ -25,7 +25,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = torch.relu(self.up(self.norm(x)))
-        return x + self.dropout(self.down(hidden))
+        result: torch.Tensor = x + self.dropout(self.down(hidden))
+        return result
 
 
 class Stack(nn.Module):

@@ -240,7 +240,7 @@ def test_bad_arguments_are_explained(stack: Stack, batch: Batch, arguments: dict
     options: dict[str, object] = {"passes": [], "example_inputs": batch, **arguments}
     passes = options.pop("passes")
     with pytest.raises(gw.InputError, match=message):
-        gw.optimize(stack, passes, **options)  # type: ignore[arg-type]
+        gw.optimize(stack, passes, **options)
 
 
 def test_max_error_is_only_for_approximate_passes() -> None:
