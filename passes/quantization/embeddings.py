@@ -16,7 +16,7 @@ from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract
-from graphwright.passes.quantization.linears import check_format, store
+from graphwright.passes.quantization.linears import check_format, stem, store
 from graphwright.passes.quantization.loss import Loss, report_entries
 from graphwright.passes.quantization.targets import LinearTarget, embedding_objection, linear_target
 from graphwright.passes.quantization.weights import Format, quantize_weight
@@ -82,7 +82,7 @@ class QuantizeEmbeddings(Pass):
                 name = str(table.target)
                 packed = quantize_weight(program.tensor(table), form, name=name)
                 losses[name] = packed.loss
-                operands = store(rewriter, packed, name.removesuffix(".weight"), users[0])
+                operands = store(rewriter, packed, stem(name), users[0])
                 columns = program.tensor(table).shape[1]
                 for user in users:
                     self._rewrite(rewriter, program, user, operands, packed.group_size, columns)

@@ -143,7 +143,7 @@ class QuantizeLinears(Pass):
                 name = str(target.weight.target)
                 if name not in packed:
                     packed[name] = self._quantize(program, target, moments.get(target.x))
-                self._rewrite(rewriter, target, packed[name])
+                self._rewrite(rewriter, self._now(program, target), packed[name])
             program.notes["linears"] = len(targets)
             if packed:
                 program.notes.update(report_entries({name: found.loss for name, found in packed.items()}))
@@ -204,9 +204,16 @@ class QuantizeLinears(Pass):
             return quantize_weight_gptq(weight, moment, form, damping=self.damping, name=name)
         return quantize_weight(weight, form, name=name)
 
+    @staticmethod
+    def _now(program: Program, target: LinearTarget) -> LinearTarget:
+        """The target as it stands: its input may be a linear that has been replaced since."""
+        found = linear_target(program, target.node)
+        assert isinstance(found, LinearTarget)
+        return found
+
     def _rewrite(self, rewriter: Rewriter, target: LinearTarget, packed: PackedWeight | ChannelWeight) -> None:
         node, tags = target.node, ("quantized",)
-        base = str(target.weight.target).removesuffix(".weight")
+        base = stem(str(target.weight.target))
         if isinstance(packed, PackedWeight):
             operands = store(rewriter, packed, base, node)
             new = rewriter.call(
@@ -220,8 +227,8 @@ class QuantizeLinears(Pass):
                 tags=tags,
             )
         else:
-            codes = rewriter.weight(f"{base}.qweight", packed.qweight, like=node, tags=tags)
-            scales = rewriter.weight(f"{base}.scales", packed.scales, like=node, tags=tags)
+            codes = rewriter.weight(f"{base}qweight", packed.qweight, like=node, tags=tags)
+            scales = rewriter.weight(f"{base}scales", packed.scales, like=node, tags=tags)
             new = rewriter.call(
                 "graphwright.linear_int8_dynamic",
                 target.x,
@@ -270,15 +277,21 @@ class _Moments(Mapping[fx.Node, torch.Tensor]):
         return {source: found[self._twins[source]] for source in lot}
 
 
+def stem(weight: str) -> str:
+    """What the names of new weights begin with: those of ``a.weight`` stand in ``a``, those of ``a.in_proj_weight``
+    beside it."""
+    return weight.removesuffix("weight") if weight.rpartition(".")[2] == "weight" else f"{weight}_"
+
+
 def store(
     rewriter: Rewriter, packed: PackedWeight, base: str, like: fx.Node
 ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """Weights of a packed matrix: codes, scales and zero points (``None`` when symmetric)."""
     tags = ("quantized",)
-    codes = rewriter.weight(f"{base}.qweight", packed.qweight, like=like, tags=tags)
-    scales = rewriter.weight(f"{base}.scales", packed.scales, like=like, tags=tags)
+    codes = rewriter.weight(f"{base}qweight", packed.qweight, like=like, tags=tags)
+    scales = rewriter.weight(f"{base}scales", packed.scales, like=like, tags=tags)
     zeros = packed.zero_points
-    zero_points = rewriter.weight(f"{base}.zero_points", zeros, like=like, tags=tags) if zeros is not None else None
+    zero_points = rewriter.weight(f"{base}zero_points", zeros, like=like, tags=tags) if zeros is not None else None
     return codes, scales, zero_points
 
 
