@@ -72,7 +72,6 @@ class FuseAttention(RulePass):
     """
 
     name: ClassVar[str] = "fuse-attention"
-    near_miss: ClassVar[int] = 4
 
     trust_masks: bool = True
 
