@@ -152,7 +152,9 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("build/demo"), help="where the files go (default: %(default)s)"
     )
-    out: Path = parser.parse_args().out
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each file when timing (default: %(default)s)")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
     folder = model_folder()
@@ -179,7 +181,7 @@ def main() -> int:
     sessions = {name: session(path) for name, path in files.items()}
     expected = embed(model, batch)
     feeds = {key: value.numpy() for key, value in batch.items()}
-    times = latencies(sessions, {key: value[:1] for key, value in feeds.items()})
+    times = latencies(sessions, {key: value[:1] for key, value in feeds.items()}, arguments.rounds)
     print(f"\n== against the original, {len(SENTENCES)} sentences\n")
     print(f"{'':6} {'file':>9} {'of fp32':>8} {'cosine mean':>12} {'min':>8} {'one sentence':>13} {'speed-up':>9}")
     good = True
@@ -230,7 +232,7 @@ def embed(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 def latencies(
-    sessions: dict[str, onnxruntime.InferenceSession], feeds: dict[str, np.ndarray], rounds: int = 15, calls: int = 20
+    sessions: dict[str, onnxruntime.InferenceSession], feeds: dict[str, np.ndarray], rounds: int, calls: int = 20
 ) -> dict[str, float]:
     """Median seconds per call. The sessions take turns, so that the machine's moods hit all alike.
 
