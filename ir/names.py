@@ -45,6 +45,18 @@ PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
 _PYTHON_NAMES: dict[Any, str] = {function: name for name, function in PYTHON_FUNCTIONS.items()}
 
 
+def check_weight_name(name: str) -> None:
+    """Check that a weight may have this name: parts joined by dots, such as ``encoder.layer.0.weight``.
+
+    torch.fx writes names into the Python code it compiles, so nothing that ends a string may stand in one.
+
+    Raises:
+        ProgramError: it may not.
+    """
+    if not all(part.isprintable() and part and not set(part) & set('"\\') for part in name.split(".")):
+        raise ProgramError(f"{name!r} is not a weight's name", hint="such as encoder.layer.0.weight")
+
+
 def target_name(target: Any) -> str:
     """The written name of a call target.
 
@@ -81,7 +93,8 @@ def resolve_target(name: str) -> Callable[..., Any]:
     base, _, overload = rest.partition(".")
     packet = getattr(getattr(torch.ops, namespace, None), base, None) if base else None
     found = getattr(packet, overload or "default", None) if packet is not None else None
-    if found is None:
+    # Not everything below torch.ops is an operator: a name in a file must not reach torch.ops.load_library.
+    if not isinstance(found, torch._ops.OpOverload):
         raise ProgramError(
             f"no operator is named {name!r}", hint="ATen names are written aten.<op> or aten.<op>.<overload>"
         )

@@ -25,6 +25,8 @@ from graphwright.ir.types import DTYPES_BY_NAME, VAL, Dim, SymbolTable, TensorTy
 
 _CONSTANTS: dict[str, Any] = {"None": None, "True": True, "False": False}
 _FLOATS = ("inf", "nan")
+# Names that the code torch.fx compiles relies on.
+_KEPT = frozenset({"self", "torch", "getattr", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
 
 
 def parse(text: str, tensors: Mapping[str, torch.Tensor] | None = None) -> Program:
@@ -199,7 +201,8 @@ class _Parser:
         lexer.next()
         if word.text == "input":
             target = lexer.string("the input's name")
-            if not target.isidentifier() or keyword.iskeyword(target) or target in self.inputs:
+            plain = target.isidentifier() and target.isascii() and not keyword.iskeyword(target)
+            if not plain or target in _KEPT or target in self.inputs:
                 raise lexer.error(f"the input's name {target!r} is not a Python name, or is used twice", at=place)
             self.inputs.add(target)
             node = self._create(start, "placeholder", target, (), {}, name)
@@ -244,8 +247,6 @@ class _Parser:
         self._provenance(node)
         if target in self.weights or target in self.aliases:
             raise lexer.error(f"the weight {target!r} has a line already, or is an alias", at=place)
-        if not all(target.split(".")):
-            raise lexer.error(f"{target!r} is not a weight's name", at=place, hint="such as encoder.layer.0.weight")
         self.weights.add(target)
         tensor = self._tensor(target, kind, strides, place)
         requires_grad = flag == "trained" or (is_parameter and flag != "frozen")
@@ -396,8 +397,6 @@ class _Parser:
             return action()
         except ProgramError as error:
             self._refuse(error, place)
-        except KeyError as error:  # set_tensor: a name that torch.nn.Module keeps for itself
-            raise self.lexer.error(f"the name cannot be used: {error.args[0]}", at=place) from error
 
     def _refuse(self, error: ProgramError, place: int) -> NoReturn:
         where, context = self.lexer.describe(place)

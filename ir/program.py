@@ -13,6 +13,7 @@ from torch import fx, nn
 from graphwright.ir.arguments import canonicalize
 from graphwright.ir.conditions import holds
 from graphwright.ir.errors import InputError, ProgramError
+from graphwright.ir.names import check_weight_name
 from graphwright.ir.signature import Signature
 from graphwright.ir.types import VAL, Dim, SymbolTable, TensorType, ValueType
 
@@ -173,7 +174,12 @@ class Program(nn.Module):
         return {**dict(self.body.named_parameters()), **dict(self.body.named_buffers())}
 
     def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Bind a name to a tensor: a parameter when it is an ``nn.Parameter``, else a buffer. Used by the rewriter."""
+        """Bind a name to a tensor: a parameter when it is an ``nn.Parameter``, else a buffer. Used by the rewriter.
+
+        Raises:
+            ProgramError: no weight can have this name.
+        """
+        check_weight_name(name)
         owner, _, leaf = name.rpartition(".")
         module: nn.Module = self.body
         for part in filter(None, owner.split(".")):
@@ -187,10 +193,13 @@ class Program(nn.Module):
                 module.add_module(part, child)
             module = child
         self._unbind(module, leaf)
-        if isinstance(tensor, nn.Parameter):
-            module.register_parameter(leaf, tensor)
-        else:
-            module.register_buffer(leaf, tensor)
+        try:
+            if isinstance(tensor, nn.Parameter):
+                module.register_parameter(leaf, tensor)
+            else:
+                module.register_buffer(leaf, tensor)
+        except KeyError as error:  # a module's, or one that torch.nn.Module keeps for itself
+            raise ProgramError(f"the name {name!r} is taken: {error.args[0]}") from error
 
     def bind_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Bind exactly these tensors. Parameters keep this order, on which optimizers rely."""

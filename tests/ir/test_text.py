@@ -333,8 +333,13 @@ HEAD = 'program P(batch: 1..) {\n  %x = input "x" : f32[batch, 4]\n'
         (HEAD + '  %w = weight "a..b" : f32[3]', "line 3, column 15", "is not a weight's name"),
         (HEAD + '  %w = weight "w" : f32[99999999999999999999]', "line 3, column 15", "there is no tensor of type"),
         (HEAD + '  %w = weight "w" : f32[2]\n  %v = weight "w" : f32[2]', "line 4, column 15", "has a line already"),
-        (HEAD + '  %w = weight "graph" : f32[2]', "line 3, column 15", "the name cannot be used"),
-        (HEAD + '  %w = weight "w.a" : f32[2]\n  %v = weight "w" : f32[2]', "line 4, column 15", "cannot be used"),
+        (HEAD + '  %w = weight "graph" : f32[2]', "line 3, column 15", "the name 'graph' is taken"),
+        (HEAD + '  %w = weight "w.a" : f32[2]\n  %v = weight "w" : f32[2]', "line 4, column 15", "is taken"),
+        (
+            HEAD + '  %w = weight "w" : f32[2]\n  %v = weight "w.a" : f32[2]',
+            "line 4, column 15",
+            "lies inside a weight",
+        ),
     ],
 )
 def test_errors_name_the_place_show_the_line_and_say_what_is_wrong(text: str, where: str, says: str) -> None:
@@ -346,6 +351,22 @@ def test_errors_name_the_place_show_the_line_and_say_what_is_wrong(text: str, wh
     lines = text.split("\n")
     assert caught.value.context[0] == (lines[number - 1] if number <= len(lines) else "")
     assert caught.value.context[1].index("^") == column - 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '%y = load_library.__call__.__call__("/nowhere.so")',
+        '%y = __class__.load_library.__call__("/nowhere.so")',
+        '%w = weight "a\\"); __import__(\\"os\\").abort() #" : f32[2]',
+        '%w = weight "a\\u0000" : f32[2]',
+        '%y = input "torch" : f32[2]',
+        '%y = input "a=print(1)" : f32[2]',
+    ],
+)
+def test_a_text_reaches_nothing_but_operators(line: str) -> None:
+    with pytest.raises(ProgramError, match="no operator is named|is not a weight's name|is not a Python name"):
+        parse(HEAD + f"  {line}\n  return %x\n}}")
 
 
 def test_hints_say_what_to_do() -> None:
