@@ -101,7 +101,8 @@ class MergeLinears(Pass):
         return (
             _unstored(weights, 2)
             or _unstored(present, 1)
-            or _shared(program, weights + present, linears)
+            or _shared(weights + present, linears)
+            or _tied(program, weights + present)
             or _unlike(program, weights)
             or _unlike(program, [*present, weights[0]])
         )
@@ -269,14 +270,31 @@ def _unstored(tensors: Sequence[fx.Node], dims: int) -> str | None:
     return None
 
 
-def _shared(program: Program, tensors: Sequence[fx.Node], linears: Sequence[fx.Node]) -> str | None:
-    aliased = set(program.aliases.values())
+def _shared(tensors: Sequence[fx.Node], linears: Sequence[fx.Node]) -> str | None:
     for node in tensors:
-        if node.target in aliased:
-            return f"{node.target} is tied to a weight of another name"
         for user in node.users:
             if user not in linears:
                 return f"{node.target} is also read by %{user.name}"
+    return None
+
+
+def _parent(name: str) -> str:
+    """What holds the module that holds a weight."""
+    return ".".join(name.split(".")[:-2])
+
+
+def _other_parents(program: Program, node: fx.Node) -> tuple[str, ...]:
+    """What holds the modules in which a weight has further names."""
+    return tuple(sorted(_parent(alias) for alias, name in program.aliases.items() if name == node.target))
+
+
+def _tied(program: Program, tensors: Sequence[fx.Node]) -> str | None:
+    """Further names are kept where whole blocks are used twice, so that the merged weight has them too."""
+    wanted = _other_parents(program, tensors[0])
+    for node in tensors:
+        found = _other_parents(program, node)
+        if found != wanted or len({str(item.target) for item in tensors}) < len(tensors):
+            return f"{node.target} is tied to a weight of another name"
     return None
 
 
@@ -298,14 +316,16 @@ def _merge(rewriter: Rewriter, bucket: Sequence[Group]) -> int:
     program, first = rewriter.program, bucket[0].linears
     weights = [argument(node, "weight") for node in first]
     biases = [argument(node, "bias") for node in first]
-    module = _free_name(program, weights, bucket[0].name)
+    parents = [_common_parent(weights), *_other_parents(program, weights[0])]
+    name = _free_name(program, parents, bucket[0].name)
+    modules = [f"{parent}.{name}" if parent else name for parent in parents]
     sizes = [int(fake_of(node).shape[0]) for node in weights]
-    weight = rewriter.weight(f"{module}.weight", _stacked(program, weights, sizes), like=first[0])
+    weight = _store(rewriter, modules, "weight", _stacked(program, weights, sizes), first[0])
     bias = None
     if any(item is not None for item in biases):
-        bias = rewriter.weight(f"{module}.bias", _stacked(program, biases, sizes), like=first[0])
+        bias = _store(rewriter, modules, "bias", _stacked(program, biases, sizes), first[0])
     for group in bucket:
-        _merge_one(rewriter, group, weight, bias, sizes, module)
+        _merge_one(rewriter, group, weight, bias, sizes, modules[0])
     return len(bucket)
 
 
@@ -335,16 +355,28 @@ def _stacked(program: Program, nodes: Sequence[fx.Node | None], sizes: Sequence[
     return nn.Parameter(stacked, like.requires_grad) if isinstance(like, nn.Parameter) else stacked
 
 
-def _free_name(program: Program, weights: Sequence[fx.Node], name: str) -> str:
-    """``<parent>.<name>`` for the module that holds all the weights' modules, with a number where that is taken."""
-    owners = [str(node.target).split(".")[:-2] for node in weights]
-    parent: list[str] = []
-    for parts in zip(*owners):
+def _store(rewriter: Rewriter, modules: Sequence[str], leaf: str, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
+    """A weight under the first module's name, and as an alias under the others'."""
+    node = rewriter.weight(f"{modules[0]}.{leaf}", tensor, like=like)
+    for module in modules[1:]:
+        rewriter.program.aliases[f"{module}.{leaf}"] = str(node.target)
+    return node
+
+
+def _common_parent(weights: Sequence[fx.Node]) -> str:
+    """What holds the modules of all the weights."""
+    found: list[str] = []
+    for parts in zip(*(_parent(str(node.target)).split(".") for node in weights)):
         if len(set(parts)) > 1:
             break
-        parent.append(parts[0])
+        found.append(parts[0])
+    return ".".join(found)
+
+
+def _free_name(program: Program, parents: Sequence[str], name: str) -> str:
+    """A name of a module that is free under all parents, with a number where it is not."""
     taken = {*program.tensors(), *program.aliases}
-    wanted, number = ".".join([*parent, name]), 1
-    while any(item.startswith(f"{wanted}.") for item in taken):
-        wanted, number = ".".join([*parent, f"{name}_{number}"]), number + 1
+    wanted, number = name, 1
+    while any(item.startswith(f"{parent}.{wanted}.".lstrip(".")) for item in taken for parent in parents):
+        wanted, number = f"{name}_{number}", number + 1
     return wanted

@@ -288,7 +288,7 @@ def built(tree: Any, x: torch.Tensor, padding: torch.Tensor) -> Any:
     return parts[0].expand(BATCH, HEADS, LENGTH, LENGTH).tril(1)
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(tree=TRUTHS, added=st.booleans())
 def test_random_masks_are_read_truly_and_fused_exactly(tree: Any, added: bool) -> None:
     def mask(x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
