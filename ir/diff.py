@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -335,19 +334,18 @@ def _listed(items: Sequence[tuple[str, int]], times: int) -> str:
 
 
 def general_paths(paths: Sequence[str]) -> str:
-    """Module paths as few patterns: numbers become ``*``, and what differs under one top module is cut off."""
+    """Module paths as few patterns: numbers that vary become ``*``; where else they part, under one top, is cut."""
     by_top: dict[str, list[list[str]]] = {}
     for path in paths:
-        parts = ["*" if re.fullmatch(r"\d+", part) else part for part in path.split(".")]
-        by_top.setdefault(parts[0], []).append(parts)
+        by_top.setdefault(path.split(".")[0], []).append(path.split("."))
     patterns: list[str] = []
     for group in by_top.values():
-        common = group[0]
-        for parts in group[1:]:
-            same = next((i for i, pair in enumerate(zip(common, parts)) if pair[0] != pair[1]), None)
-            shorter = min(len(common), len(parts)) if same is None else same
-            common = common[:shorter]
-        cut = any(len(parts) > len(common) for parts in group)
-        pattern = ".".join(common)
-        patterns.append(f"{pattern}.*" if cut and common[-1] != "*" else pattern or "(root)")
+        common: list[str] = []
+        for parts in zip(*group):
+            if len(set(parts)) > 1 and not all(map(str.isdigit, parts)):
+                break
+            common.append(parts[0] if len(set(parts)) == 1 else "*")
+        if any(len(parts) > len(common) for parts in group) and common[-1] != "*":
+            common.append("*")
+        patterns.append(".".join(common) or "(root)")
     return ", ".join(patterns)

@@ -250,6 +250,8 @@ class _Parser:
         self.weights.add(target)
         tensor = self._tensor(target, kind, strides, place)
         requires_grad = flag == "trained" or (is_parameter and flag != "frozen")
+        if requires_grad and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise lexer.error(f"{target!r} has no gradient: it holds {tensor.dtype}", at=place, hint="write 'frozen'")
         self._at(place, lambda: self.built.set_tensor(target, _declared(tensor, is_parameter, requires_grad)))
         self._at(place, lambda: self.symbols.infer(node, self.built.tensor))
 

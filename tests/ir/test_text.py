@@ -329,6 +329,7 @@ HEAD = 'program P(batch: 1..) {\n  %x = input "x" : f32[batch, 4]\n'
         (HEAD + '  %w = weight "w"\n', "line 3, column 15", "a weight needs a type when its tensor is not given"),
         (HEAD + '  %w = weight "w" : f32[batch]', "line 3, column 15", "the sizes of a weight are numbers"),
         (HEAD + '  %w = weight "w" : int(3)', "line 3, column 15", "a weight cannot be of type int(3)"),
+        (HEAD + '  %w = weight "w" : i64[3]', "line 3, column 15", "'w' has no gradient: it holds torch.int64"),
         (HEAD + '  %w = weight "" : f32[3]', "line 3, column 15", "is not a weight's name"),
         (HEAD + '  %w = weight "a..b" : f32[3]', "line 3, column 15", "is not a weight's name"),
         (HEAD + '  %w = weight "w" : f32[99999999999999999999]', "line 3, column 15", "there is no tensor of type"),
