@@ -62,7 +62,10 @@ def _einsum(arguments: Mapping[str, Any], result: Shape) -> int:
     inputs, arrow, output = equation.partition("->")
     shapes: Sequence[Shape] = arguments["tensors"]
     terms = [_labels(term, shape) for term, shape in zip(inputs.split(","), shapes, strict=True)]
-    sizes = {label: size for term in terms for label, size in term}
+    sizes: dict[str, int] = {}
+    for label, size in (pair for term in terms for pair in term):
+        if size != 1 or label not in sizes:  # dimensions of size 1 are broadcast
+            sizes[label] = size
     if arrow:
         kept = set(output.replace("...", "")) | {label for label in sizes if label.isdigit()}
     else:
