@@ -20,7 +20,7 @@ from graphwright.ir.types import fake_of
 from graphwright.passes.base import RulePass
 from graphwright.passes.fusion.heads import Heads, bare, in_dtype, unfolded, unrepeated, unscaled
 from graphwright.passes.fusion.masks import BATCH, SCORES, MaskReader, Reading, Term, never
-from graphwright.passes.fusion.matching import ASSERTIONS, drop_assertions, leak
+from graphwright.passes.fusion.matching import ASSERTIONS, drop_assertions, leak, tensor_type
 from graphwright.passes.fusion.products import MATRIX_PRODUCTS, weighted_sum
 from graphwright.passes.fusion.scores import Scores
 from graphwright.passes.fusion.symbolic import size_of
@@ -134,7 +134,7 @@ class _Attention(Rule):
         if count == other:
             key, value = short_key, short_value
         query, key, value = (bare(program, item) for item in (unscaled(program, query), unscaled(program, key), value))
-        reason = _shape_reason(query, key, value)
+        reason = _shape_reason(query, key, value) or _result_reason(match, query, value)
         if reason is not None:
             return reason
         shape = query.shape()
@@ -252,3 +252,12 @@ def _shape_reason(query: Heads, key: Heads, value: Heads) -> str | None:
     if not all(isinstance(count, int) for count in heads) or heads[1] != heads[2] or heads[0] % heads[1]:
         return f"{heads[0]} query heads cannot share {heads[1]} key and {heads[2]} value heads"
     return None
+
+
+def _result_reason(match: Match, query: Heads, value: Heads) -> str | None:
+    """Why the operator's result would not have the type of what it replaces."""
+    sizes = [*query.shape()[:-1], value.shape()[-1]]
+    order = match.get("order") or range(len(sizes))
+    shape = tuple(match.program.symbols.render(sizes[axis]) for axis in order)
+    kind = tensor_type(match.program, match.root)
+    return None if kind is not None and kind.shape == shape else f"the result is {kind}, that of the operator {shape}"

@@ -249,9 +249,9 @@ class Elements:
 
     def _arange(self, node: fx.Node, arguments: dict[str, Any], index: Index) -> Value | None:
         start, step = arguments.get("start", 0), arguments.get("step", 1)
-        if fake_of(node).dtype.is_floating_point or not isinstance(step, int):
+        if fake_of(node).dtype.is_floating_point or not isinstance(step, int) or isinstance(start, float):
             return None
-        first = size_of(start.meta[VAL]) if isinstance(start, fx.Node) else Linear((), int(start))
+        first = size_of(start.meta[VAL]) if isinstance(start, fx.Node) else Linear((), start)
         return index[0] * step + first
 
     def _filled(self, node: fx.Node, arguments: dict[str, Any], index: Index) -> Value | None:

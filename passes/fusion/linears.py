@@ -92,6 +92,8 @@ class MergeLinears(Pass):
             protected = tags_of(node) & self.respects
             if protected:
                 return f"%{node.name} is tagged {', '.join(sorted(protected))}, which this pass leaves alone"
+        if len({tags_of(node) for node in linears}) > 1:
+            return "the linears carry different tags"
         first = bucket[0].linears
         weights = [argument(node, "weight") for node in first]
         biases = [argument(node, "bias") for node in first]
@@ -139,7 +141,7 @@ class FuseQKV(MergeLinears):
     - a weight is computed, or something else reads it too (tied weights), unless all its readers merge alike, as
       layers that share their weights do;
     - one weight is trainable and another is not, or they differ in dtype or device;
-    - one of them is quantised already, or tagged ``adapter``;
+    - one of them is quantised already, or tagged ``adapter``, or they carry different tags;
     - query, key or value depend on other than exactly one linear, such as one with an adapter beside it.
     """
 
@@ -195,7 +197,7 @@ class FuseGateUp(MergeLinears):
     - the linears read different values;
     - a weight is computed, or something else reads it too (tied weights), unless all its readers merge alike;
     - one weight is trainable and another is not, or they differ in dtype or device;
-    - one of them is quantised already, or tagged ``adapter``;
+    - one of them is quantised already, or tagged ``adapter``, or they carry different tags;
     - a factor depends on other than exactly one linear.
     """
 

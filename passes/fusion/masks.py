@@ -144,6 +144,9 @@ class MaskReader:
             terms: what acts on the scores.
             causal_from_start: query ``i`` attends keys ``j <= i`` only, as aligned at the first key.
         """
+        for term in terms:
+            if fake_of(term.node).dim() > len(term.axes):
+                return f"%{term.node.name} has more axes than the scores it acts on"
         reads = [self._read(term) for term in terms]
         start = AtLeastZero(index(QUERY) - index(KEY)) if causal_from_start else TRUE
         allowed = self.elements.simplified(every(start, *(item.truth for item in reads)))

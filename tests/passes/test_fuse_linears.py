@@ -409,6 +409,10 @@ def test_tags_and_selection() -> None:
     assert "layers.0.attn.q_proj.weight" in program.state_dict()
     assert "is tagged adapter" in refusals(FuseQKV(), program)
     program = plain()
+    (query, *_) = [node for node in program.nodes if path_of(node) == "layers.0.attn.q_proj"]
+    add_tags(query, ["masked"])
+    assert "the linears carry different tags" in refusals(FuseQKV(), program)
+    program = plain()
     assert FuseQKV(where="layers.1")(program)
     assert {"layers.0.attn.q_proj.weight", "layers.1.attn.qkv_proj.weight"} <= set(program.state_dict())
     assert "is not selected by where= / ignore=" in refusals(FuseQKV(where="layers.1"), plain())
