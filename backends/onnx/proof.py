@@ -32,12 +32,13 @@ class Expected(Protocol):
     def value_names(self) -> frozenset[str]: ...
 
 
-def prove_quantized(optimized: onnx.ModelProto, linears: Iterable[Expected]) -> dict[str, str]:
+def prove_quantized(optimized: onnx.ModelProto, linears: Iterable[Expected], *, hint: str = "") -> dict[str, str]:
     """Find the kernel of every quantised linear.
 
     Args:
         optimized: the graph the runtime runs.
         linears: what must be quantised.
+        hint: what to do when one is not.
 
     Returns:
         node name in the program -> runtime operator.
@@ -64,7 +65,7 @@ def prove_quantized(optimized: onnx.ModelProto, linears: Iterable[Expected]) -> 
         raise ExportError(
             f"{len(bad)} quantised linear{'s' if len(bad) > 1 else ''} would not run on quantised weights",
             where=first,
-            hint="the runtime does not fuse this encoding; nothing was written",
+            hint=hint or "onnxruntime does not fuse this encoding",
             context=bad[:20],
         )
     return found

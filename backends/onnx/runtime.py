@@ -44,7 +44,7 @@ class Session:
             results = self._session.run(None, feed)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise BackendError(f"onnxruntime failed: {_first_line(error)}") from error
-        return [torch.from_numpy(np.ascontiguousarray(result)) for result in results]
+        return [torch.from_numpy(np.ascontiguousarray(result)).reshape(result.shape) for result in results]
 
 
 def open_session(

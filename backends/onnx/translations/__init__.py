@@ -52,7 +52,7 @@ TRANSLATIONS: dict[str, str] = {
         "movement",
         "transpose.int permute t movedim.int expand expand_as cat stack slice.Tensor select.int split.Tensor "
         "split_with_sizes split.sizes chunk unbind.int narrow repeat "
-        "repeat_interleave.self_int constant_pad_nd flip roll",
+        "repeat_interleave.self_int constant_pad_nd pad flip roll",
     ),
     **_aten("movement", "swapaxes swapdims", "transpose"),
     **_aten("creation", "arange arange.start arange.start_step full full_like new_full scalar_tensor"),
@@ -65,6 +65,8 @@ TRANSLATIONS: dict[str, str] = {
         "any.dims all all.dim all.dims cumsum softmax.int _softmax log_softmax.int _log_softmax "
         "var.correction std.correction linalg_vector_norm",
     ),
+    **_aten("reduction", "var.dim", "var_dim"),
+    **_aten("reduction", "std.dim", "std_dim"),
     **_aten("indexing", "embedding index.Tensor gather index_select"),
     **_aten("linear", "linear addmm mm matmul bmm baddbmm"),
     **_aten("normalization", "layer_norm rms_norm group_norm batch_norm"),

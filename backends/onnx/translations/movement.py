@@ -15,6 +15,8 @@ from graphwright.ir.types import VAL
 
 _INT64_MAX = 2**63 - 1
 _SWAP_HEADS = [0, 2, 1, 3]
+# torch's names of the padding modes and ONNX's.
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def permute(lower: Lowering, node: fx.Node, x: fx.Node, dims: Sequence[int]) -> None:
@@ -173,6 +175,20 @@ def repeat_interleave(
 
 
 def constant_pad_nd(lower: Lowering, node: fx.Node, x: fx.Node, pad: Sequence[Any], value: Any) -> None:
+    """Padding with a number."""
+    _pad(lower, node, x, pad, "constant", value)
+
+
+def pad(
+    lower: Lowering, node: fx.Node, x: fx.Node, pad: Sequence[Any], mode: str = "constant", value: Any = None
+) -> None:
+    """Padding with a number, or with what lies at the edges."""
+    if mode not in _PAD_MODES:
+        raise lower.refuse(node, f"padding of mode {mode!r} is not exported")
+    _pad(lower, node, x, pad, _PAD_MODES[mode], 0 if value is None else value)
+
+
+def _pad(lower: Lowering, node: fx.Node, x: fx.Node, pad: Sequence[Any], mode: str, value: Any) -> None:
     """ONNX Pad; torch lists pairs from the last dimension backwards."""
     rank = len(lower.shape(x))
     before: list[Size] = [0] * rank
@@ -182,7 +198,8 @@ def constant_pad_nd(lower: Lowering, node: fx.Node, x: fx.Node, pad: Sequence[An
         after[rank - 1 - index] = lower.size(node, pad[2 * index + 1])
     dtype = lower.dtype(node)
     pads = lower.sizes.vector((*before, *after))
-    lower.set(node, lower.graph.call("Pad", lower.tensor(x), pads, lower.operand(value, dtype)))
+    fill = lower.operand(value, dtype) if mode == "constant" else None
+    lower.set(node, lower.graph.call("Pad", lower.tensor(x), pads, fill, mode=mode))
 
 
 def flip(lower: Lowering, node: fx.Node, x: fx.Node, dims: Sequence[int]) -> None:

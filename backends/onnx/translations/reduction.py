@@ -127,6 +127,16 @@ def var(lower: Lowering, node: fx.Node, x: fx.Node, dim: Any, correction: Any, k
     lower.set(node, _variance(lower, node, x, dim, correction, keepdim))
 
 
+def var_dim(lower: Lowering, node: fx.Node, x: fx.Node, dim: Any, unbiased: bool, keepdim: bool) -> None:
+    """The variance with a divisor of n or n - 1."""
+    lower.set(node, _variance(lower, node, x, dim, int(unbiased), keepdim))
+
+
+def std_dim(lower: Lowering, node: fx.Node, x: fx.Node, dim: Any, unbiased: bool, keepdim: bool) -> None:
+    """The root of that variance."""
+    lower.set(node, lower.graph.call("Sqrt", _variance(lower, node, x, dim, int(unbiased), keepdim)))
+
+
 def std(lower: Lowering, node: fx.Node, x: fx.Node, dim: Any, correction: Any, keepdim: bool) -> None:
     """The root of the variance."""
     lower.set(node, lower.graph.call("Sqrt", _variance(lower, node, x, dim, correction, keepdim)))
