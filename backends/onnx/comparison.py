@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -16,6 +16,9 @@ from graphwright.ir.errors import ExportError, InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.types import Dim, TensorType
+
+# Flat tensors in the program's order, keyword arguments of the model, or one tensor.
+ExampleInputs: TypeAlias = Sequence[torch.Tensor] | Mapping[str, Any] | torch.Tensor
 
 # A right file differs from the program by no more than a small multiple of what disturbed rounding does to it. Of the
 # largest difference that is a rough measure, of the mean square a steady one.
@@ -129,13 +132,13 @@ def sizes_of_call(program: Program, inputs: Sequence[torch.Tensor]) -> dict[str,
     return sizes
 
 
-def check_calls(program: Program, examples: Sequence[torch.Tensor] | None) -> list[list[torch.Tensor]]:
+def check_calls(program: Program, examples: ExampleInputs | None) -> list[list[torch.Tensor]]:
     """Inputs to compare on: the examples, and the same at other sizes with padding where an input is a mask.
 
     Raises:
         InputError: the examples do not fit the program.
     """
-    first = list(examples) if examples is not None else _made_up(program)
+    first = _made_up(program) if examples is None else _flat(program, examples)
     program.check_inputs(first)
     sizes = sizes_of_call(program, first)
     for offset in _OFFSETS if sizes else ():
@@ -147,6 +150,20 @@ def check_calls(program: Program, examples: Sequence[torch.Tensor] | None) -> li
             continue  # a limit of the model, or a condition on its sizes
         return [first, resized]
     return [first]
+
+
+def _flat(program: Program, examples: ExampleInputs) -> list[torch.Tensor]:
+    if isinstance(examples, torch.Tensor):
+        return program.signature.flatten((examples,), {})
+    if isinstance(examples, Mapping):
+        return program.signature.flatten((), dict(examples))
+    if len(examples) != len(program.inputs):
+        raise InputError(
+            f"there are {len(examples)} tensors, the program takes {len(program.inputs)}",
+            where="argument 'example_inputs'",
+            hint=f"its inputs are {', '.join(program.signature.names)}",
+        )
+    return list(examples)
 
 
 def _resize(program: Program, node: fx.Node, value: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:

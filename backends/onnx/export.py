@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
-import torch
 
-from graphwright.backends.onnx.comparison import Difference, check_calls, compare
+from graphwright.backends.onnx.comparison import Difference, ExampleInputs, check_calls, compare
 from graphwright.backends.onnx.kernels import KernelTable, kernels_of
 from graphwright.backends.onnx.model import BuiltModel, build
 from graphwright.backends.onnx.options import DEFAULT_OPSET, ExportOptions
@@ -45,7 +44,7 @@ def export_onnx(
     accuracy_level: int = 1,
     external_data: bool | None = None,
     check: bool = True,
-    example_inputs: Sequence[torch.Tensor] | None = None,
+    example_inputs: ExampleInputs | None = None,
     tolerance: float | None = None,
 ) -> OnnxExport:
     """Write a program as an ONNX file.
@@ -67,7 +66,8 @@ def export_onnx(
             lets onnxruntime round activations to int8, faster on few rows. The report says which.
         external_data: weights in ``<name>.onnx.data`` beside the file; ``None`` does so above 2 GB only.
         check: open, compare and prove; ``False`` only writes.
-        example_inputs: flat inputs in the program's order; made up from the types when left out.
+        example_inputs: keyword arguments of the model, one tensor, or flat tensors in the program's order; made up from
+            the types when left out.
         tolerance: largest absolute difference from the program; measured from its own rounding error when left out.
 
     Raises:
@@ -105,7 +105,7 @@ def _check(
     built: BuiltModel,
     path: Path,
     options: ExportOptions,
-    examples: Sequence[torch.Tensor] | None,
+    examples: ExampleInputs | None,
     tolerance: float | None,
 ) -> _Findings:
     calls = check_calls(program, examples)
