@@ -12,6 +12,7 @@ The same name (or the same matcher object) must match the same node everywhere.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,36 +104,46 @@ class _Trial:
         self.match.bound, self.match.inner = dict(saved[0]), list(saved[1])
         self.match._by_matcher, self.depth = dict(saved[2]), saved[3]
 
-    def bind(self, name: str | None, value: Any) -> bool:
+    def bind(self, name: str | None, value: Any, then: Callable[[], bool]) -> bool:
+        """Bind a name and match the rest; the name is free again if that fails."""
         if name is None:
-            return True
+            return then()
         if name in self.match.bound:
-            same = self.match.bound[name] is value or (
-                not isinstance(value, fx.Node)
-                and not isinstance(self.match.bound[name], fx.Node)
-                and self.match.bound[name] == value
-            )
-            return same or self.fail(f"two places for {name!r} hold different values")
+            present = self.match.bound[name]
+            nodes = isinstance(value, fx.Node) or isinstance(present, fx.Node)
+            same = present is value or (not nodes and bool(present == value))
+            return then() if same else self.fail(f"two places for {name!r} hold different values")
         self.match.bound[name] = value
-        return True
+        if then():
+            return True
+        self.match.bound.pop(name, None)
+        return False
 
 
 class Matcher(ABC):
     """One part of a pattern."""
 
     @abstractmethod
-    def accepts(self, value: Any, trial: _Trial) -> bool:
-        """Try to match a node or constant, binding what it names."""
+    def accepts(self, value: Any, trial: _Trial, then: Callable[[], bool]) -> bool:
+        """Try to match a node or constant, binding what it names, and then the rest of the pattern.
+
+        Where there are several ways to match, the first one is taken with which the rest matches too.
+
+        Args:
+            value: what stands at this place.
+            trial: the bindings so far; left as they were when this fails.
+            then: matches the rest.
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class _Any(Matcher):
     name: str | None
 
-    def accepts(self, value: Any, trial: _Trial) -> bool:
+    def accepts(self, value: Any, trial: _Trial, then: Callable[[], bool]) -> bool:
         if not isinstance(value, fx.Node):
             return trial.fail(f"{value!r} stands where a computed value is needed")
-        return trial.bind(self.name, value)
+        return trial.bind(self.name, value, then)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,38 +151,38 @@ class _Constant(Matcher):
     name: str | None
     kinds: tuple[type, ...]
 
-    def accepts(self, value: Any, trial: _Trial) -> bool:
+    def accepts(self, value: Any, trial: _Trial, then: Callable[[], bool]) -> bool:
         if (isinstance(value, bool) and bool not in self.kinds) or not isinstance(value, self.kinds):
             found = f"%{value.name}" if isinstance(value, fx.Node) else repr(value)
             return trial.fail(f"{found} stands where the constant {self.name or ''} is needed")
-        return trial.bind(self.name, value)
+        return trial.bind(self.name, value, then)
 
 
 @dataclass(frozen=True, eq=False)
 class _Weight(Matcher):
     name: str | None
 
-    def accepts(self, value: Any, trial: _Trial) -> bool:
+    def accepts(self, value: Any, trial: _Trial, then: Callable[[], bool]) -> bool:
         if not isinstance(value, fx.Node) or value.op != "get_attr":
             found = f"%{value.name}" if isinstance(value, fx.Node) else repr(value)
             return trial.fail(f"{found} is not a weight")
-        return trial.bind(self.name, value)
+        return trial.bind(self.name, value, then)
 
 
 @dataclass(frozen=True, eq=False)
 class _Literal(Matcher):
     value: Any
 
-    def accepts(self, value: Any, trial: _Trial) -> bool:
+    def accepts(self, value: Any, trial: _Trial, then: Callable[[], bool]) -> bool:
         if isinstance(value, fx.Node):
             return trial.fail(f"%{value.name} stands where the constant {self.value!r} is needed")
-        if isinstance(self.value, float) or isinstance(value, float):
-            same = isinstance(value, int | float) and abs(float(value) - float(self.value)) <= 1e-6 * abs(
-                float(self.value)
-            )
+        if isinstance(self.value, bool) or isinstance(value, bool):
+            same = value is self.value
+        elif isinstance(self.value, float) or isinstance(value, float):
+            same = _close(value, self.value)
         else:
             same = _plain(value) == _plain(self.value)
-        return same or trial.fail(f"the constant is {value!r}, not {self.value!r}")
+        return then() if same else trial.fail(f"the constant is {value!r}, not {self.value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,20 +193,32 @@ class _Op(Matcher):
     commutative: bool
     name: str | None
 
-    def accepts(self, value: Any, trial: _Trial) -> bool:
+    def accepts(self, value: Any, trial: _Trial, then: Callable[[], bool]) -> bool:
         if not isinstance(value, fx.Node) or op_name(value) not in self.ops:
             found = f"%{value.name} = {op_name(value)}" if isinstance(value, fx.Node) else repr(value)
             return trial.fail(f"{found} stands where {' or '.join(self.ops)} is needed")
         seen = trial.match._by_matcher.get(id(self))
         if seen is not None:
-            return seen is value or trial.fail(f"%{value.name} is not %{seen.name}, which it should be")
-        trial.depth += 1
+            return then() if seen is value else trial.fail(f"%{value.name} is not %{seen.name}, which it should be")
+
+        def covered() -> bool:
+            trial.match._by_matcher[id(self)] = value
+            trial.match.inner.append(value)
+            return then()
+
+        def named() -> bool:
+            return trial.bind(self.name, value, covered)
+
         saved = trial.save()
+        arguments = arguments_of(value)
         for operands in self._orders(value):
-            if self._accepts_operands(value, operands, trial) and trial.bind(self.name, value):
-                trial.match._by_matcher[id(self)] = value
-                trial.match.inner.append(value)
-                return True
+            trial.depth += 1
+            if len(operands) < len(self.operands):
+                trial.fail(f"%{value.name} has {len(operands)} operands, not {len(self.operands)}")
+            else:
+                pairs = [*zip(self.operands, operands), *((self.named[key], arguments.get(key)) for key in self.named)]
+                if _all_accept(pairs, trial, named):
+                    return True
             trial.back_to(saved)
         return False
 
@@ -208,24 +231,15 @@ class _Op(Matcher):
         if self.commutative and len(values) >= 2:
             yield [values[1], values[0], *values[2:]]
 
-    def _accepts_operands(self, node: fx.Node, values: Sequence[Any], trial: _Trial) -> bool:
-        if len(values) < len(self.operands):
-            return trial.fail(f"%{node.name} has {len(values)} operands, not {len(self.operands)}")
-        for matcher, value in zip(self.operands, values, strict=False):
-            if not matcher.accepts(value, trial):
-                return False
-        arguments = arguments_of(node)
-        return all(matcher.accepts(arguments.get(name), trial) for name, matcher in self.named.items())
-
 
 @dataclass(frozen=True, eq=False)
 class _Either(Matcher):
     choices: tuple[Matcher, ...]
 
-    def accepts(self, value: Any, trial: _Trial) -> bool:
+    def accepts(self, value: Any, trial: _Trial, then: Callable[[], bool]) -> bool:
         for choice in self.choices:
             saved = trial.save()
-            if choice.accepts(value, trial):
+            if choice.accepts(value, trial, then):
                 return True
             trial.back_to(saved)
         return False
@@ -237,10 +251,28 @@ class _Where(Matcher):
     condition: Callable[[Any], bool]
     reason: str
 
-    def accepts(self, value: Any, trial: _Trial) -> bool:
-        if not self.inner.accepts(value, trial):
-            return False
-        return self.condition(value) or trial.fail(self.reason)
+    def accepts(self, value: Any, trial: _Trial, then: Callable[[], bool]) -> bool:
+        def checked() -> bool:
+            return then() if self.condition(value) else trial.fail(self.reason)
+
+        return self.inner.accepts(value, trial, checked)
+
+
+def _all_accept(pairs: Sequence[tuple[Matcher, Any]], trial: _Trial, then: Callable[[], bool]) -> bool:
+    """Whether every matcher accepts its value, and the rest of the pattern matches as well."""
+    if not pairs:
+        return then()
+    (matcher, value), rest = pairs[0], pairs[1:]
+    return matcher.accepts(value, trial, lambda: _all_accept(rest, trial, then))
+
+
+def _close(value: Any, wanted: Any) -> bool:
+    """Numbers to six digits: what is written in a pattern has often been rounded in a model, or the other way round."""
+    if not isinstance(value, int | float) or not isinstance(wanted, int | float):
+        return False
+    # A tolerance relative to infinity would let every number pass.
+    near = math.isfinite(wanted) and abs(float(value) - float(wanted)) <= 1e-6 * abs(float(wanted))
+    return value == wanted or near
 
 
 def _plain(value: Any) -> Any:
@@ -300,7 +332,7 @@ def where(inner: Matcher, condition: Callable[[Any], bool], reason: str) -> Matc
 def match_at(program: Program, pattern: Matcher, node: fx.Node) -> Match | tuple[int, str]:
     """Match a pattern with its root at a node; a miss gives how deep it got and why it stopped."""
     trial = _Trial(Match(program, node))
-    return trial.match if pattern.accepts(node, trial) else trial.miss
+    return trial.match if pattern.accepts(node, trial, lambda: True) else trial.miss
 
 
 class Rule(ABC):
