@@ -174,10 +174,12 @@ class _Sum(_Rotation):
                     if without_casts(program, given_back(program, other)) is not without_casts(
                         program, given_back(program, x)
                     ):
-                        best = (3, f"the halves of %{x.name} are turned, but another value is multiplied by cos")
+                        best = max(
+                            best, (3, f"the halves of %{x.name} are turned, but another value is multiplied by cos")
+                        )
                         continue
                     if program.type_of(x) != program.type_of(other):
-                        best = (3, f"%{x.name} is turned in another dtype than %{other.name} is multiplied by cos")
+                        best = (4, f"%{x.name} is turned in another dtype than %{other.name} is multiplied by cos")
                         continue
                     match = Match(program, node, {"x": x, "cos": cos, "sin": sin, "interleaved": interleaved})
                     match.inner = [*inner, crossed, straight, node]  # type: ignore[list-item]

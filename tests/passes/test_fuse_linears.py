@@ -290,6 +290,11 @@ def tie_within(model: Model) -> None:
     model.layers[0]["attn"].k_proj.weight = model.layers[0]["attn"].v_proj.weight
 
 
+def tie_to_what_is_not_used(model: Model) -> None:
+    model.layers[0]["attn"].spare = nn.Linear(WIDTH, WIDTH // 2)
+    model.layers[0]["attn"].spare.weight = model.layers[0]["attn"].k_proj.weight
+
+
 def freeze(model: Model) -> None:
     model.layers[0]["attn"].q_proj.weight.requires_grad_(False)
 
@@ -319,6 +324,7 @@ def shift(model: Model) -> None:
 NOT_MERGED: dict[str, tuple[Callable[[Model], None], str]] = {
     "tied across layers": (tie, "is also read by %linear_8"),
     "tied within": (tie_within, "is tied to a weight of another name"),
+    "tied to an unused one": (tie_to_what_is_not_used, "k_proj.weight is tied to a weight of another name"),
     "one frozen": (freeze, "one weight is trainable and another is not"),
     "computed weight": (compute, "the weight %mul is computed"),
     "adapter beside it": (adapt, "depends on 2 linears, not on one"),

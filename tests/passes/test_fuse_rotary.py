@@ -272,6 +272,10 @@ def wider(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     return x * cos.unsqueeze(1).double() + rotate_half(x) * sin.unsqueeze(1).double()
 
 
+def turned_wider(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return x * cos.unsqueeze(1) + rotate_half(x.double()) * sin.unsqueeze(1)
+
+
 def turned_too(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
     turned = rotate_half(x)
     return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1), turned
@@ -287,6 +291,7 @@ NOT_FUSED: dict[str, tuple[Spelling, str]] = {
     "table by head": (by_head, "has no entry for each position of f32[batch, 3, sequence, 8], or one for each head"),
     "one position": (one_position, "has no entry for each position"),
     "wider result": (wider, "the result f64"),
+    "turned in another dtype": (turned_wider, "is turned in another dtype than %x is multiplied by cos"),
     "turned half used": (turned_too, "%cat, which would no longer be computed, is also used by"),
     "halves of two values": (mixed_halves, "are not the two halves of one value"),
 }
