@@ -251,17 +251,19 @@ class _Halves(_Rotation):
             return -1, ""
         if argument(first, "alpha") != 1 or argument(second, "alpha") != 1:
             return -1, ""
+        best = (-1, "")
         for low, cos in _factors(first.args[0]):
             for high, sin in _factors(first.args[1]):
                 if not _is_sum(second, (high, cos), (low, sin)):
                     continue
                 x = _whole(program, low, high)
-                if x is None:
-                    return 4, f"%{low.name} and %{high.name} are not the two halves of one value"
+                if x is None:  # or these are the tables, written first
+                    best = (4, f"%{low.name} and %{high.name} are not the two halves of one value")
+                    continue
                 match = Match(program, node, {"x": x, "cos": cos, "sin": sin, "interleaved": False, "halves": True})
                 match.inner = [*first.args[:2], *second.args[:2], first, second, node]
                 return match
-        return -1, ""
+        return best
 
 
 def _is_sum(node: fx.Node, *products: tuple[fx.Node, fx.Node]) -> bool:

@@ -129,6 +129,12 @@ def by_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
+def by_halves_tables_first(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = torch.chunk(x, 2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((cos * low - sin * high, sin * low + cos * high), dim=-1)
+
+
 def swapped(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Every product and the sum the other way round; tables of fewer axes."""
     return sin[0] * rotate_half(x) + cos[0] * x
@@ -154,6 +160,7 @@ SPELLINGS: dict[str, tuple[Spelling, int, bool, bool]] = {
     "heads last": (heads_last, WIDTH, True, True),
     "partial, heads last": (partial_heads_last, 4, False, True),
     "by halves": (by_halves, WIDTH // 2, False, False),
+    "by halves, tables first": (by_halves_tables_first, WIDTH // 2, False, False),
     "swapped": (swapped, WIDTH, False, False),
     "in float": (in_float, WIDTH, False, False),
 }
