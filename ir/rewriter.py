@@ -68,6 +68,7 @@ class Rewriter:
     def call(
         self,
         target: str | Any,
+        /,
         *args: Any,
         like: fx.Node,
         name: str | None = None,

@@ -82,6 +82,9 @@ class Signature:
         positional, keywords = args_spec.num_children, list(kwargs_spec.context)
         given = dict(kwargs)
         call_args = list(args[:positional])
+        for name in self.parameters[: len(call_args)]:
+            if name in given:
+                raise InputError("is passed both by position and by name", where=f"argument {name!r}")
         for index, value in enumerate(args[positional:], start=positional):
             if index >= len(self.parameters):
                 raise InputError(
