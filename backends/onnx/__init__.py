@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from graphwright.backends.onnx.executable import OnnxBackend as OnnxBackend
 from graphwright.backends.onnx.export import export_onnx as export_onnx
 from graphwright.backends.onnx.kernels import KernelTable as KernelTable
 from graphwright.backends.onnx.kernels import explain as explain

@@ -76,17 +76,19 @@ def explain(path: str | os.PathLike[str], *, accuracy_level: int | None = None) 
 
 def kernels_of(optimized: onnx.ModelProto) -> KernelTable:
     """The kernels of an optimised graph, subgraphs included."""
-    unpacked = _unpacked_weights(optimized.graph)
-    counts: Counter[tuple[str, str]] = Counter()
-    for node in _nodes(optimized.graph):
-        note = ""
-        if node.op_type == "MatMulNBits":
-            note = ACCURACY_LEVELS.get(attribute(node, "accuracy_level", 0), "")
-        elif node.op_type in FLOAT_PRODUCTS and any(name in unpacked for name in node.input):
-            note = "quantised weights, unpacked to float on every call"
-        counts[(_label(node), note)] += 1
+    unpacked = unpacked_weights(optimized.graph)
+    counts = Counter((label(node), note_of(node, unpacked)) for node in _nodes(optimized.graph))
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return KernelTable(KernelCount(label, count, note) for (label, note), count in ordered)
+    return KernelTable(KernelCount(kernel, count, note) for (kernel, note), count in ordered)
+
+
+def note_of(node: onnx.NodeProto, unpacked: frozenset[str]) -> str:
+    """What a user should know of a kernel; ``unpacked`` as :func:`unpacked_weights` gives it."""
+    if node.op_type == "MatMulNBits":
+        return ACCURACY_LEVELS.get(attribute(node, "accuracy_level", 0), "")
+    if node.op_type in FLOAT_PRODUCTS and any(name in unpacked for name in node.input):
+        return "quantised weights, unpacked to float on every call"
+    return ""
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
@@ -97,13 +99,14 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     return default
 
 
-def _label(node: onnx.NodeProto) -> str:
+def label(node: onnx.NodeProto) -> str:
+    """The operator and what tells its kernels apart."""
     shown = [(key, attribute(node, key)) for key in _SHOWN] if node.op_type.endswith(("NBits", "Quantized")) else []
     words = [f"{key.replace('_size', '')}={value}" for key, value in shown if value is not None]
     return " ".join([node.op_type, *words])
 
 
-def _unpacked_weights(graph: onnx.GraphProto) -> frozenset[str]:
+def unpacked_weights(graph: onnx.GraphProto) -> frozenset[str]:
     """Values that are stored weights unpacked by DequantizeLinear, also behind a Transpose or Reshape."""
     stored = {each.name for each in graph.initializer}
     found: set[str] = set()

@@ -234,13 +234,9 @@ class Lowering:
         """Let a node share or own elements."""
         self._elements[node] = elements
 
-    def set_tuple(self, node: fx.Node, values: Sequence[ir.Value]) -> None:
-        """Set the results of a node that gives several tensors."""
-        fakes = node.meta[VAL]
-        self._tuples[node] = [
-            Elements.of(self.graph, self.sizes, sizes_of(fake), value)
-            for fake, value in zip(fakes, values, strict=True)
-        ]
+    def set_tuple(self, node: fx.Node, values: Sequence[tuple[Sizes, ir.Value]]) -> None:
+        """Set the results of a node that gives several tensors, each with the shape it is computed in."""
+        self._tuples[node] = [Elements.of(self.graph, self.sizes, shape, value) for shape, value in values]
 
     def deferred(self, make: Callable[[], tuple[Sizes, ir.Value]], swapped: Elements | None = None) -> Elements:
         """Elements computed when they are first read."""

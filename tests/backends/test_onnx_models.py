@@ -186,3 +186,45 @@ def test_the_real_model_needs_no_slow_fused_kernel(tmp_path: Path, minilm_dir: P
     assert "SkipLayerNormalization" not in counts
     assert "Transpose" not in counts
     assert report.error < 1e-4
+
+
+class Projections(nn.Module):
+    """One linear taken apart into three, as fused q, k and v; and one whose parts overlap with another use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.Linear(16, 48)
+        self.kept = nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value = self.fused(x).split(16, dim=-1)
+        kept = self.kept(x)
+        first, second = kept.split((6, 2), -1)
+        return query * key + value, first * 2, second * 3, kept
+
+
+def test_a_linear_taken_apart_is_several(tmp_path: Path) -> None:
+    """A Gemm for each part on its rows of the weight, and no Split; where the whole is read too, it stays whole."""
+    program = gw.trace(Projections(), torch.randn(2, 3, 16), dynamic={"x": {0: "batch", 1: "sequence"}})
+    gw.export_onnx(program, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [node.op_type for node in graph.node].count("Gemm") == 4
+    assert [node.op_type for node in graph.node].count("Split") == 1
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    whole = program.tensor("fused.weight")
+    for start in (0, 16, 32):
+        part = torch.from_numpy(stored[f"fused.weight[{start}:{start + 16}]"].copy())
+        assert torch.equal(part, whole[start : start + 16])
+
+
+def test_onnxruntime_as_a_target() -> None:
+    from graphwright.backends.onnx import OnnxBackend
+
+    program, batch = program_of("bert")
+    executable = OnnxBackend().lower(program)
+    flat = program.signature.flatten((), batch)
+    for one, other in zip(program.body(*flat), executable(*flat), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    uses = executable.explain()
+    assert sum(use.kernel == "Attention" for use in uses) == 2
+    assert any(use.path == "encoder.layer.0.attention.self.query" and use.kernel == "Gemm" for use in uses)

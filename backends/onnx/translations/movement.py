@@ -11,6 +11,7 @@ from torch import fx
 
 from graphwright.backends.onnx.lowering import Lowering
 from graphwright.backends.onnx.sizes import Size, Sizes, size_argument, sizes_of
+from graphwright.backends.onnx.translations import linear
 from graphwright.ir.types import VAL
 
 _INT64_MAX = 2**63 - 1
@@ -137,7 +138,11 @@ def _parts(lower: Lowering, node: fx.Node, x: fx.Node, axis: int) -> list[ir.Val
 def split(lower: Lowering, node: fx.Node, x: fx.Node, size: Any, dim: int = 0) -> None:
     """ONNX Split, with the part sizes torch has inferred."""
     del size
-    lower.set_tuple(node, _parts(lower, node, x, dim % len(lower.shape(x))))
+    if linear.is_taken_apart(x):
+        lower.set_tuple(node, linear.parts(lower, node, x))
+        return
+    values = _parts(lower, node, x, dim % len(lower.shape(x)))
+    lower.set_tuple(node, list(zip([sizes_of(fake) for fake in node.meta[VAL]], values, strict=True)))
 
 
 split_with_sizes = chunk = split
@@ -148,7 +153,8 @@ def unbind(lower: Lowering, node: fx.Node, x: fx.Node, dim: int) -> None:
     axis = dim % len(lower.shape(x))
     value = lower.tensor(x)
     positions = [lower.graph.constant(index, torch.int64) for index in range(len(node.meta[VAL]))]
-    lower.set_tuple(node, [lower.graph.call("Gather", value, position, axis=axis) for position in positions])
+    values = [lower.graph.call("Gather", value, position, axis=axis) for position in positions]
+    lower.set_tuple(node, list(zip([sizes_of(fake) for fake in node.meta[VAL]], values, strict=True)))
 
 
 def repeat(lower: Lowering, node: fx.Node, x: fx.Node, repeats: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graphwright.backends.onnx.lowering import Lowering
+from graphwright.backends.onnx.sizes import sizes_of
 from graphwright.ir.names import op_name
 from graphwright.ir.types import VAL
 
@@ -62,7 +63,8 @@ def _extreme(op: str, position: str) -> Callable[..., None]:
             return
         axis = dim % len(lower.shape(x))
         index = lower.graph.call(position, value, axis=axis, keepdims=int(keepdim))
-        lower.set_tuple(node, [_reduce(lower, op, value, [axis], keepdim), index])
+        shapes = [sizes_of(fake) for fake in node.meta[VAL]]
+        lower.set_tuple(node, [(shapes[0], _reduce(lower, op, value, [axis], keepdim)), (shapes[1], index)])
 
     return translate
 

@@ -1,0 +1,84 @@
+"""Running a program in onnxruntime, as a backend."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import fx
+
+from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.backends.onnx.export import export_onnx
+from graphwright.backends.onnx.kernels import label, note_of, unpacked_weights
+from graphwright.backends.onnx.runtime import Session, open_session
+from graphwright.ir.program import Program
+from graphwright.ir.types import ScalarType
+
+
+class OnnxExecutable(Executable):
+    """A program exported, checked and opened in onnxruntime.
+
+    Attributes:
+        optimized: the graph that runs, without weights.
+    """
+
+    def __init__(self, program: Program, session: Session, optimized: onnx.ModelProto) -> None:
+        self._session = session
+        self._numbers = [_is_number(program, item) for item in _results(program)]
+        self.optimized = optimized
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
+        """Run on flat inputs; gives flat outputs, without gradients.
+
+        Raises:
+            BackendError: onnxruntime fails on them.
+        """
+        results = self._session.run(inputs)
+        return tuple(value.item() if number else value for value, number in zip(results, self._numbers, strict=True))
+
+    def explain(self) -> list[KernelUse]:
+        """The runtime's nodes by name; names begin with the module path."""
+        unpacked = unpacked_weights(self.optimized.graph)
+        return [
+            KernelUse(node.name, node.name.rpartition("/")[0], node.op_type, label(node), note_of(node, unpacked))
+            for node in self.optimized.graph.node
+        ]
+
+
+class OnnxBackend(Backend):
+    """onnxruntime on the CPU.
+
+    Args:
+        accuracy_level: see :func:`~graphwright.backends.onnx.export_onnx`.
+    """
+
+    name = "onnx"
+
+    def __init__(self, *, accuracy_level: int = 1) -> None:
+        self.accuracy_level = accuracy_level
+
+    def lower(self, program: Program) -> OnnxExecutable:
+        """Export to a temporary file, check it and open it.
+
+        Raises:
+            ExportError: the program cannot be exported, or the check fails.
+            BackendError: onnxruntime is not installed.
+        """
+        with tempfile.TemporaryDirectory(prefix="graphwright-") as folder:
+            path = Path(folder) / "program.onnx"
+            export_onnx(program, path, accuracy_level=self.accuracy_level)
+            session = open_session(path, keep_optimized=True)
+        assert session.optimized is not None
+        return OnnxExecutable(program, session, session.optimized)
+
+
+def _results(program: Program) -> tuple[Any, ...]:
+    results: Any = program.output.args[0]
+    return tuple(results)
+
+
+def _is_number(program: Program, item: Any) -> bool:
+    return not isinstance(item, fx.Node) or isinstance(program.type_of(item), ScalarType)
