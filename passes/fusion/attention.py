@@ -62,13 +62,14 @@ class FuseAttention(RulePass):
     - ``is_causal`` is set and the numbers of queries and keys differ: torch then counts from the first key;
     - query, key and value differ in dtype, or are broadcast along the batch;
     - scores have other than three or four axes;
-    - (``trust_masks=False``) a mask filled into the scores may leave a query without keys.
+    - scores are filled in with -inf, or with a number above -1e30, where that may leave a query no key: within a window
+      or by documents, and without ``trust_masks`` wherever there is padding.
 
     Attributes:
-        trust_masks: take it that integer inputs used as masks hold zeros and ones only, and that masks leave every
-            query at least one key (results for queries without any, such as left padding, are then zeros instead of
-            the mean of all values or NaN). Masks that need neither are read in any case; with ``False`` the others
-            stay as they are, as a bias.
+        trust_masks: take it that integer inputs used as masks hold zeros and ones only, and that padding leaves every
+            query at least one key. Results for queries without any, as with padding on the left, are then zeros
+            instead of the mean of all values or NaN. With ``False``, masks that need either stay as they are, as a
+            bias; masks of torch's operator do not.
     """
 
     name: ClassVar[str] = "fuse-attention"

@@ -13,8 +13,19 @@ from graphwright.ir.arguments import canonical_call
 from graphwright.ir.names import resolve_target
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import fake_of
-from graphwright.passes.fusion.elements import Elements, Index
-from graphwright.passes.fusion.symbolic import Element, Every, Holds, Linear, Some, Truth, Value, negation, size_of
+from graphwright.passes.fusion.elements import Elements
+from graphwright.passes.fusion.symbolic import (
+    Element,
+    Every,
+    Holds,
+    Index,
+    Linear,
+    Some,
+    Truth,
+    Value,
+    negation,
+    size_of,
+)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ Every term of an attention is read as a truth about (batch b, head h, query i, k
 Two things cannot be read off a program: that an integer input holds zeros and ones only, which ``(1 - mask) * -1e9``
 needs to be a mask; and that every query has some key to attend. Where none is left, a finite mask value such as
 ``finfo.min`` makes softmax give the mean of all values (-inf: NaN), while the operator gives zeros. Masks that need
-either are taken apart only if they are ``trusted``; otherwise they stay a bias. No trust is put into finite masks with
-a window, whose every key may be padding.
+either are taken apart only if they are ``trusted``; otherwise they stay a bias. Trust goes as far as padding and
+causality: with padding on the right, a key is left to every query. Within a window or a document, all may be padding.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from graphwright.ir.program import Program
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import fake_of
 from graphwright.passes.fusion.calculation import number_of
-from graphwright.passes.fusion.elements import Elements, Index
+from graphwright.passes.fusion.elements import Elements
 from graphwright.passes.fusion.layout import Laid, Maker, Recipe, Whole, Written, find
 from graphwright.passes.fusion.symbolic import (
     FALSE,
     TRUE,
     AtLeastZero,
     Choice,
+    Index,
     Linear,
     Sum,
     Truth,
@@ -51,6 +52,10 @@ from graphwright.passes.fusion.symbolic import (
 
 BATCH, HEAD, QUERY, KEY = "b", "h", "i", "j"
 SCORES = (BATCH, HEAD, QUERY, KEY)
+
+
+# The lowest float32.
+_LOWEST = -3.4028234663852886e38
 
 
 def never(trusted: bool) -> float:
@@ -71,6 +76,7 @@ class Term:
         axes: what the axes of the scores are where it acts, such as ``SCORES``; it is broadcast against them from the
             right. ``None`` stands for batch and head in one.
         factor: of an added term.
+        fill: what takes the place of scores that are not attended, for other terms.
         is_safe: whether a query whose scores it makes -inf attends nothing, as in torch's attention, rather than NaN.
     """
 
@@ -78,6 +84,7 @@ class Term:
     node: fx.Node
     axes: tuple[str | None, ...] = SCORES
     factor: float = 1.0
+    fill: float = -math.inf
     is_safe: bool = False
 
 
@@ -166,7 +173,7 @@ class MaskReader:
         shift = self.sizes[KEY] - self.sizes[QUERY]
         never_empty = not left and (not (causal or window) or self.elements.is_at_least_zero(shift))
         is_safe = never_empty or all(item.is_safe for item in reads)
-        is_credible = is_safe or (self.trusted and not (window and left))
+        is_credible = is_safe or (self.trusted and not window and not others)
         if len(rest) == len(others) and len(added) == len(biases) and is_credible:
             relies = not is_safe or self.elements.assumed
             return Reading(causal, window, tuple(keys), tuple(rest), tuple(added), is_trusted=relies)
@@ -190,6 +197,9 @@ class MaskReader:
         bias: fx.Node | None = None
         for recipe, factor in reading.biases:
             part = maker.make(recipe)
+            if not fake_of(part).dtype.is_floating_point:
+                # What is added as a number must not be taken for a mask.
+                part = rewriter.call("aten.to.dtype", part, fake_of(like).dtype, like=like)
             if factor != 1.0:
                 part = rewriter.call("aten.mul.Tensor", part, factor, like=like)
             bias = part if bias is None else rewriter.call("aten.add.Tensor", bias, part, like=like)
@@ -280,18 +290,24 @@ class MaskReader:
         """Every term as a bias."""
         why = "it is not known of what parts the mask is" if is_credible else "finite masks may leave a query no key"
         rest: list[Recipe] = []
+        biases: list[tuple[Recipe, float]] = []
         for term in terms:
-            where = self._index(term)
             if term.kind == "add":
+                biases.append((Whole(term.node, term.axes), term.factor))
                 continue
+            where = self._index(term)
             if where is None or None in term.axes:
                 return f"%{term.node.name} masks scores in a way that cannot be laid out as [batch, head, query, key]"
-            if not (term.is_safe or is_credible):
+            kept: Recipe = Laid(term.node, where)
+            if term.is_safe or is_credible:
+                rest.append(kept if term.kind == "keep" else Written("aten.logical_not", (kept,)))
+            elif _LOWEST <= term.fill <= never(trusted=False):
+                # Scores vanish beside such a number, so that adding it comes to the same as putting it in their place.
+                values = (0.0, term.fill) if term.kind == "keep" else (term.fill, 0.0)
+                biases.append((Written("aten.where.Scalar", (kept,), values), 1.0))
+            else:
                 return "a query with nothing to attend would get zeros instead of the mean of all values or NaN"
-            recipe: Recipe = Laid(term.node, where)
-            rest.append(recipe if term.kind == "keep" else Written("aten.logical_not", (recipe,)))
-        biases = tuple((Whole(term.node, term.axes), term.factor) for term in terms if term.kind == "add")
-        return Reading(rest=tuple(rest), biases=biases, why_bias=why)
+        return Reading(rest=tuple(rest), biases=tuple(biases), why_bias=why)
 
 
 def _conjunction(recipes: Sequence[Recipe]) -> Recipe:

@@ -150,7 +150,7 @@ class Scores:
         if not isinstance(alpha, int | float) or not isinstance(beta, int | float):
             return self._fail(node, "scales the scores by a value that is computed")
         if beta:
-            self._term("add", arguments["self"], node, factor * beta, is_safe=self._is_safe)
+            self._add(arguments["self"], node, factor * beta)
         query, key = arguments["batch1"], arguments["batch2"]
         return self._product((Heads(query), transposed_key(self.program, key)), factor * alpha)
 
@@ -163,7 +163,7 @@ class Scores:
         for scores, other, first, second in ((left, right, 1.0, sign), (right, left, sign, 1.0)):
             terms, reshaped = list(self.terms), self.is_reshaped
             if isinstance(other, fx.Node) and is_tensor(other) and self._is_like(scores, node):
-                self._term("add", other, node, factor * second, is_safe=self._is_safe)
+                self._add(other, node, factor * second)
                 if self._descend(scores, factor * first):
                     return True
             self.terms, self.is_reshaped = terms, reshaped
@@ -186,23 +186,25 @@ class Scores:
                 continue
             if fill * factor > self._never:
                 return self._fail(node, f"fills scores with {fill:g}, which does not rule them out")
-            self._term(kind, condition, node, 1.0, is_safe=self._is_safe and math.isinf(fill))
+            terms, reshaped = list(self.terms), self.is_reshaped
+            is_safe = self._is_safe and math.isinf(fill)
+            self.terms.append(Term(kind, condition, _axes(node), fill=fill * factor, is_safe=is_safe))
             if self._descend(scores, factor):
                 return True
-            self.terms.pop()
+            self.terms, self.is_reshaped = terms, reshaped
         return False
 
     def _is_like(self, scores: Any, node: fx.Node) -> bool:
         """Whether an operand has the shape of the result, as scores have."""
-        return (
-            isinstance(scores, fx.Node)
-            and is_tensor(scores)
-            and tuple(fake_of(scores).shape) == tuple(fake_of(node).shape)
-        )
+        found, wanted = tensor_type(self.program, scores), tensor_type(self.program, node)
+        return found is not None and wanted is not None and found.shape == wanted.shape
 
-    def _term(self, kind: str, node: fx.Node, at: fx.Node, factor: float, *, is_safe: bool) -> None:
-        axes = SCORES if fake_of(at).dim() == 4 else _FLAT
-        self.terms.append(Term(kind, node, axes, factor, is_safe))
+    def _add(self, term: fx.Node, node: fx.Node, factor: float) -> None:
+        self.terms.append(Term("add", term, _axes(node), factor, is_safe=self._is_safe))
+
+
+def _axes(scores: fx.Node) -> tuple[str | None, ...]:
+    return SCORES if fake_of(scores).dim() == 4 else _FLAT
 
 
 def _between(node: fx.Node) -> str:

@@ -152,6 +152,10 @@ class Sum:
 
 Value = Linear | Number | Element | Truth | Choice | Sum
 
+Index = tuple[Linear, ...]
+# Reads one kind of operator: (elements, node, its arguments, index of the element) -> the element, or None.
+Handler = Callable[[Any, fx.Node, dict[str, Any], Index], Value | None]
+
 TRUE, FALSE = Known(True), Known(False)
 
 

@@ -186,6 +186,11 @@ def operator_with(**options: Any) -> Spelling:
     return attend
 
 
+def added_truths(m: Spelled, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A boolean tensor that is added counts as zeros and ones, not as a mask."""
+    return torch.softmax(q @ k.mT + p.bool()[:, None, None] + torch.arange(k.shape[2]), -1) @ v
+
+
 ROOT = 1 / math.sqrt(WIDTH)
 # name -> spelling, key heads, scale, causal, key mask, bias
 SPELLINGS: dict[str, tuple[Spelling, int, float, bool, bool, bool]] = {
@@ -204,6 +209,7 @@ SPELLINGS: dict[str, tuple[Spelling, int, float, bool, bool, bool]] = {
     "one head": (one_head, HEADS, 1.0, False, True, False),
     "einsum": (einsums, HEADS, 0.3, False, False, False),
     "position bias": (positions, HEADS, 0.3, False, True, True),
+    "truths added": (added_truths, HEADS, 1.0, False, False, True),
     "grouped": (grouped, 2, 1.0, False, False, False),
     "grouped before": (grouped_before, 2, ROOT, False, False, False),
     "interleaved": (interleaved, 2, 1.0, False, False, False),
@@ -487,6 +493,37 @@ def test_finite_windows_over_padding_are_not_trusted() -> None:
     assert (given["window"], given["key_mask"]) == (0, None)
     assert "finite masks may leave a query no key" in program.notes["attention"]["attention"]
     assert_equivalent(before, program)
+
+
+@pytest.mark.parametrize("kind", ["where", "masked_fill"])
+def test_finite_fills_of_whole_rows_stay_a_bias(kind: str) -> None:
+    """As DeBERTa: padding rules out queries too, whose result is the mean of all values."""
+
+    def attend(m: Spelled, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        pairs = (p[:, None, :, None] * p[:, None, None, :]).bool()
+        lowest, scores = torch.finfo(q.dtype).min, q @ k.mT
+        masked = torch.where(pairs, scores, lowest) if kind == "where" else scores.masked_fill(~pairs, lowest)
+        return torch.softmax(masked, -1) @ v
+
+    program = traced(attend)
+    before = program.clone()
+    assert FuseAttention()(program)
+    given = arguments_of(attention_of(program))
+    assert given["key_mask"] is None
+    assert program.type_of(given["bias"]).dtype == torch.float32
+    assert_equivalent(before, program)
+
+
+@pytest.mark.parametrize("fill", [-math.inf, -1e9])
+def test_other_fills_of_whole_rows_are_left_alone(fill: float) -> None:
+    def attend(m: Spelled, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        rows, columns = rows_and_columns(p)
+        near = (columns > rows - 2) & p.bool()[:, None, None]
+        return torch.softmax((q @ k.mT).masked_fill(~near, fill), -1) @ v
+
+    program = traced(attend)
+    assert not FuseAttention()(program)
+    assert "a query with nothing to attend would get zeros" in refusals(FuseAttention(), program)
 
 
 def test_trust_is_a_truth_value() -> None:

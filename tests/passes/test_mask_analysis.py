@@ -187,7 +187,21 @@ def documents(x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
     return (number[:, None, :, None] == number[:, None, None, :]) & causal(x, padding)
 
 
+def restarts(x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """As transformers writes it without a mask: documents begin where positions do not go on by one."""
+    positions = torch.arange(padding.shape[1])[None].repeat(padding.shape[0], 1)
+    steps = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1)
+    number = (steps != 1).cumsum(-1)
+    batch, places = torch.arange(padding.shape[0])[:, None, None, None], torch.arange(padding.shape[1])
+    same = number[batch, places[None, None, :, None]] == number[batch, places[None, None, None, :]]
+    return same & causal(x, padding)
+
+
 MASKS: dict[str, Mask] = {
+    "restarts": restarts,
+    "uneven steps": lambda x, p: (torch.diff(torch.arange(p.shape[1]) * 3, prepend=torch.tensor([1])) < 3)[None],
+    "later steps": lambda x, p: torch.diff(torch.arange(LENGTH + 1)).cumsum(0)[:, None] > torch.arange(LENGTH),
+    "repeated": lambda x, p: p.bool()[:, None, None].repeat(1, HEADS, p.shape[1], 1),
     "by index": by_index,
     "merged heads": merged_heads,
     "additive": additive,
@@ -217,7 +231,7 @@ MASKS: dict[str, Mask] = {
 
 @lru_cache
 def traced_by_name(name: str) -> tuple[gw.Program, list[torch.Tensor]]:
-    fixed = name in ("two diagonals", "from the end", "every other", "negative indices")
+    fixed = name in ("two diagonals", "from the end", "every other", "negative indices", "later steps")
     return traced(MASKS[name], dynamic=not fixed)
 
 
@@ -309,6 +323,8 @@ def test_random_masks_are_read_truly_and_fused_exactly(tree: Any, added: bool) -
 
 # name -> causal, window, key mask, bias
 READINGS: dict[str, tuple[bool, int, bool, bool]] = {
+    "restarts": (True, 0, False, False),
+    "repeated": (False, 0, True, False),
     "by index": (True, 0, True, False),
     "merged heads": (False, 0, True, False),
     "additive": (False, 0, True, False),
