@@ -17,6 +17,7 @@ from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.text import Printer
+from graphwright.ir.types import ValueType
 
 _WEIGHT_KINDS = ("added", "removed", "retyped")
 
@@ -217,6 +218,7 @@ def _node_changes(first: Program, second: Program, matched: Mapping[fx.Node, fx.
     old_nodes = [node for node in first.nodes if node.op != "get_attr"]
     place = {node: index for index, node in enumerate(old_nodes)}
     arrived = {node for node in second.nodes if node not in back}
+    kinds = {node: printer.kind(node) for printer in printers for node in printer.program.nodes}
     told = 0  # so many of the old nodes have been looked at for removal
     for node in second.nodes:
         if node.op == "get_attr":
@@ -229,7 +231,7 @@ def _node_changes(first: Program, second: Program, matched: Mapping[fx.Node, fx.
             if gone not in matched:
                 yield NodeChange("removed", gone.name, path_of(gone), printers[0].line(gone), None, op_name(gone), "")
         told = max(told, place[old] + 1)
-        kind = _compare(old, node, printers, matched, arrived)
+        kind = _compare(old, node, kinds, matched, arrived)
         if kind is not None:
             lines = printers[0].line(old), printers[1].line(node)
             yield NodeChange(kind, old.name, path_of(old), *lines, op_name(old), op_name(node))
@@ -238,13 +240,13 @@ def _node_changes(first: Program, second: Program, matched: Mapping[fx.Node, fx.
 def _compare(
     old: fx.Node,
     new: fx.Node,
-    printers: tuple[Printer, Printer],
+    kinds: Mapping[fx.Node, ValueType | None],
     matched: Mapping[fx.Node, fx.Node],
     arrived: AbstractSet[fx.Node],
 ) -> Literal["changed", "redirected"] | None:
     if op_name(old) != op_name(new) or tags_of(old) != tags_of(new) or path_of(old) != path_of(new):
         return "changed"
-    if printers[0].kind(old) != printers[1].kind(new):
+    if kinds[old] != kinds[new]:
         return "changed"
     if same_operands(old.args, new.args, matched) and same_operands(old.kwargs, new.kwargs, matched):
         return None

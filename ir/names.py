@@ -96,6 +96,7 @@ def resolve_target(name: str) -> Callable[..., Any]:
     # Not everything below torch.ops is an operator: a name in a file must not reach torch.ops.load_library.
     if not isinstance(found, torch._ops.OpOverload):
         raise ProgramError(
-            f"no operator is named {name!r}", hint="ATen names are written aten.<op> or aten.<op>.<overload>"
+            f"no operator is named {name!r}",
+            hint="ATen names are written aten.<op> or aten.<op>.<overload>; other packages' operators need an import",
         )
     return cast(Callable[..., Any], found)

@@ -72,7 +72,7 @@ class _Parser:
         lexer.expect("(")
         dims = self._dims()
         lexer.expect("{")
-        self._header()
+        self._header(dims)
         placeholder = default_signature([], 1)
         self.symbols = SymbolTable({dim.name: dim for dim in dims}, self.conditions)
         self.agreement = Agreement(self.symbols.dims)
@@ -120,7 +120,7 @@ class _Parser:
                 break
         return dims
 
-    def _header(self) -> None:
+    def _header(self, dims: list[Dim]) -> None:
         lexer = self.lexer
         while lexer.peek().kind == "word" and lexer.peek().text != "return":
             start, key = lexer.place(), lexer.next().text
@@ -130,6 +130,9 @@ class _Parser:
                     names_in(condition)
                 except ProgramError as error:
                     raise lexer.error(error.what, at=start) from error
+                unknown = sorted(names_in(condition) - {dim.name for dim in dims})
+                if unknown:
+                    raise lexer.error(f"the condition speaks of {unknown[0]!r}, which is no dimension", at=start)
                 self.conditions.append(condition)
             elif key == "alias":
                 alias = lexer.string("the further name of a weight")

@@ -46,10 +46,12 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
     """Write a program into a folder, made if need be. What else is in the folder stays.
 
     Raises:
-        SerializationError: the program has something that cannot be stored, or the folder cannot be written (full,
-            read-only, ...). A program saved there before is still whole, and nothing half-written is left.
+        SerializationError: the program has something that cannot be stored, the folder holds another model, or it
+            cannot be written (full, read-only, ...). A program saved there before is still whole, and nothing
+            half-written is left.
     """
     folder = Path(path)
+    _check_folder(folder)
     document = _document(program)
     with _errors_as_ours(folder), _folder(folder):
         old = _digest_named_in(folder)
@@ -69,6 +71,16 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         if old and old != digest:
             _remove(folder / _name_of(old))
         _sync_folder(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder whose weights are not ours: a Hugging Face model has a file of the same name."""
+    if (folder / WEIGHTS_FILE).exists() and not (folder / PROGRAM_FILE).exists():
+        raise SerializationError(
+            f"the folder holds a {WEIGHTS_FILE} that is not a saved program's, and saving would overwrite it",
+            where=str(folder),
+            hint="choose another folder",
+        )
 
 
 def _document(program: Program) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.arguments import canonical_call, schema_of
+from graphwright.ir.conditions import names_in
 from graphwright.ir.errors import GraphwrightError, ProgramError
 from graphwright.ir.memory import is_same_view, shared_memory
 from graphwright.ir.names import target_name
@@ -16,7 +17,7 @@ from graphwright.ir.operands import misfit
 from graphwright.ir.program import Program, copy_graph
 from graphwright.ir.provenance import PATH, SOURCE, TAGS, describe
 from graphwright.ir.text import Printer, lines_around
-from graphwright.ir.types import VAL, SymbolTable, TensorType
+from graphwright.ir.types import VAL, SymbolTable, TensorType, ValueType
 
 # Problems are listed together, but a broken graph can have thousands.
 _MOST_PROBLEMS = 8
@@ -111,6 +112,12 @@ def _ends(program: Program, nodes: list[fx.Node]) -> Iterator[Problem]:
     inputs = tuple(str(node.target) for node in nodes if node.op == "placeholder")
     if inputs != program.signature.names:
         yield None, f"the inputs are {inputs}, the signature has {program.signature.names}"
+    varying = set().union(*(_dimensions(program.type_of(node)) for node in nodes if node.op == "placeholder"))
+    for condition in program.symbols.conditions:
+        yield from (
+            (None, f"the condition {condition!r} speaks of {name!r}, which no input has")
+            for name in sorted(names_in(condition) - varying)
+        )
     outputs = [node for node in nodes if node.op == "output"]
     if len(outputs) != 1 or nodes[-1] is not outputs[0]:
         yield None, "there must be exactly one output, at the end"
@@ -127,6 +134,10 @@ def _ends(program: Program, nodes: list[fx.Node]) -> Iterator[Problem]:
         value = item.meta.get(VAL) if isinstance(item, fx.Node) else item
         if isinstance(value, tuple | list | dict):
             yield output, f"the output {item} is not a single value"
+
+
+def _dimensions(kind: ValueType | None) -> set[str]:
+    return {size for size in kind.shape if isinstance(size, str)} if isinstance(kind, TensorType) else set()
 
 
 def _call(node: fx.Node) -> Iterator[Problem]:

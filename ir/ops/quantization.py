@@ -21,7 +21,7 @@ ACTIVATION_MODES = ("per_token", "per_tensor")
 
 # Weights are dequantised in slices of at most this many elements: no float copy of a large layer ever exists, and a
 # slice is still in the cache when it is multiplied.
-_SLICE_ELEMENTS = 1 << 20
+_SLICE_ELEMENTS = 1 << 19
 
 
 def pack(codes: torch.Tensor, bits: int, group_size: int, zero_points: torch.Tensor | None) -> torch.Tensor:
@@ -109,15 +109,23 @@ def linear_nbits(
         zero = zero_points[piece] if zero_points is not None else None
         return functional.linear(values, dequantize(qweight[piece], scales[piece], zero, bits, columns, wide))
 
-    result = _by_rows(product, len(qweight), qweight.shape[1] * group_size)
+    result = _by_rows(values, product, len(qweight), qweight.shape[1] * group_size)
     return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
 
 
-def _by_rows(product: Callable[[slice], torch.Tensor], rows: int, columns: int) -> torch.Tensor:
-    """``[..., rows]`` from the products with slices of a weight's rows."""
+def _by_rows(x: torch.Tensor, product: Callable[[slice], torch.Tensor], rows: int, columns: int) -> torch.Tensor:
+    """``[..., rows]`` from the products of ``x`` with slices of a weight's rows."""
     step = max(1, _SLICE_ELEMENTS // max(1, columns))
-    parts = [product(slice(start, start + step)) for start in range(0, rows, step)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    slices = [slice(start, start + step) for start in range(0, rows, step)]
+    if len(slices) == 1:
+        return product(slices[0])
+    if torch.is_grad_enabled() and x.requires_grad:
+        return torch.cat([product(piece) for piece in slices], dim=-1)
+    # Written to their place: products put aside would cut up the memory that each slice leaves behind for the next.
+    result = x.new_empty((*x.shape[:-1], rows))
+    for piece in slices:
+        result[..., piece] = product(piece)
+    return result
 
 
 def quantize_activations(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -170,7 +178,7 @@ def linear_int8_dynamic(
     steps = steps + (codes - zero - steps).detach()
     # Integers below 2**53 are exact in float64, and float64 has a fast matrix product where int32 has none.
     exact = steps.double()
-    sums = _by_rows(lambda piece: functional.linear(exact, qweight[piece].double()), *qweight.shape)
+    sums = _by_rows(exact, lambda piece: functional.linear(exact, qweight[piece].double()), *qweight.shape)
     result = (sums * scale.double()).to(wide) * scales.to(wide)
     return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
 

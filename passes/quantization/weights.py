@@ -13,8 +13,9 @@ from graphwright.passes.quantization.gptq import FitGroup, gptq
 from graphwright.passes.quantization.grids import fit_grid, round_to_grid
 from graphwright.passes.quantization.loss import Loss
 
-# Elements worked on at once: the temporaries of a slice stay in a core's cache.
-_SLICE_ELEMENTS = 1 << 18
+# Elements worked on at once: temporaries of a slice stay in the cache, and its operations are long enough to be shared
+# among threads.
+_SLICE_ELEMENTS = 1 << 19
 
 # Scales are stored in half precision where all of them are normal numbers there.
 _HALF = torch.finfo(torch.float16)
@@ -84,33 +85,32 @@ def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight")
     rows, columns = weight.shape
     group = form.columns_per_group(columns)
     groups = -(-columns // group)
+    # What stays is allocated first, and what does not is of a slice's size: many weights leave no holes in memory.
+    qweight = torch.empty(rows, groups, group * form.bits // 8, dtype=torch.uint8)
     scales, zeros = torch.empty(rows, groups), torch.empty(rows, groups)
     with torch.no_grad():
-        for _, span, block in _blocks(weight, group):
+        for span, block in _blocks(weight, group):
             scales[span], zeros[span] = fit_grid(
                 block, bits=form.bits, symmetric=form.symmetric, clip_search=form.clip_search
             )
             # NaN and infinity reach the scales: the extremes they are made from take them over.
             if not bool(torch.isfinite(scales[span]).all()):
                 raise _not_finite(name)
-        stored = _stored_scales(scales)
-        codes, loss = torch.empty(rows, columns, dtype=torch.uint8), Loss()
-        for piece, span, block in _blocks(weight, group):
+        stored, points = _stored_scales(scales), _stored_zeros(zeros, form)
+        loss = Loss()
+        for span, block in _blocks(weight, group):
             scale, zero = stored[span].to(torch.float32), zeros[span]
             found = round_to_grid(block, scale, zero, form.bits)
-            codes[piece] = found.flatten(1).to(torch.uint8)
+            padding = points[span] if points is not None else None
+            qweight[span] = pack(found.flatten(1).to(torch.uint8), form.bits, group, padding)
             loss.add(found.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)), block)
-    return _packed(codes, stored, zeros, form, group, loss)
+    return PackedWeight(qweight, stored, points, group, loss)
 
 
-_Span = tuple[slice, slice]
+def _blocks(weight: torch.Tensor, group: int) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
+    """Slices of a weight in float32, cut into groups ``[rows, groups, group]``, each with the place of its groups.
 
-
-def _blocks(weight: torch.Tensor, group: int) -> Iterator[tuple[_Span, _Span, torch.Tensor]]:
-    """Slices of a weight in float32, cut into groups ``[rows, groups, group]``.
-
-    Yields the slice's place in the weight, that of its groups, and its values. The last group of rows that do not
-    divide comes by itself, shorter.
+    The last group of rows that do not divide comes by itself, shorter.
     """
     rows, columns = weight.shape
     step = max(1, _SLICE_ELEMENTS // max(1, columns))
@@ -119,11 +119,9 @@ def _blocks(weight: torch.Tensor, group: int) -> Iterator[tuple[_Span, _Span, to
         down = slice(start, min(start + step, rows))
         piece = weight[down].detach().to(torch.float32)
         if whole:
-            across = slice(0, whole * group)
-            yield (down, across), (down, slice(0, whole)), piece[:, across].reshape(len(piece), whole, group)
+            yield (down, slice(0, whole)), piece[:, : whole * group].reshape(len(piece), whole, group)
         if whole * group < columns:
-            across = slice(whole * group, columns)
-            yield (down, across), (down, slice(whole, whole + 1)), piece[:, across].unsqueeze(1)
+            yield (down, slice(whole, whole + 1)), piece[:, whole * group :].unsqueeze(1)
 
 
 def quantize_weight_gptq(
@@ -149,8 +147,8 @@ def quantize_weight_gptq(
     codes, scales, zeros = _gptq(weight, second_moment, form.bits, group, fit, damping, name)
     stored, group_of = _stored_scales(scales), torch.arange(weight.shape[1]) // group
     rounded = (codes - zeros[:, group_of]) * stored.to(torch.float32)[:, group_of]
-    loss = Loss.of_outputs(rounded, weight.detach(), second_moment)
-    return _packed(codes, stored, zeros, form, group, loss)
+    loss, points = Loss.of_outputs(rounded, weight.detach(), second_moment), _stored_zeros(zeros, form)
+    return PackedWeight(pack(codes, form.bits, group, points), stored, points, group, loss)
 
 
 def _gptq(
@@ -184,7 +182,7 @@ def quantize_weight_int8(weight: torch.Tensor, *, clip_search: bool, name: str =
     rows, columns = weight.shape
     codes, scales, loss = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows), Loss()
     with torch.no_grad():
-        for (down, _), _, block in _blocks(weight, columns):
+        for (down, _), block in _blocks(weight, columns):
             piece = block.squeeze(1)
             scale, zero = fit_grid(piece, bits=8, symmetric=True, clip_search=clip_search, full_range=False)
             if not bool(torch.isfinite(scale).all()):
@@ -227,8 +225,5 @@ def _stored_scales(scales: torch.Tensor) -> torch.Tensor:
     return scales.to(torch.float16) if fits else scales
 
 
-def _packed(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, form: Format, group: int, loss: Loss
-) -> PackedWeight:
-    zero_points = None if form.symmetric else zeros.to(torch.uint8)
-    return PackedWeight(pack(codes, form.bits, group, zero_points), scales, zero_points, group, loss)
+def _stored_zeros(zeros: torch.Tensor, form: Format) -> torch.Tensor | None:
+    return None if form.symmetric else zeros.to(torch.uint8)

@@ -7,6 +7,7 @@ difference in what they compute, not in how they round.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -19,8 +20,11 @@ from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.types import TensorType
 
-# A weight is widened in slices of at most this many elements, so that the largest layer does not double the memory.
-_SLICE_ELEMENTS = 1 << 22
+# A weight is widened in slices of about this many elements, so that the largest layer does not double the memory and a
+# slice is still in the cache when it is multiplied.
+_SLICE_ELEMENTS = 1 << 20
+
+_scratch = threading.local()
 
 
 def run_node(program: Program, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
@@ -88,11 +92,24 @@ def _linear(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> torch.Tensor:
     if weight.dim() != 2:
         return functional.linear(x, wide(weight), bias)
     rows = max(1, _SLICE_ELEMENTS // max(1, weight.shape[1]))
-    if rows >= weight.shape[0]:
-        return functional.linear(x, wide(weight), bias)
-    parts = [functional.linear(x, weight[start : start + rows].double()) for start in range(0, weight.shape[0], rows)]
-    result = torch.cat(parts, dim=-1)
+    slices = [weight[start : start + rows] for start in range(0, weight.shape[0], rows)]
+    parts = [functional.linear(x, _in_scratch(piece)) for piece in slices]
+    result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return result + bias if bias is not None else result
+
+
+def _in_scratch(weight: torch.Tensor) -> torch.Tensor:
+    """A slice of a weight in float64, valid until the next call on this thread.
+
+    One buffer serves for all: with a fresh one for each layer, the small values that are kept in between cut up the
+    space it leaves behind, and a model of a billion parameters needs a gigabyte more.
+    """
+    if weight.device.type != "cpu":
+        return weight.double()
+    buffer: torch.Tensor | None = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.numel() < weight.numel():
+        buffer = _scratch.buffer = torch.empty(max(weight.numel(), _SLICE_ELEMENTS), dtype=torch.float64)
+    return buffer[: weight.numel()].view(weight.shape).copy_(weight.detach())
 
 
 def _rms_norm(program: Program, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> torch.Tensor:

@@ -91,6 +91,15 @@ ATTENTION: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
         heads(x, 4), heads(y, 4), heads(y, 4), bias=(x[:, :, None, :1] + y[:, None, :, 1:2])[..., 0][:, None]
     ),
     "bias over keys": lambda x, y: attend(heads(x, 4), heads(y, 4), heads(y, 4), bias=y[:, None, None, :, 0] * 3),
+    "bias of lowest numbers": lambda x, y: attend(
+        heads(x, 4),
+        heads(x, 4),
+        heads(x, 4),
+        bias=torch.where(padding(x), 0.0, torch.finfo(x.dtype).min)[:, None, None],
+    ),
+    "bias of infinity": lambda x, y: attend(
+        heads(x, 4), heads(x, 4), heads(x, 4), bias=torch.where(padding(x), 0.5, float("-inf"))[:, None, None]
+    ),
     "bool bias": lambda x, y: attend(
         heads(x, 4),
         heads(x, 4),

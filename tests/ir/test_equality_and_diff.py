@@ -250,6 +250,18 @@ def test_a_model_with_one_more_layer_differs_by_that_layer() -> None:
     assert sum(change.op_after == "aten.linear" for change in found.of_kind("added")) == 2
 
 
+def test_sizes_that_depend_on_values_are_no_difference_by_their_number() -> None:
+    lines = ['%x = input "x" : f32[batch, 4]', "%n = aten.nonzero(%x)", "%r = aten.relu(%x)", "return %n, %r"]
+    first = parse("program P(batch: 1..) {\n" + "\n".join(lines) + "\n}")
+    lines[2:3] = ["%a = aten.abs(%x)", "%m = aten.nonzero(%a)", "%k = aten.neg(%m)", "%r = aten.relu(%x)"]
+    second = parse("program P(batch: 1..) {\n" + "\n".join(lines) + "\n}")
+    for _ in range(2):
+        second.infer_types()
+    found = diff(first, second)
+    assert {change.name for change in found.nodes} == {"a", "m", "k"}
+    assert not diff(second, second.clone())
+
+
 def test_header_and_weights() -> None:
     other = parse(
         EVERYTHING.replace("2..64@5", "2..128@5")

@@ -22,7 +22,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.text import print_program
 from graphwright.ir.verifier import verify
 
-few = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+few = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def assert_identical(found: Program, expected: Program) -> None:
@@ -142,7 +142,7 @@ def test_an_edit_that_raises_leaves_no_trace(program: Program, seed: int) -> Non
     verify(program)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_damaged_text_is_refused_with_our_error_or_means_something(data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(EVERYTHING) - 1))

@@ -403,6 +403,13 @@ def test_a_real_limit_on_file_size(tmp_path: Path, program: Program) -> None:
     assert_same_program(Program.load(tmp_path), program)
 
 
+def test_another_models_weights_are_not_overwritten(tmp_path: Path, program: Program) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"the original")
+    with pytest.raises(SerializationError, match="not a saved program's, and saving would overwrite it"):
+        program.save(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"the original"
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path, program: Program) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -300,6 +300,7 @@ HEAD = 'program P(batch: 1..) {\n  %x = input "x" : f32[batch, 4]\n'
         ("program P(a: 1..@b) {", "line 1, column 17", "expected the traced size after @"),
         ("program P() {\n  forget me\n}", "line 2, column 3", "'forget' is not something a program's header says"),
         ('program P() {\n  require "1 +"\n}', "line 2, column 3", "is not a condition on dimensions"),
+        ('program P() {\n  require "n > 1"\n}', "line 2, column 3", "speaks of 'n', which is no dimension"),
         (HEAD + "}", "line 3, column 1", "or 'return'"),
         (HEAD + "  return %x", "line 3, column 12", "expected '}', found the end of the text"),
         (HEAD + "  return %x\n} more", "line 4, column 3", "expected the end of the text, found 'more'"),

@@ -88,6 +88,10 @@ def _input(program: Program) -> None:
     program.node("scale").target = "factor"
 
 
+def _condition(program: Program) -> None:
+    program.symbols.conditions = ("batch < width",)
+
+
 def _target(program: Program) -> None:
     program.node("kept").target = torch.relu
 
@@ -201,6 +205,7 @@ def _one_parameter_twice(program: Program) -> None:
         (_list_output, "the output must return one flat tuple", "%output"),
         (_short_output, "the signature has 3 outputs, not 2", "%output"),
         (_input, "the inputs are ('ids', 'factor'), the signature has ('ids', 'scale')", None),
+        (_condition, "the condition 'batch < width' speaks of 'width', which no input has", None),
         (_target, "cannot stand in a Program", "%kept"),
         (_method, "a call_method node has no place in a Program", "%kept"),
         (_mutating, "aten::mul_ writes into its operands", "%scaled in odd path #1"),

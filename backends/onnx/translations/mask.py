@@ -54,6 +54,8 @@ def for_operator(
     def make() -> ir.Value | None:
         allowed, bias = parts(lower, rest, query, key)
         dtype = lower.dtype(query)
+        if bias is not None:
+            bias = _above_lowest(lower, bias, dtype)
         if bias is not None and allowed is not None:
             bias = lower.graph.call("Where", allowed, bias, lower.graph.constant(-math.inf, dtype))
         made = allowed if bias is None else bias
@@ -118,6 +120,16 @@ def _band(lower: Lowering, wanted: Mask, lengths: Sizes) -> ir.Value:
         result = inside if result is None else graph.call("And", result, inside)
     assert result is not None
     return result
+
+
+def _above_lowest(lower: Lowering, bias: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """Finite biases kept off the lowest number of the dtype, which models mask with.
+
+    Where that is all a query sees, it attends to everything alike; onnxruntime takes it for "nothing to attend".
+    """
+    limit = lower.graph.constant(torch.finfo(dtype).min / 4, dtype)
+    raised = lower.graph.call("Max", bias, limit)
+    return lower.graph.call("Where", lower.graph.call("IsInf", bias), bias, raised)
 
 
 def _shape(lower: Lowering, wanted: Mask, query: fx.Node, key: fx.Node) -> Sizes:
