@@ -21,6 +21,7 @@ DIALECT: dict[str, str] = {
     "embedding_nbits": "quantization",
     "gated_activation": "activation",
     "linear_int8_dynamic": "quantization",
+    "linear_int8_static": "quantization",
     "linear_nbits": "quantization",
     "rms_norm": "normalization",
     "rotary_embedding": "position",

@@ -183,6 +183,42 @@ def linear_int8_dynamic(
     return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
 
 
+def linear_int8_static(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    input_scales: torch.Tensor,
+    input_zero_point: int,
+) -> torch.Tensor:
+    """``y = x̂ Ŵᵀ + b`` with activations quantised to 8 bits on a grid known beforehand and weights stored as INT8.
+
+    A feature may have a scale of its own, which the stored weights have been multiplied with (Xiao et al. 2023,
+    "SmoothQuant"): ``x_k ≈ (code_k - zero point) · input_scales_k`` and ``W_nk · input_scales_k ≈ qweight_nk ·
+    scales_n``, so ``y_n = scales_n Σ (code_k - zero point) qweight_nk``, an integer sum.
+
+    Args:
+        x: ``[..., in]``, floating.
+        qweight: int8 ``[out, in]``, symmetric per output channel.
+        scales: ``[out]``.
+        bias: ``[out]`` or ``None``.
+        input_scales: ``[in]``, positive.
+        input_zero_point: code that stands for 0, in 0..255.
+
+    Returns:
+        ``[..., out]`` of x's dtype. Values beyond the grid are clipped to its ends; NaN stays NaN. The sum of products
+        is exact. The gradient for x is that of ``x Ŵᵀ`` inside the grid (straight-through, Bengio et al. 2013) and 0
+        beyond it.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    steps = (x.to(wide) / input_scales.to(wide)).clamp(-input_zero_point, 255 - input_zero_point)
+    steps = steps + (torch.round(steps) - steps).detach()
+    exact = steps.double()
+    sums = _by_rows(exact, lambda piece: functional.linear(exact, qweight[piece].double()), *qweight.shape)
+    result = sums.to(wide) * scales.to(wide)
+    return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
+
+
 def embedding_nbits(
     indices: torch.Tensor,
     qweight: torch.Tensor,
@@ -236,6 +272,21 @@ def _dynamic_fake(
     torch._check(qweight.shape[1] == x.shape[-1], lambda: f"x has {x.shape[-1]} features, qweight {qweight.shape[1]}")
     _check_vectors(qweight.shape[0], scales=scales, bias=bias)
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def _static_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    input_scales: torch.Tensor,
+    input_zero_point: int,
+) -> torch.Tensor:
+    if not 0 <= input_zero_point <= 255:
+        raise ValueError(f"the input's zero point must be in 0..255, not {input_zero_point}")
+    result = _dynamic_fake(x, qweight, scales, bias, "per_tensor")
+    _check_vectors(qweight.shape[1], input_scales=input_scales)
+    return result
 
 
 def _embedding_fake(
@@ -310,6 +361,17 @@ LINEAR_INT8_DYNAMIC = OpDefinition(
     schema="(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, str activation) -> Tensor",
     reference=linear_int8_dynamic,
     fake=_dynamic_fake,
+    macs=_linear_macs,
+    differentiable=("x", "bias"),
+)
+
+LINEAR_INT8_STATIC = OpDefinition(
+    name="linear_int8_static",
+    schema=(
+        "(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, Tensor input_scales, int input_zero_point) -> Tensor"
+    ),
+    reference=linear_int8_static,
+    fake=_static_fake,
     macs=_linear_macs,
     differentiable=("x", "bias"),
 )

@@ -21,7 +21,7 @@ from graphwright.passes.base import Pass
 from graphwright.passes.fusion.heads import given_back
 
 _LINEAR = "aten.linear"
-_QUANTIZED = frozenset({"graphwright.linear_nbits", "graphwright.linear_int8_dynamic"})
+_QUANTIZED = frozenset(f"graphwright.{name}" for name in ("linear_nbits", "linear_int8_dynamic", "linear_int8_static"))
 _ATTENTION = frozenset({"graphwright.attention", "aten.scaled_dot_product_attention"})
 _PRODUCTS = frozenset({"aten.matmul", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm", "aten.convolution"})
 _ACTIVATIONS = frozenset(

@@ -71,6 +71,16 @@ def _not_finite(name: str) -> InputError:
     )
 
 
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Check a weight that is read as a whole.
+
+    Raises:
+        InputError: it holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise _not_finite(name)
+
+
 def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight") -> PackedWeight:
     """Quantise a weight to the nearest grid points.
 
@@ -160,8 +170,7 @@ def _gptq(
     damping: float,
     name: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not bool(torch.isfinite(weight).all()):
-        raise _not_finite(name)
+    check_finite(weight, name)
     try:
         return gptq(weight, second_moment, bits=bits, group_size=group_size, fit_group=fit, damping=damping)
     except InputError as error:

@@ -198,6 +198,35 @@ def test_dynamic_activations_agree_and_run_in_integers(tmp_path: Path, options: 
     assert len(rounded) == 3, "one rounding for the two linears that share an input, one for each of the others"
 
 
+class StaticLinears(nn.Module):
+    """Scales for each feature and one for all, sharing an input or not, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ModuleList(Dynamic(5 + index, 48, "", bias=index % 2 == 0) for index in range(4))
+        even, uneven = torch.full((48,), 0.02), torch.rand(48) * 0.02 + 0.01
+        self.register_buffer("even", even)
+        self.register_buffer("uneven", uneven)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        inputs = ((x, self.even, 128), (x, self.even, 128), (x, self.uneven, 3), (x[0, 0], self.uneven, 255))
+        return [
+            ops.get("linear_int8_static").target(value, w.qweight, w.scales, w.bias, scales, zero)
+            for w, (value, scales, zero) in zip(self.weights, inputs, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("options", ROUTES, ids=IDS)
+def test_static_activations_agree_and_run_in_integers(tmp_path: Path, options: dict[str, Any]) -> None:
+    x = torch.randn(2, 3, 48) * 2
+    program = gw.trace(StaticLinears(), x, dynamic={"x": {0: "batch", 1: "sequence"}})
+    report = gw.export_onnx(program, tmp_path / "model.onnx", example_inputs=[x], **options)
+    assert len(report.quantized) == 4
+    assert set(report.quantized.values()) <= {"MatMulInteger", "MatMulIntegerToFloat"}
+    model = onnx.load(tmp_path / "model.onnx")
+    assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) == 3, "the two on one grid share it"
+
+
 def test_a_single_linear_agrees_to_the_rounding_of_floats(tmp_path: Path) -> None:
     """Without a second rounding behind it, the integer product is exact: nothing is hidden in a wide tolerance."""
     x = torch.randn(4, 48)

@@ -217,6 +217,68 @@ def test_the_gradient_passes_straight_through_the_rounding(activation: str) -> N
     assert bias.grad.tolist() == [2.0] * 4
 
 
+# -- static activations ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("zero", [0, 100, 255])
+def test_linear_int8_static_is_an_integer_product(columns: int, zero: int) -> None:
+    random = np.random.default_rng(columns)
+    weight = random.integers(-127, 128, (6, columns)).astype(np.int8)
+    scales = random.uniform(0.1, 1.0, 6).astype(np.float32)
+    steps = random.uniform(0.01, 0.05, columns).astype(np.float32)
+    x, bias = torch.randn(2, 3, columns), torch.randn(6)
+    operands = (x, torch.from_numpy(weight), torch.from_numpy(scales), bias, torch.from_numpy(steps), zero)
+    found = ops.get("linear_int8_static").target(*operands)
+    codes = np.clip(np.rint(x.numpy() / steps) + zero, 0, 255).astype(np.int64)
+    sums = (codes - zero) @ weight.astype(np.int64).T
+    expected = sums * scales.astype(np.float64) + bias.numpy()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max() + 1e-6)
+
+
+def test_the_gradient_stops_where_the_grid_ends() -> None:
+    weight, scales = torch.randint(-127, 128, (4, 5), dtype=torch.int8), torch.rand(4)
+    x = torch.tensor([[0.3, 20.0, -20.0, 12.69, -12.81]], requires_grad=True)
+    ops.get("linear_int8_static").target(x, weight, scales, None, torch.full((5,), 0.1), 128).sum().backward()
+    inside = torch.tensor([True, False, False, True, False])
+    expected = (weight * scales[:, None]).sum(0) / 0.1 * inside
+    torch.testing.assert_close(x.grad[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_static_rows_with_nan_do_not_touch_others() -> None:
+    weight, scales = torch.randint(-127, 128, (4, 16), dtype=torch.int8), torch.rand(4)
+    x = torch.randn(3, 16)
+    alone = quantization.linear_int8_static(x[:1], weight, scales, None, torch.full((16,), 0.02), 128)
+    x[1, 3], x[2] = float("nan"), float("inf")
+    together = quantization.linear_int8_static(x, weight, scales, None, torch.full((16,), 0.02), 128)
+    assert torch.equal(together[:1], alone)
+    assert together[1].isnan().all()
+    assert together[2].isfinite().all(), "infinity is clipped to the end of the grid"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_scales": torch.ones(3)}, r"input_scales must be \[8\]"),
+        ({"input_zero_point": 256}, "zero point must be in 0..255"),
+        ({"qweight": torch.zeros(3, 8, dtype=torch.uint8)}, "must be int8"),
+        ({"scales": torch.zeros(1)}, r"scales must be \[3\]"),
+    ],
+)
+def test_static_operands_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
+    operands: dict[str, object] = {
+        "x": torch.zeros(2, 8),
+        "qweight": torch.zeros(3, 8, dtype=torch.int8),
+        "scales": torch.zeros(3),
+        "bias": torch.zeros(3),
+        "input_scales": torch.ones(8),
+        "input_zero_point": 7,
+    }
+    assert quantization._static_fake(**operands).shape == (2, 3)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        quantization._static_fake(**{**operands, **change})
+
+
 # -- embeddings --------------------------------------------------------------------------------------------------------
 
 

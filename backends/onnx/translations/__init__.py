@@ -78,5 +78,6 @@ TRANSLATIONS: dict[str, str] = {
     "graphwright.gated_activation": "unary:gated_activation",
     "graphwright.linear_nbits": "weight_only:linear_nbits",
     "graphwright.embedding_nbits": "embedding_table:embedding_nbits",
-    "graphwright.linear_int8_dynamic": "dynamic:linear_int8_dynamic",
+    "graphwright.linear_int8_dynamic": "integer:linear_int8_dynamic",
+    "graphwright.linear_int8_static": "integer:linear_int8_static",
 }

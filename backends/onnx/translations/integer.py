@@ -1,7 +1,7 @@
-"""Linears on int8 weights whose activations are rounded to 8 bits as they come.
+"""Linears on int8 weights whose activations are rounded to 8 bits, on a stored grid or on one made as they come.
 
 One rounding serves every linear that reads the same tensor. The runtime's integer kernels take one zero point for all
-rows; one per row is brought in afterwards: with codes ``c``, row zero points ``z`` and any constant ``m``,
+rows; one per row ("per token") comes in afterwards: with codes ``c``, row zero points ``z`` and any constant ``m``,
 
     sum (c - z) w = sum (c - m) w - (z - m) sum w
 
@@ -43,17 +43,7 @@ def linear_int8_dynamic(
     Raises:
         ExportError: the weights are computed, not stored, or the activations are not float32.
     """
-    if qweight.op != "get_attr" or scales.op != "get_attr":
-        raise lower.refuse(node, "quantised weights must be stored, here they are computed")
-    if lower.dtype(node) != torch.float32:
-        raise lower.refuse(node, f"the runtime rounds float32 activations only, not {lower.dtype(node)}")
-    stored = lower.program.tensor(qweight).detach()
-    name = str(qweight.target)
-    weight = lower.graph.derived(
-        f"{name}.transposed", torch.int8, (stored.shape[1], stored.shape[0]), lambda: stored.t()
-    )
-    factors = lower.tensor(scales, torch.float32)
-    shift = lower.tensor(bias, torch.float32) if bias is not None else None
+    weight, factors, shift = _operands(lower, node, qweight, scales, bias)
     if activation == "per_tensor":
         key = ("per tensor", lower.elements(x))
         codes, step, zero = lower.once(key, lambda: _per_tensor(lower, x))
@@ -64,10 +54,67 @@ def linear_int8_dynamic(
         one, middle = lower.graph.constant(1.0, torch.float32), lower.graph.constant(_MIDDLE, torch.uint8)
         values = _product(lower, codes, weight, one, factors, middle, None)
         values.append(lower.graph.call("Mul", values[-1], step))
-        columns = _columns(lower, name, stored, lower.program.tensor(scales), bias)
+        columns = _columns(lower, qweight, scales, bias)
         result = lower.graph.call("Gemm", correction, columns, values[-1])
     lower.set_rows(node, result)
     lower.expect(node, "MatMulIntegerToFloat", values)
+
+
+def linear_int8_static(
+    lower: Lowering,
+    node: fx.Node,
+    x: fx.Node,
+    qweight: fx.Node,
+    scales: fx.Node,
+    bias: fx.Node | None,
+    input_scales: fx.Node,
+    input_zero_point: int,
+) -> None:
+    """As :func:`linear_int8_dynamic`, on codes from one ``QuantizeLinear`` with stored scale and zero point.
+
+    Scales of features are multiplied out before it: the runtime's kernel takes one value at a time when the axis of the
+    scales is the last.
+
+    Raises:
+        ExportError: weights or scales are computed, not stored, or the activations are not float32.
+    """
+    weight, factors, shift = _operands(lower, node, qweight, scales, bias)
+    if input_scales.op != "get_attr":
+        raise lower.refuse(node, "the scales of the input must be stored, here they are computed")
+    zero = lower.graph.constant(input_zero_point, torch.uint8)
+    one = lower.graph.constant(1.0, torch.float32)
+    key = ("static", lower.elements(x), str(input_scales.target), input_zero_point)
+    codes = lower.once(key, lambda: lower.graph.call("QuantizeLinear", _over(lower, x, input_scales), one, zero))
+    values = _product(lower, codes, weight, one, factors, zero, shift)
+    lower.set_rows(node, values[-1])
+    lower.expect(node, "MatMulIntegerToFloat", values)
+
+
+def _operands(
+    lower: Lowering, node: fx.Node, qweight: fx.Node, scales: fx.Node, bias: fx.Node | None
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Weight ``[in, out]``, scales and bias."""
+    if qweight.op != "get_attr" or scales.op != "get_attr":
+        raise lower.refuse(node, "quantised weights must be stored, here they are computed")
+    if lower.dtype(node) != torch.float32:
+        raise lower.refuse(node, f"the runtime rounds float32 activations only, not {lower.dtype(node)}")
+    stored = lower.program.tensor(qweight).detach()
+    weight = lower.graph.derived(
+        f"{qweight.target}.transposed", torch.int8, (stored.shape[1], stored.shape[0]), lambda: stored.t()
+    )
+    shift = lower.tensor(bias, torch.float32) if bias is not None else None
+    return weight, lower.tensor(scales, torch.float32), shift
+
+
+def _over(lower: Lowering, x: fx.Node, input_scales: fx.Node) -> ir.Value:
+    """``x`` in units of its grid."""
+    values = lower.program.tensor(input_scales).detach()
+    if bool((values == values[0]).all()):
+        factor = lower.graph.constant(1 / float(values[0]), torch.float32)
+    else:
+        name = f"{input_scales.target}.reciprocal"
+        factor = lower.graph.derived(name, torch.float32, tuple(values.shape), lambda: values.float().reciprocal())
+    return lower.graph.call("Mul", lower.rows(x), factor)
 
 
 def _product(
@@ -128,12 +175,13 @@ def _per_row(lower: Lowering, rows: Size) -> tuple[ir.Value, ir.Value]:
     return ones, middles
 
 
-def _columns(lower: Lowering, name: str, stored: torch.Tensor, scales: torch.Tensor, bias: fx.Node | None) -> ir.Value:
+def _columns(lower: Lowering, qweight: fx.Node, scales: fx.Node, bias: fx.Node | None) -> ir.Value:
     """The right factor of the correction, ``[2, N]``: what a zero point takes from each output, and the bias."""
+    stored, factors = lower.program.tensor(qweight).detach(), lower.program.tensor(scales).detach()
 
     def make() -> torch.Tensor:
-        sums = stored.sum(dim=1, dtype=torch.int64).double() * scales.detach().double()
+        sums = stored.sum(dim=1, dtype=torch.int64).double() * factors.double()
         shift = lower.program.tensor(bias).detach().double() if bias is not None else torch.zeros_like(sums)
         return torch.stack((-sums, shift)).float()
 
-    return lower.graph.derived(f"{name}.correction", torch.float32, (2, stored.shape[0]), make)
+    return lower.graph.derived(f"{qweight.target}.correction", torch.float32, (2, stored.shape[0]), make)
