@@ -81,10 +81,9 @@ def linear_int8_static(
     weight, factors, shift = _operands(lower, node, qweight, scales, bias)
     if input_scales.op != "get_attr":
         raise lower.refuse(node, "the scales of the input must be stored, here they are computed")
-    zero = lower.graph.constant(input_zero_point, torch.uint8)
-    one = lower.graph.constant(1.0, torch.float32)
     key = ("static", lower.elements(x), str(input_scales.target), input_zero_point)
-    codes = lower.once(key, lambda: lower.graph.call("QuantizeLinear", _over(lower, x, input_scales), one, zero))
+    codes, zero = lower.once(key, lambda: _static(lower, x, input_scales, input_zero_point))
+    one = lower.graph.constant(1.0, torch.float32)
     values = _product(lower, codes, weight, one, factors, zero, shift)
     lower.set_rows(node, values[-1])
     lower.expect(node, "MatMulIntegerToFloat", values)
@@ -106,15 +105,16 @@ def _operands(
     return weight, lower.tensor(scales, torch.float32), shift
 
 
-def _over(lower: Lowering, x: fx.Node, input_scales: fx.Node) -> ir.Value:
-    """``x`` in units of its grid."""
-    values = lower.program.tensor(input_scales).detach()
-    if bool((values == values[0]).all()):
-        factor = lower.graph.constant(1 / float(values[0]), torch.float32)
+def _static(lower: Lowering, x: fx.Node, input_scales: fx.Node, input_zero_point: int) -> tuple[ir.Value, ir.Value]:
+    """Codes and zero point."""
+    graph, value, scales = lower.graph, lower.rows(x), lower.program.tensor(input_scales).detach().float()
+    zero, step = graph.constant(input_zero_point, torch.uint8), graph.constant(1.0, torch.float32)
+    if bool((scales == scales[0]).all()):
+        step = graph.constant(float(scales[0]), torch.float32)
     else:
         name = f"{input_scales.target}.reciprocal"
-        factor = lower.graph.derived(name, torch.float32, tuple(values.shape), lambda: values.float().reciprocal())
-    return lower.graph.call("Mul", lower.rows(x), factor)
+        value = graph.call("Mul", value, graph.derived(name, torch.float32, tuple(scales.shape), scales.reciprocal))
+    return graph.call("QuantizeLinear", value, step, zero), zero
 
 
 def _product(
