@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 import graphwright as gw
 
 WINDOW = 512
+CALIBRATION_SENTENCES = 512
 
 
 def main() -> int:
@@ -40,11 +41,11 @@ def minilm(rows: _rows.Rows, *, quick: bool) -> None:
     """Cosine and Spearman of the sentence encoder."""
     folder = minilm_folder()
     left, right, scores = sts("sts-dev.csv", 150 if quick else None)
-    train = sts("sts-train.csv", 100)
+    train = sts("sts-train.csv", CALIBRATION_SENTENCES)[0]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding()
     tokenizer.enable_truncation(256)
-    calibration = [encode(tokenizer, train[0][start : start + 25]) for start in range(0, 100, 25)]
+    calibration = [encode(tokenizer, train[start : start + 32]) for start in range(0, len(train), 32)]
     program = gw.load_huggingface(folder, dtype="float32")
     batch = encode(tokenizer, left[:4])
 
@@ -59,7 +60,10 @@ def minilm(rows: _rows.Rows, *, quick: bool) -> None:
     cases: dict[str, tuple[list[gw.Pass], tuple[float, float, float] | None]] = {
         "INT8": ([int8(bits=8)], (0.999, 0.2, 26.0)),
         "INT8 weights and activations": ([int8(activations="int8", calibration=calibration)], (0.999, 0.2, 26.0)),
-        "INT4 g32 GPTQ": ([int4(bits=4, group_size=32, calibration=calibration)], (0.99, 1.0, 15.0)),
+        "INT4 g32 asymmetric GPTQ": (
+            [int4(bits=4, group_size=32, symmetric=False, calibration=calibration)],
+            (0.99, 1.0, 15.0),
+        ),
     }
     if not quick:
         cases |= {
@@ -68,14 +72,14 @@ def minilm(rows: _rows.Rows, *, quick: bool) -> None:
             "INT4 g32": ([int4(bits=4, group_size=32)], None),
             "INT4 g32, full range": ([int4(bits=4, group_size=32, clip_search=False)], None),
             "INT4 g32 asymmetric": ([int4(bits=4, group_size=32, symmetric=False)], None),
-            "INT4 g32 asymmetric GPTQ": (
-                [int4(bits=4, group_size=32, symmetric=False, calibration=calibration)],
-                None,
-            ),
+            "INT4 g32 GPTQ": ([int4(bits=4, group_size=32, calibration=calibration)], None),
             "INT4 g128": ([int4(bits=4, group_size=128)], None),
             "INT4 g128 GPTQ": ([int4(bits=4, group_size=128, calibration=calibration)], None),
-            "INT4 g32 GPTQ, INT8 embeddings": (
-                [int4(bits=4, group_size=32, calibration=calibration), gw.QuantizeEmbeddings(bits=8)],
+            "INT4 g32 asymmetric GPTQ, INT8 embeddings": (
+                [
+                    int4(bits=4, group_size=32, symmetric=False, calibration=calibration),
+                    gw.QuantizeEmbeddings(bits=8),
+                ],
                 (0.99, 1.0, 27.0),
             ),
         }
