@@ -17,6 +17,7 @@ ENTRY_POINT_GROUP = "graphwright.passes"
 # pass name -> module and class
 BUILT_IN: dict[str, tuple[str, str]] = {
     "cleanup": ("cleanup", "Cleanup"),
+    "canonicalize-linears": ("cleanup", "CanonicalizeLinears"),
     "remove-dead-code": ("cleanup", "RemoveDeadCode"),
     "eliminate-common-subexpressions": ("cleanup", "EliminateCommonSubexpressions"),
     "fold-constants": ("cleanup", "FoldConstants"),

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from graphwright.passes.base import Pass as Pass
     from graphwright.passes.base import RulePass as RulePass
     from graphwright.passes.bisection import bisect as bisect
+    from graphwright.passes.cleanup import CanonicalizeLinears as CanonicalizeLinears
     from graphwright.passes.cleanup import Cleanup as Cleanup
     from graphwright.passes.cleanup import EliminateCommonSubexpressions as EliminateCommonSubexpressions
     from graphwright.passes.cleanup import FoldConstants as FoldConstants
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
 _EXPORTS: dict[str, str] = {
     "Approximate": "graphwright.passes.contract",
     "BackendError": "graphwright.ir.errors",
+    "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Cleanup": "graphwright.passes.cleanup",
     "ContractViolation": "graphwright.ir.errors",
     "Dim": "graphwright.ir.types",

@@ -123,6 +123,8 @@ def permutation(program: Program, node: Any) -> tuple[int, ...] | None:
         return tuple(int(axis) % rank for axis in arguments[1])
     if name == "aten.mT" or (name == "aten.t" and rank == 2):
         return _swapped(order, -1, -2)
+    if name == "aten.numpy_T":
+        return tuple(reversed(order))
     return None
 
 

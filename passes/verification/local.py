@@ -39,11 +39,12 @@ class LocalResult:
 
     Attributes:
         nodes: every value that could be compared.
-        values: values of the new program for the next check, by node name.
+        values: values of the new program for the next check, by node name; ``None`` when they must be computed anew,
+            because a constant was stored as the program's own dtype rounds it: the old float64 values do not know that.
     """
 
     nodes: list[NodeDifference] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] | None = None
 
     def worst(self) -> NodeDifference | None:
         """The value that moved most."""
@@ -72,7 +73,7 @@ def check_locally(before: Snapshot, old_values: Mapping[str, Any], program: Prog
     with torch.no_grad():
         for node in program.nodes:
             check.visit(node)
-    return LocalResult(check.found, check.values())
+    return LocalResult(check.found, None if check.rounded else check.values())
 
 
 class _Check:
@@ -88,6 +89,7 @@ class _Check:
         self.identity: dict[fx.Node, str] = {}  # new node -> the old value it is, by construction or by comparison
         self.same_as: dict[str, str] = {}  # old value -> another old value equal to it bit for bit
         self.computed: dict[fx.Node, Any] = {}
+        self.rounded = False
 
     def visit(self, node: fx.Node) -> None:
         """Take a node over, or compute and compare it."""
@@ -101,8 +103,11 @@ class _Check:
             if kept:
                 self.identity[node] = node.name
             elif claims:  # a constant that was computed before
+                value = wide(self.program.tensor(node))
                 if not self._is_native_value(node, claims):
-                    self._compare(node, wide(self.program.tensor(node)), claims)
+                    self._compare(node, value, claims)
+                elif compare(value, self.old_values[claims[0]]).worst > 0.0:
+                    self.rounded = True
                 self.identity[node] = claims[0]
         elif node.op == "output":
             self._compare_outputs(node)

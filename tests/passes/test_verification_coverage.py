@@ -101,6 +101,26 @@ def test_a_stored_constant_is_compared_with_what_the_program_computes() -> None:
     assert report.rows[0].outputs["output_0"]["previous"]["worst"] == 0.0
 
 
+def test_a_constant_that_was_stored_rounded_is_read_as_it_is_stored() -> None:
+    """A pass that reads the stored √48 gets float32 digits; beside the exact root of before it would look wrong."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class ReadDivisor(gw.Pass):
+        name: ClassVar[str] = "read-divisor"
+
+        def run(self, program: gw.Program) -> bool:
+            divided = next(node for node in program.nodes if gw.op_name(node) == "aten.div.Tensor")
+            factor = 1 / float(program.tensor(divided.args[1]))
+            with program.edit() as rewriter:
+                rewriter.replace(divided, rewriter.call("aten.mul.Tensor", divided.args[0], factor, like=divided))
+            return True
+
+    x = torch.randn(2, 5, 8)
+    model = Applied(lambda x: x / torch.sqrt(torch.tensor(48.0)))
+    small = gw.optimize(model, [gw.Cleanup(), ReadDivisor()], example_inputs=x)
+    assert small.report.rows[-1].local_error < 1e-12
+
+
 def test_a_stored_value_that_an_input_influences_is_caught() -> None:
     @dataclass(frozen=True, kw_only=True)
     class StoreMean(gw.Pass):

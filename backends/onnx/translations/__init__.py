@@ -55,6 +55,7 @@ TRANSLATIONS: dict[str, str] = {
         "repeat_interleave.self_int constant_pad_nd pad flip roll",
     ),
     **_aten("movement", "swapaxes swapdims", "transpose"),
+    **_aten("movement", "numpy_T", "t"),
     **_aten("creation", "arange arange.start arange.start_step full full_like new_full scalar_tensor"),
     **_aten("creation", "zeros new_zeros zeros_like empty.memory_format empty_like", "zeros"),
     **_aten("creation", "ones new_ones ones_like", "ones"),
