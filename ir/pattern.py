@@ -304,8 +304,7 @@ def op(
     """A call of one of ``ops``; operands by schema position, further ones by schema name.
 
     Plain values match equal constants (floats to six digits). With ``commutative`` the first two operands may be
-    swapped.
-    Operands of the node beyond those given are not looked at; name them when they matter.
+    swapped. Operands of the node beyond those given are not looked at; name them when they matter.
     """
     names = (ops,) if isinstance(ops, str) else tuple(ops)
     return _Op(

@@ -20,8 +20,7 @@ class Rewriter:
     """Edits a program inside a ``with`` block. If the block raises, the program is as it was before.
 
     Every node made is typed at once; a replacement must have the type of what it replaces. Nodes that lose their last
-    user
-    by an edit are removed with it, and weights nobody reads any more are freed at the end.
+    user by an edit are removed with it, and weights nobody reads any more are freed at the end.
     """
 
     def __init__(self, program: Program) -> None:
@@ -115,8 +114,7 @@ class Rewriter:
         """A ``get_attr`` node for a new weight: trainable if ``tensor`` is an ``nn.Parameter``, constant otherwise.
 
         The name is made unique by a suffix when it is taken by another tensor; the same tensor under the same name
-        gives
-        the node it already has.
+        gives the node it already has.
         """
         program, graph = self.program, self.program.graph
         present = {**program.tensors(), **{alias: program.tensor(alias) for alias in program.aliases}}

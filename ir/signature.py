@@ -22,7 +22,7 @@ class Signature:
         inputs: for every leaf of ``in_spec`` the placeholder it feeds, or ``None`` where a constant was traced in.
         constants: the traced constants by leaf position, such as ``use_cache=False``.
         parameters: parameter names of the original forward in order, so that a traced keyword may be passed by
-        position.
+            position.
     """
 
     in_spec: pytree.TreeSpec

@@ -24,8 +24,7 @@ class Pass(ABC):
     """One rewrite of a program. A pass is a frozen value: its fields are its options.
 
     Subclasses are frozen, keyword-only dataclasses with a kebab-case :attr:`name` and :meth:`run`. The docstring shows
-    the rewrite
-    as IR before and after and lists when the pass does not fire.
+    the rewrite as IR before and after and lists when the pass does not fire.
 
     Declarations (class variables):
 

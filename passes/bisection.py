@@ -34,8 +34,7 @@ def bisect(program: Program, passes: Sequence[Pass], is_good: Callable[[Program]
     """The first pass after which ``is_good`` no longer holds; ``None`` when all is good.
 
     Binary search: the pipeline is run about ``log2(passes)`` times on clones, and ``program`` is not changed. It
-    assumes, as every
-    bisection does, that what one pass broke stays broken.
+    assumes, as every bisection does, that what one pass broke stays broken.
 
     Args:
         program: the starting point; must itself be good.

@@ -30,7 +30,7 @@ class Approximate:
         max_local_error: limit on the relative error (root mean square) of each replaced value, given the same inputs.
             Beyond it the rewrite is taken for wrong rather than approximate.
         max_relative_error: the user's limit on the relative error of each output against the original; ``None``: no
-        limit.
+            limit.
     """
 
     max_local_error: float = 0.5

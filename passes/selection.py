@@ -41,9 +41,8 @@ def predicate(program: Program, where: Where, ignore: Where = None) -> Predicate
     """The nodes that ``where`` selects (all, for ``None``) and ``ignore`` does not.
 
     A string is a glob on the module path (``model.layers.*.mlp``) or, with the prefix ``re:``, a regular expression
-    that must
-    match the whole path. A module that is selected brings all inside it. A sequence selects what any of its items
-    selects.
+    that must match the whole path. A module that is selected brings all inside it. A sequence selects what any of its
+    items selects.
 
     Raises:
         SelectionError: a malformed selection, or a ``where`` that selects nothing in this program.

@@ -25,7 +25,7 @@ def attention(
     Args:
         query: ``[B, Hq, S, D]``.
         key: ``[B, Hkv, T, D]``; ``Hq`` is a multiple of ``Hkv`` and query head ``h`` reads key head ``h // (Hq /
-        Hkv)``.
+            Hkv)``.
         value: ``[B, Hkv, T, Dv]``.
         key_mask: bool ``[B or 1, T]``, True where a key may be attended, or ``None``.
         bias: added to the scores, broadcastable to ``[B, Hq, S, T]``; bool means True = may be attended. Or ``None``.

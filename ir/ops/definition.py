@@ -45,10 +45,10 @@ class OpDefinition:
         reference: plain PyTorch; the specification. Must be right in every floating dtype, float64 included, and must
             not return one of its inputs or a view of one.
         macs: multiply-accumulates of a call, given the arguments by name with tensors replaced by their concrete
-        shapes.
+            shapes.
         fake: shape and dtype rule; ``None`` runs the reference on fake tensors.
-        differentiable: names of the tensor arguments a gradient may flow to. The backward recomputes the reference,
-            so what is stored between forward and backward is only the inputs.
+        differentiable: names of the tensor arguments a gradient may flow to. The backward recomputes the reference, so
+            what is stored between forward and backward is only the inputs.
     """
 
     name: str

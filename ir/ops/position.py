@@ -14,9 +14,8 @@ def rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inte
     """Rotate pairs of features by position-dependent angles (Su et al. 2021, RoFormer, eq. 34).
 
     ``y = x * cos + rotate(x) * sin``, where ``rotate`` maps the pair ``(a, b)`` to ``(-b, a)``. The pairs are the two
-    halves
-    of the head dim, or neighbours when ``interleaved``. A ``cos`` narrower than the head dim rotates only its leading
-    features (partial rotary).
+    halves of the head dim, or neighbours when ``interleaved``. A ``cos`` narrower than the head dim rotates only its
+    leading features (partial rotary).
 
     Args:
         x: ``[B, H, S, D]``.

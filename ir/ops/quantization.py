@@ -134,7 +134,7 @@ def quantize_activations(x: torch.Tensor, activation: str) -> tuple[torch.Tensor
     Args:
         x: ``[..., in]``.
         activation: ``per_token`` (one range for each row) or ``per_tensor`` (one for all, as ONNX
-        ``DynamicQuantizeLinear``).
+            ``DynamicQuantizeLinear``).
 
     Returns:
         codes in 0..255 and zero points, as integers in x's dtype, and scales.

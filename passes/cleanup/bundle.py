@@ -19,8 +19,7 @@ class Cleanup(Pipeline):
     """Every cleanup pass, again and again until none of them finds anything.
 
     The order saves rounds: dead code hides nothing afterwards, removed no-ops make expressions equal and constant;
-    linears are spelled
-    out before their constants could be folded.
+    linears are spelled out before their constants could be folded.
     """
 
     name: ClassVar[str] = "cleanup"

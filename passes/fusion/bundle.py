@@ -21,8 +21,8 @@ class FuseAll(Pipeline):
     """Every fusion, each pattern before those that would take its parts apart.
 
     Norms and activations first; rotary embedding before the attention it feeds; linears last, when what follows them
-    has
-    its final form. Each pass is verified and reported by itself. Run ``Cleanup`` before: tracing noise hides patterns.
+    has its final form. Each pass is verified and reported by itself. Run ``Cleanup`` before: tracing noise hides
+    patterns.
     """
 
     name: ClassVar[str] = "fuse-all"

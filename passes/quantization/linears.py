@@ -33,8 +33,8 @@ from graphwright.passes.quantization.weights import (
 )
 
 # Relative error (root mean square) of one linear's output beyond which its weights are taken for wrong, not for
-# rounded.
-# Rounding to nearest gives about 0.005 (INT8), 0.01 (INT8 with INT8 activations) and 0.1 (INT4) on normal weights.
+# rounded. Rounding to nearest gives about 0.005 (INT8), 0.01 (INT8 with INT8 activations) and 0.1 (INT4) on normal
+# weights.
 _LOCAL_LIMITS = {(8, "none"): 0.05, (8, "int8"): 0.15, (4, "none"): 0.35}
 
 # Error of a linear's outputs up to which static ranges are taken for granted: 8-bit rounding itself makes 1 to 2 %.
@@ -73,20 +73,18 @@ class QuantizeLinears(Pass):
     Attributes:
         bits: 8 or 4.
         group_size: columns to a scale: 16, 32, 64, 128, 256 or any larger multiple of 16; ``None`` for one scale per
-        output
-            channel. The last group of a row may be shorter.
+            output channel. The last group of a row may be shorter.
         symmetric: zero point fixed at the middle code. Asymmetric grids are a little larger and more exact.
         clip_search: choose the range with the least squared error instead of the full one.
         activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too (8 bits, per channel
-        weights).
+            weights).
         activation_ranges: with INT8 activations, where their range comes from. ``"per_token"`` and ``"per_tensor"``:
             from the data, as the model runs. ``"static"``: from the calibration data, with a scale for each feature
             moved into the weights (SmoothQuant); the fastest. ``"auto"``: static where the linear's outputs on the
             calibration data then err by 2 % at most, or by no more than per token; per token elsewhere, and without
             such data.
         rounding: ``"nearest"``, or ``"gptq"`` (Frantar et al. 2023), which needs ``calibration``. By default GPTQ when
-        there is
-            calibration data.
+            there is calibration data.
         calibration: batches of typical inputs, each as the model is called.
         damping: GPTQ: added to the second moments' diagonal, as a fraction of its mean.
         lm_head: quantise the output head too.

@@ -18,8 +18,7 @@ class Difference:
 
     Attributes:
         worst: largest absolute difference over the root mean square of the reference; ``inf`` when shapes, dtypes'
-        kinds,
-            integers, or the places of NaN and infinities differ.
+            kinds, integers, or the places of NaN and infinities differ.
         relative: root mean square of the difference over that of the reference.
         cosine: cosine similarity of the two, flattened.
         sqnr_db: signal to quantisation noise ratio, ``20 log10(1 / relative)``.

@@ -1,8 +1,7 @@
 """The cut-point check: each value a pass replaced, recomputed from the old program's values and compared.
 
 This is how hardware equivalence checkers work: where old and new graph share a value, the graph is cut, so that an
-error shows
-at the very node that makes it, undiluted by the layers behind it, and unchanged regions cost nothing.
+error shows at the very node that makes it, undiluted by the layers behind it, and unchanged regions cost nothing.
 """
 
 from __future__ import annotations
@@ -59,10 +58,8 @@ def check_locally(before: Snapshot, old_values: Mapping[str, Any], program: Prog
     """Compare a program with the one it was, value by value, on float64 values of the old one.
 
     A node of the new program is taken over unchanged when the old one had a node of that name with the same target,
-    weights
-    and operands. Every other node is computed; if it stands for an old value (its own name, or what the rewriter
-    recorded),
-    the two are compared, and the old value is what later nodes read.
+    weights and operands. Every other node is computed; if it stands for an old value (its own name, or what the
+    rewriter recorded), the two are compared, and the old value is what later nodes read.
 
     Args:
         before: the state before the pass.

@@ -1,8 +1,7 @@
 """Running a program in float64, node by node, without a float64 copy of its weights.
 
-In float64 rounding is nine orders of magnitude below float32's, so what is left of a difference between two programs
-is a
-difference in what they compute, not in how they round.
+In float64 rounding is nine orders of magnitude below float32's, so what is left of a difference between two programs is
+a difference in what they compute, not in how they round.
 """
 
 from __future__ import annotations

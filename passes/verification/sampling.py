@@ -65,9 +65,8 @@ def sample(
     """Random inputs of the given sizes, like the examples in kind.
 
     Floats are normal with the example's mean and spread; token ids are drawn from the whole vocabulary; a 0/1 integer
-    or boolean
-    matrix is taken for a padding mask and gets a random number of valid positions per row, at least one; other integers
-    are drawn from the example's range.
+    or boolean matrix is taken for a padding mask and gets a random number of valid positions per row, at least one;
+    other integers are drawn from the example's range.
     """
     inputs: list[torch.Tensor] = []
     for node, example in zip(program.inputs, examples, strict=True):
