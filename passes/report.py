@@ -24,7 +24,8 @@ class PassRecord:
         macs_before, macs_after: multiply-accumulates at the traced sizes.
         seconds: time of the pass itself.
         verify_seconds: time of the checks after it.
-        local_error: largest error of a replaced value against the old one, float64, relative to its root mean square.
+        local_error: error of the worst replaced value against the old one, in float64, relative to its root mean
+            square: the largest difference for exact passes, the root mean square for others.
         local_where: node and module path of that value.
         outputs: per output, errors against the program before (``previous``) and the original (``original``).
         notes: what the pass says of itself.

@@ -84,8 +84,8 @@ class OnnxExport:
         for each in self.differences:
             calls = f"{each.sizes}: " if each.sizes else ""
             lines.append(
-                f"{each.output}: {calls}{each.error.largest:.2g} from the program (tolerance "
-                f"{each.tolerance.largest:.2g}, values about {each.scale:.2g})"
+                f"{each.output}: {calls}{each.error.spread:.2g} from the program, {each.error.largest:.2g} at most "
+                f"(tolerance {each.tolerance.spread:.2g}, {each.tolerance.largest:.2g}; values about {each.scale:.2g})"
             )
         if self.quantized:
             lines.append(f"{len(self.quantized)} quantised linears, all on quantised weights:")

@@ -123,7 +123,7 @@ class Verifier(Hook):
                 self._refresh(program.at(before))
             assert self._values is not None
             local = check_locally(before, self._values, program)
-            self._note_local(record, local)
+            self._note_local(record, contract, local)
             self._hold_locally(item, contract, local)
             # After an approximate pass the old values downstream are no longer what the program computes.
             self._values = local.values if isinstance(contract, Exact) else None
@@ -168,10 +168,11 @@ class Verifier(Hook):
                 hint="make a new tensor and bind it with rewriter.weight(...)",
             )
 
-    def _note_local(self, record: PassRecord, local: LocalResult) -> None:
-        worst = local.worst()
+    def _note_local(self, record: PassRecord, contract: Contract, local: LocalResult) -> None:
+        exact = isinstance(contract, Exact)
+        worst = local.worst() if exact else local.loosest()
         if worst is not None:
-            record.local_error = worst.difference.worst
+            record.local_error = worst.difference.worst if exact else worst.difference.relative
             record.local_where = f"%{worst.node}" + (f" in {worst.path}" if worst.path else "")
         loose = sorted(local.nodes, key=lambda entry: -entry.difference.relative)[:5]
         record.notes["worst_values"] = [
