@@ -42,9 +42,9 @@ def footnote(report: Report) -> str:
     if report.rounding_error is None:
         return "not verified numerically"
     return (
-        "local error: of the worst replaced value, in float64, relative (largest difference for exact passes, root mean "
-        "square for others); output error: of the worst output against the original, relative root mean square; the "
-        f"original's own rounding error is {report.rounding_error:.1e}"
+        "local error: of the worst replaced value, in float64, relative (largest difference for exact passes, root "
+        "mean square for others); output error: of the worst output against the original, relative root mean square; "
+        f"the original's own rounding error is {report.rounding_error:.1e}"
     )
 
 
