@@ -181,6 +181,7 @@ MOVES: dict[str, Callable[[torch.Tensor], Any]] = {
     "transpose": lambda x: x.transpose(1, 2),
     "permute": lambda x: x.permute(2, 0, 1),
     "t": lambda x: x[0].t(),
+    "numpy_T": lambda x: x[0].T,
     "movedim": lambda x: x.movedim(0, 2),
     "swapaxes": lambda x: x.swapaxes(0, 1),
     "expand": lambda x: x[:, :1].expand(-1, 4, -1),
