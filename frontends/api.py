@@ -70,7 +70,7 @@ def optimize(
     passes: Sequence[Pass] = (),
     *,
     example_inputs: ExampleInputs | None = None,
-    target: str = "reference",
+    target: str | Backend = "reference",
     dynamic: DynamicSpec | str = "auto",
     verify: bool | Verification = True,
     hooks: Sequence[Hook] = (),
@@ -83,7 +83,8 @@ def optimize(
         model: an ``nn.Module``, or a Program (which is not changed either).
         passes: in the order in which they run.
         example_inputs: keyword arguments, positional arguments or one tensor; needed unless the model is a Program.
-        target: ``"reference"``.
+        target: what runs the result: ``"reference"`` (plain PyTorch), ``"cpu"`` (C++ kernels; inference only),
+            ``"onnx"`` (onnxruntime; inference only), or a backend with options, such as ``CpuBackend(compute="int8")``.
         dynamic: which sizes may vary, see :func:`graphwright.trace`.
         verify: ``False`` to check structure only, or how thoroughly to verify.
         hooks: called around each pass, such as ``DumpIR(folder)``.
@@ -141,16 +142,30 @@ def _reference() -> Backend:
     return ReferenceBackend()
 
 
+def _cpu() -> Backend:
+    from graphwright.backends.cpu import CpuBackend
+
+    return CpuBackend()
+
+
+def _onnx() -> Backend:
+    from graphwright.backends.onnx import OnnxBackend
+
+    return OnnxBackend()
+
+
 # target name -> how to make its backend
-BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _reference}
+BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _reference, "cpu": _cpu, "onnx": _onnx}
 
 
-def find_backend(target: str) -> Backend:
+def find_backend(target: str | Backend) -> Backend:
     """The backend of a target.
 
     Raises:
         InputError: there is none of that name.
     """
+    if isinstance(target, Backend):
+        return target
     if target not in BACKENDS:
         raise InputError(
             f"there is no target {target!r}", where="argument 'target'", hint=f"targets: {', '.join(BACKENDS)}"

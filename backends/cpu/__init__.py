@@ -5,11 +5,14 @@ which instruction set is used; ``python -m graphwright.backends.cpu`` prints bot
 everything.
 """
 
+from graphwright.backends.cpu.executable import CpuBackend, CpuExecutable
 from graphwright.backends.cpu.features import ISA_VARIABLE, CpuFeatures, InstructionSet, features
 from graphwright.backends.cpu.native import NativeStatus, native_status
 
 __all__ = [
     "ISA_VARIABLE",
+    "CpuBackend",
+    "CpuExecutable",
     "CpuFeatures",
     "InstructionSet",
     "NativeStatus",

@@ -25,3 +25,39 @@ def dot_u8s8(isa: str, a: npt.NDArray[np.uint8], b: npt.NDArray[np.int8]) -> int
     Raises:
         ValueError: lengths differ or exceed 65536, or the instruction set is unknown or cannot run here.
     """
+
+def pack_codes(stored: npt.NDArray[np.uint8], bits: int, codes: npt.NDArray[np.uint8], threads: int) -> None:
+    """Stored codes, ``[outputs, groups, bytes]``, into the flat layout that the kernels stream.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+
+class ByteLinear:
+    """A linear on packed integer weights; activations are rounded to bytes.
+
+    Raises:
+        ValueError: sizes do not fit, or the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        outputs: int,
+        columns: int,
+        bits: int,
+        group: int,
+        codes: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.float16] | npt.NDArray[np.float32],
+        zeros: npt.NDArray[np.uint8] | None,
+        sums: npt.NDArray[np.int32] | None,
+        bias: npt.NDArray[np.float32] | None,
+        rounding: str,
+        steps: npt.NDArray[np.float32] | None,
+        zero: int,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int) -> None:
+        """``y = x Wᵀ + b`` for rows of floats, ``[rows, columns]`` to ``[rows, outputs]``."""

@@ -56,6 +56,8 @@ KernelTable Isa::kernels() const {
   for (const Isa* from = parent; from != nullptr; from = from->parent) {
     if (!from->compiled()) continue;
     if (merged.dot_u8s8 == nullptr) merged.dot_u8s8 = from->own->dot_u8s8;
+    if (merged.byte_linear == nullptr) merged.byte_linear = from->own->byte_linear;
+    if (merged.byte_rows == nullptr) merged.byte_rows = from->own->byte_rows;
   }
   return merged;
 }

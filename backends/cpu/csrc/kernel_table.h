@@ -13,9 +13,14 @@
 
 namespace graphwright {
 
+struct ByteLinear;
+struct ByteRowsKernels;
+
 struct KernelTable {
   // The exact sum of a[i] * b[i]. No alignment is asked for. n <= kMaxDotLength.
   std::int32_t (*dot_u8s8)(const std::uint8_t* a, const std::int8_t* b, std::size_t n);
+  const ByteLinear* byte_linear;     // linear_kernels.h
+  const ByteRowsKernels* byte_rows;
 };
 
 // 65536 * 255 * 128 < 2^31: a sum of this many products cannot overflow.

@@ -1,0 +1,124 @@
+#include "byte_linear.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "threads.h"
+
+namespace graphwright {
+namespace {
+
+// 4-bit codes are unpacked so many columns at a time: 32 KiB, which stay in the first cache while rows go by.
+constexpr std::size_t kColumnsAtOnce = 512;
+// Rows that are taken together for each panel: their codes stay in the second cache.
+constexpr std::size_t kRowsAtOnce = 192;
+// Up to so many rows the weights are read once and nothing is unpacked (linear_bytes.inc).
+constexpr std::size_t kFewRows = 4;
+
+// What a call needs besides its operands. One for each thread; it grows to what the largest call asked for.
+template <typename T>
+T* scratch(std::vector<T>& held, std::size_t size) {
+  if (held.size() < size) held.resize(size);
+  return held.data();
+}
+
+struct Workspace {
+  std::vector<std::int8_t> codes;
+  std::vector<float> scales;
+  std::vector<std::int32_t> sums, shifts;
+};
+
+void round_rows(const ByteRowsKernels& kernels, const ActivationGrid& grid, const float* x, const RowShape& shape,
+                std::size_t groups, const ByteRows& to, std::size_t threads) {
+  const std::size_t piece = std::max<std::size_t>(1, 16384 / shape.padded), pieces = (shape.rows + piece - 1) / piece;
+  parallel_for(pieces, threads, [&](std::size_t index) {
+    const std::size_t first = index * piece;
+    RowShape part = shape;
+    part.rows = std::min(piece, shape.rows - first);
+    const float* from = x + first * shape.stride;
+    auto* codes = const_cast<std::int8_t*>(to.codes) + first * shape.padded;
+    auto* sums = const_cast<std::int32_t*>(to.sums) + first * groups;
+    auto* scales = const_cast<float*>(to.scales) + first * (to.scale_per_group ? groups : 1);
+    switch (grid.rounding) {
+      case Rounding::kSymmetric: kernels.symmetric(from, part, codes, scales, sums); break;
+      case Rounding::kShifted:
+        kernels.shifted(from, part, codes, scales, const_cast<std::int32_t*>(to.shifts) + first, sums);
+        break;
+      case Rounding::kFixed:
+        kernels.fixed(from, part, grid.steps, grid.zero, codes, scales, sums);
+        std::fill_n(const_cast<std::int32_t*>(to.shifts) + first, part.rows, grid.zero - 128);
+        break;
+    }
+  });
+}
+
+}  // namespace
+
+void pack_codes(const std::uint8_t* stored, std::int32_t bits, std::size_t outputs, std::size_t groups,
+                std::size_t group_bytes, std::uint8_t* codes, std::size_t threads) {
+  const std::size_t steps = (group_bytes + 3) / 4, panels = (outputs + kPanel - 1) / kPanel;
+  parallel_for(panels, threads, [&](std::size_t panel) {
+    std::uint8_t* target = codes + panel * groups * steps * kStepBytes;
+    const std::size_t here = std::min(kPanel, outputs - panel * kPanel);
+    std::fill_n(target, groups * steps * kStepBytes, std::uint8_t{0});
+    for (std::size_t n = 0; n < here; ++n) {
+      const std::uint8_t* row = stored + (panel * kPanel + n) * groups * group_bytes;
+      for (std::size_t g = 0; g < groups; ++g) {
+        for (std::size_t step = 0; step < steps; ++step) {
+          std::uint8_t four[4] = {0, 0, 0, 0};
+          const std::size_t count = std::min<std::size_t>(4, group_bytes - step * 4);
+          std::copy_n(row + g * group_bytes + step * 4, count, four);
+          std::uint8_t* dword = target + ((g * steps + step) * kPanel + n) * 4;
+          if (bits == 8) {
+            std::copy_n(four, 4, dword);
+            continue;
+          }
+          for (unsigned column = 0; column < 8; ++column) {
+            const unsigned code = (four[column / 2] >> (column % 2 * 4)) & 15U;
+            dword[column % 4] = static_cast<std::uint8_t>(dword[column % 4] | (code << (column / 4 * 4)));
+          }
+        }
+      }
+    }
+  });
+}
+
+void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, const ActivationGrid& grid, const float* x,
+                     std::size_t rows, std::size_t columns, const LinearOutput& y, std::size_t threads) {
+  if (rows == 0) return;
+  static thread_local Workspace work;
+  const std::size_t padded = weights.groups * weights.group;
+  const bool symmetric = grid.rounding == Rounding::kSymmetric;
+  const ByteRows bytes{scratch(work.codes, rows * padded),
+                       scratch(work.scales, rows * weights.groups),
+                       scratch(work.sums, rows * weights.groups),
+                       symmetric ? nullptr : scratch(work.shifts, rows),
+                       rows,
+                       symmetric};
+  const RowShape shape{rows, columns, columns, padded, weights.group};
+  round_rows(*kernels.byte_rows, grid, x, shape, weights.groups, bytes, threads);
+
+  const bool few = rows <= kFewRows;
+  const std::size_t together = few ? rows : kRowsAtOnce, parts = (rows + together - 1) / together;
+  // Whole runs of panels, so that each thread streams; more of them than threads, so that none waits long for another.
+  const std::size_t run = std::max<std::size_t>(1, weights.panels / (threads * (few ? 4 : 8)));
+  const std::size_t runs = (weights.panels + run - 1) / run;
+  const std::size_t at_once = weights.groups == 1 ? 1 : std::max<std::size_t>(1, kColumnsAtOnce / weights.group);
+  parallel_for(parts * runs, threads, [&](std::size_t index) {
+    static thread_local std::vector<std::uint8_t> codes;
+    static thread_local std::vector<float> partial;
+    LinearBlock block{};
+    block.panel_begin = index % runs * run;
+    block.panel_end = std::min(block.panel_begin + run, weights.panels);
+    block.row_begin = index / runs * together;
+    block.row_end = std::min(block.row_begin + together, rows);
+    block.groups_at_once = at_once;
+    if (!few && weights.bits == 4) {
+      block.codes = scratch(codes, at_once * weights.group * kPanel);
+      block.partial = scratch(partial, together * kPanel);
+    }
+    kernels.byte_linear->run(weights, bytes, y, block);
+  });
+}
+
+}  // namespace graphwright

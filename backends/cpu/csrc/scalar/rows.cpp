@@ -1,0 +1,14 @@
+// Activations to bytes, as this instruction set's vectors.
+#include "linear_kernels.h"
+
+namespace graphwright::scalar {
+namespace {
+
+#include "rows.inc"
+
+}  // namespace
+
+extern const ByteRowsKernels byte_rows;
+const ByteRowsKernels byte_rows = {.symmetric = symmetric_rows, .shifted = shifted_rows, .fixed = static_rows};
+
+}  // namespace graphwright::scalar
