@@ -18,7 +18,7 @@ unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lint test demo bench clean
+.PHONY: help setup lint test sanitize demo bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,14 @@ lint: setup ## ruff (rules and format) and mypy --strict
 test: lint ## everything CI asks for: set-up, lint, build, tests
 	@echo "== tests"
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sanitize: setup ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@echo "== building into build/sanitize"
+	@rm -rf build/sanitize && PATH="$(CURDIR)/$(BIN):$$PATH" GRAPHWRIGHT_REQUIRE_NATIVE=1 $(PIP) install \
+		--no-build-isolation --no-deps --target build/sanitize --config-settings=cmake.define.GRAPHWRIGHT_SANITIZE=ON \
+		--config-settings=build-dir=build/sanitize-objects .
+	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/sanitized.py -q -s tests/backends/test_cpu_linears.py
 
 demo: setup ## make a real model small and fast, and prove that it still gives the same answers
 	@$(BIN)/python examples/minilm_demo.py

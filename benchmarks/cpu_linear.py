@@ -129,7 +129,7 @@ def systems(outputs: int, columns: int, form: str) -> tuple[System, list[System]
         scales = torch.rand(outputs) * 0.01
         copies = max(2, COLD_BYTES // (outputs * columns))
         kernels = [ByteLinear(pack_int8(weight, scales), isa(), "shifted") for _ in range(copies)]
-        ours = System(f"graphwright {isa()}", [_ours(kernel) for kernel in kernels], kernels[0].packed.nbytes)
+        ours = System(f"graphwright {kernels[0].isa}", [_ours(kernel) for kernel in kernels], kernels[0].packed.nbytes)
         dynamic = [onnx_session(dynamic_model(weight, scales)) for _ in range(copies)]
         rivals = [System(f"{ORT} DynamicQuantizeMatMul", dynamic, weight.numel())]
         return ours, [*rivals, System(f"{TORCH} dynamic", torch_dynamic(weight, scales, copies), weight.numel())]
@@ -139,7 +139,7 @@ def systems(outputs: int, columns: int, form: str) -> tuple[System, list[System]
     packed = pack(codes, 4, group, None)
     copies = max(2, COLD_BYTES // packed.numel())
     kernels = [ByteLinear(pack_nbits(packed, scales, None, 4, columns), isa(), "symmetric") for _ in range(copies)]
-    ours = System(f"graphwright {isa()}", [_ours(kernel) for kernel in kernels], kernels[0].packed.nbytes)
+    ours = System(f"graphwright {kernels[0].isa}", [_ours(kernel) for kernel in kernels], kernels[0].packed.nbytes)
     sessions = [onnx_session(nbits_model(packed, scales, columns, group)) for _ in range(copies)]
     return ours, [System(f"{ORT} MatMulNBits accuracy 4", sessions, packed.numel() + 4 * scales.numel())]
 
