@@ -57,8 +57,8 @@ class Bounds:
 
 def _compile() -> ctypes.CDLL | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    if compiler is None or "avx512_vnni" not in flags:
+    known = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    if compiler is None or "avx512_vnni" not in known:
         return None
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "bounds.so"
@@ -72,8 +72,8 @@ def _compile() -> ctypes.CDLL | None:
             "-shared",
             "-fPIC",
             "-o",
-            library,
-            source,
+            str(library),
+            str(source),
         ]
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(library))

@@ -204,11 +204,11 @@ def torch_dynamic(weight: torch.Tensor, scales: torch.Tensor, copies: int) -> li
     """torch's own dynamic INT8 linear (fbgemm), one scale per output channel."""
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     quantized = torch._make_per_channel_quantized_tensor(weight, scales.double(), zeros, 0)
-    calls: list[Callable[[np.ndarray], object]] = []
-    for _ in range(copies):
-        held = torch.ops.quantized.linear_prepack(quantized, None)
-        calls.append(lambda x, held=held: torch.ops.quantized.linear_dynamic(torch.from_numpy(x), held, True))
-    return calls
+    return [_torch_call(torch.ops.quantized.linear_prepack(quantized, None)) for _ in range(copies)]
+
+
+def _torch_call(held: object) -> Callable[[np.ndarray], object]:
+    return lambda x: torch.ops.quantized.linear_dynamic(torch.from_numpy(x), held, True)
 
 
 if __name__ == "__main__":
