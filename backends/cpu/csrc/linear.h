@@ -18,7 +18,7 @@ struct PackedLinear {
   const std::uint8_t* codes;      // [panels][groups][steps of a group][256]
   const void* scales;             // [panels][groups][64], float or half
   const std::uint8_t* zeros;      // [panels][groups][64], or null: `middle` everywhere
-  const std::int32_t* sums;       // [panels * 64], sum over a row of (code - zero point); for shifted activations, else null
+  const std::int32_t* sums;       // [panels * 64], of each row's codes less zero points, for shifted activations; or null
   std::size_t outputs, panels;
   std::size_t groups, group;      // columns of a group, padded to whole steps
   std::int32_t bits, middle;
