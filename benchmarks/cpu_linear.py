@@ -23,8 +23,8 @@ from _rows import Rows, parser
 from onnx import TensorProto, helper, numpy_helper
 
 from graphwright.backends.cpu import features
-from graphwright.backends.cpu.linears import ByteLinear
-from graphwright.backends.cpu.packing import pack_int8, pack_nbits
+from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
+from graphwright.backends.cpu.kernels.byte_packing import pack_int8, pack_nbits
 from graphwright.ir.ops.quantization import pack
 
 THREADS = 2

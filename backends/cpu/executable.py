@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graphwright.backends.cpu.features import features
-from graphwright.backends.cpu.linears import ByteLinear
-from graphwright.backends.cpu.packing import pack_int8, pack_nbits
+from graphwright.backends.cpu.kernels import LOWERINGS, Kernel, Site
 from graphwright.backends.executable import Backend, Executable, KernelUse
 from graphwright.ir import ops
 from graphwright.ir.arguments import arguments_of
@@ -21,12 +19,9 @@ from graphwright.ir.provenance import path_of
 
 COMPUTE = ("float32", "int8")
 
-# The kernels' sums are int32.
-_MOST_COLUMNS = 32768
-
 
 class CpuExecutable(Executable):
-    """A program whose quantised linears run on the C++ kernels. Inference only: it gives no gradients."""
+    """A program that runs on the C++ kernels. Inference only: it gives no gradients."""
 
     def __init__(self, program: Program, isa: str | None, compute: str) -> None:
         self._uses: list[KernelUse] = []
@@ -49,10 +44,12 @@ class CpuExecutable(Executable):
         parts: dict[str, nn.Module | torch.Tensor] = {}
         for node in program.nodes:
             found = self._kernel(program, node) if node.op == "call_function" else None
-            if isinstance(found, ByteLinear):
-                name = f"kernel_{len(self._uses)}"
+            if isinstance(found, Kernel):
+                name, given = f"kernel_{len(self._uses)}", arguments_of(node)
                 parts[name] = found
-                made[node] = lowered.call_module(name, (made[arguments_of(node)["x"]],))
+                made[node] = lowered.call_module(
+                    name, tuple(fx.node.map_arg(given[each], made.__getitem__) for each in found.inputs)
+                )
             else:
                 made[node] = lowered.node_copy(node, made.__getitem__)
             if node.op == "call_function":
@@ -65,33 +62,19 @@ class CpuExecutable(Executable):
                 lowered.erase_node(copy)
         return fx.GraphModule(parts, lowered, class_name=program.title)
 
-    def _kernel(self, program: Program, node: fx.Node) -> ByteLinear | str | None:
+    def _kernel(self, program: Program, node: fx.Node) -> Kernel | str | None:
         """The kernel of a node, why it has none, or ``None`` when no kernel of ours computes such operators."""
-        make = _LINEARS.get(op_name(node))
-        if make is None:
+        lower = LOWERINGS.get(op_name(node))
+        if lower is None:
             return None
         if self._isa is None:
             return "the C++ kernels are not in this installation"
-        arguments = arguments_of(node)
-        stored = [value for name, value in arguments.items() if name != "x" and isinstance(value, fx.Node)]
-        if any(value.op != "get_attr" for value in stored):
-            return "its weights are computed, not stored"
-        if arguments["x"].meta["val"].shape[-1] > _MOST_COLUMNS:
-            return f"it has more than {_MOST_COLUMNS} input features"
-        if arguments["x"].meta["val"].dtype == torch.float64:
-            return "the kernels compute in float32"
-        tensors = {
-            name: program.tensor(value) if isinstance(value, fx.Node) and name != "x" else value
-            for name, value in arguments.items()
-        }
-        columns = int(arguments["x"].meta["val"].shape[-1])
-        return make(self._isa, self._compute, columns, tensors)
+        return lower(Site(program, node, self._isa, self._compute))
 
-    def _note(self, node: fx.Node, found: ByteLinear | str | None) -> None:
+    def _note(self, node: fx.Node, found: Kernel | str | None) -> None:
         name, path, op = node.name, path_of(node), op_name(node)
-        if isinstance(found, ByteLinear):
-            kernel = f"{op.rpartition('.')[2]} {found.isa}, activations rounded to int8 ({found.rounding})"
-            self._uses.append(KernelUse(name, path, op, kernel))
+        if isinstance(found, Kernel):
+            self._uses.append(KernelUse(name, path, op, found.label))
             return
         kernel = "reference" if ops.is_dialect(node.target) else "torch"
         self._uses.append(KernelUse(name, path, op, kernel, found or ""))
@@ -126,31 +109,3 @@ class CpuBackend(Backend):
         if any(value.device.type != "cpu" for value in program.tensors().values()):
             raise BackendError("has weights that are not on the CPU", where="program", hint="move it: model.cpu()")
         return CpuExecutable(program, features().selected, self.compute)
-
-
-def _nbits(isa: str, compute: str, columns: int, tensors: dict[str, Any]) -> ByteLinear | str:
-    if compute != "int8":
-        return "float32 computation has no kernel yet; compute='int8' has"
-    packed = pack_nbits(tensors["qweight"], tensors["scales"], tensors["zero_points"], tensors["bits"], columns)
-    return ByteLinear(packed, isa, "symmetric", tensors["bias"])
-
-
-def _dynamic(isa: str, compute: str, columns: int, tensors: dict[str, Any]) -> ByteLinear | str:
-    del compute, columns
-    if tensors["activation"] != "per_token":
-        return "ranges of the whole tensor have no kernel; per token they have"
-    return ByteLinear(pack_int8(tensors["qweight"], tensors["scales"]), isa, "shifted", tensors["bias"])
-
-
-def _static(isa: str, compute: str, columns: int, tensors: dict[str, Any]) -> ByteLinear | str:
-    del compute, columns
-    packed = pack_int8(tensors["qweight"], tensors["scales"])
-    grid = tensors["input_scales"], tensors["input_zero_point"]
-    return ByteLinear(packed, isa, "fixed", tensors["bias"], *grid)
-
-
-_LINEARS: dict[str, Callable[[str, str, int, dict[str, Any]], ByteLinear | str]] = {
-    "graphwright.linear_nbits": _nbits,
-    "graphwright.linear_int8_dynamic": _dynamic,
-    "graphwright.linear_int8_static": _static,
-}

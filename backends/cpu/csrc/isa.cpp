@@ -49,15 +49,23 @@ std::vector<std::string_view> Isa::missing() const {
   return names;
 }
 
+namespace {
+
+template <typename... Entry>
+void take_missing(KernelTable& table, const KernelTable& from, Entry KernelTable::*... entries) {
+  ((table.*entries = table.*entries == nullptr ? from.*entries : table.*entries), ...);
+}
+
+}  // namespace
+
 KernelTable Isa::kernels() const {
   if (!compiled()) throw std::invalid_argument(std::string(name) + " was not compiled into this build");
   if (!missing().empty()) throw std::invalid_argument(std::string(name) + " is not supported by this machine");
   KernelTable merged = *own;
   for (const Isa* from = parent; from != nullptr; from = from->parent) {
     if (!from->compiled()) continue;
-    if (merged.dot_u8s8 == nullptr) merged.dot_u8s8 = from->own->dot_u8s8;
-    if (merged.byte_linear == nullptr) merged.byte_linear = from->own->byte_linear;
-    if (merged.byte_rows == nullptr) merged.byte_rows = from->own->byte_rows;
+    take_missing(merged, *from->own, &KernelTable::dot_u8s8, &KernelTable::byte_linear, &KernelTable::byte_rows,
+                 &KernelTable::float_linear, &KernelTable::attention, &KernelTable::rows);
   }
   return merged;
 }

@@ -1,4 +1,4 @@
-// The kernels that every instruction set offers. One table of function pointers per folder csrc/<isa>.
+// The kernels that every instruction set offers; what one leaves null is its parent's (isa.cpp). One table of function pointers per folder csrc/<isa>.
 //
 // Rules for the files in those folders, which are compiled with flags that not every machine understands:
 // * everything but the table is `static` or in an anonymous namespace, and nothing inline comes from a header that other
@@ -15,12 +15,18 @@ namespace graphwright {
 
 struct ByteLinear;
 struct ByteRowsKernels;
+struct FloatLinearKernels;
+struct AttentionKernels;
+struct RowKernels;
 
 struct KernelTable {
   // The exact sum of a[i] * b[i]. No alignment is asked for. n <= kMaxDotLength.
-  std::int32_t (*dot_u8s8)(const std::uint8_t* a, const std::int8_t* b, std::size_t n);
-  const ByteLinear* byte_linear;     // linear_kernels.h
-  const ByteRowsKernels* byte_rows;
+  std::int32_t (*dot_u8s8)(const std::uint8_t* a, const std::int8_t* b, std::size_t n) = nullptr;
+  const ByteLinear* byte_linear = nullptr;     // linear_kernels.h
+  const ByteRowsKernels* byte_rows = nullptr;
+  const FloatLinearKernels* float_linear = nullptr;  // float_linear_kernels.h
+  const AttentionKernels* attention = nullptr;       // attention_kernels.h
+  const RowKernels* rows = nullptr;                  // row_kernels.h
 };
 
 // 65536 * 255 * 128 < 2^31: a sum of this many products cannot overflow.

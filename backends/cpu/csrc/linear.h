@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "activation.h"
+
 namespace graphwright {
 
 inline constexpr std::size_t kPanel = 64;        // outputs
@@ -35,10 +37,16 @@ struct ByteRows {
   bool scale_per_group;
 };
 
+// y = activation(x Wᵀ + bias) * factor + residual; what is null is left out.
 struct LinearOutput {
   float* values;                  // [rows][stride]
   std::size_t stride;
-  const float* bias;              // [outputs] or null
+  const float* bias;              // [outputs]
+  Activation activation;
+  const float* factor;            // [rows][factor_stride]
+  std::size_t factor_stride;
+  const float* residual;          // [rows][residual_stride]
+  std::size_t residual_stride;
 };
 
 // A part of a product, the work of one thread.

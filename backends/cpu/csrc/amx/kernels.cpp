@@ -3,6 +3,6 @@
 
 namespace graphwright::amx {
 
-const KernelTable kernels = {.dot_u8s8 = nullptr, .byte_linear = nullptr, .byte_rows = nullptr};
+const KernelTable kernels = {};
 
 }  // namespace graphwright::amx

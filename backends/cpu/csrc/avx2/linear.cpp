@@ -18,6 +18,8 @@ struct V : Vectors {
   }
 };
 
+#include "math.inc"
+#include "epilogue.inc"
 #include "linear_bytes.inc"
 
 }  // namespace

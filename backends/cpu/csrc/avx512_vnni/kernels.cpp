@@ -21,6 +21,6 @@ std::int32_t dot_u8s8(const std::uint8_t* a, const std::int8_t* b, std::size_t n
 
 extern const ByteLinear byte_linear;
 
-const KernelTable kernels = {.dot_u8s8 = dot_u8s8, .byte_linear = &byte_linear, .byte_rows = nullptr};
+const KernelTable kernels = {.dot_u8s8 = dot_u8s8, .byte_linear = &byte_linear};
 
 }  // namespace graphwright::avx512_vnni

@@ -12,6 +12,8 @@ struct V : Vectors {
   static Int dot(Int acc, Int w, Int x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
 };
 
+#include "math.inc"
+#include "epilogue.inc"
 #include "linear_bytes.inc"
 
 }  // namespace

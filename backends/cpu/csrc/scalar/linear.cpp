@@ -4,18 +4,12 @@
 namespace graphwright::scalar {
 namespace {
 
-float from_half(std::uint16_t half) {
-  const std::uint32_t sign = (half & 0x8000U) << 16U, exponent = (half >> 10U) & 31U, fraction = half & 1023U;
-  std::uint32_t bits = sign | ((exponent + 112U) << 23U) | (fraction << 13U);
-  if (exponent == 0) {  // zero or subnormal: exact in float
-    const float size = static_cast<float>(fraction) * 0x1p-24F;
-    return sign != 0 ? -size : size;
-  }
-  if (exponent == 31) bits = sign | 0x7F800000U | (fraction << 13U);
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
+#include "floats_1.inc"
+
+struct V : Floats {};
+
+#include "math.inc"
+#include "epilogue.inc"
 
 // The code of a column for an output of a panel.
 std::int32_t code_of(const PackedLinear& w, std::size_t panel, std::size_t output, std::size_t column) {
@@ -40,12 +34,12 @@ void linear_bytes(const PackedLinear& w, const ByteRows& x, const LinearOutput& 
             const std::size_t column = g * w.group + i;
             acc += code_of(w, panel, n, column) * x.codes[row * w.groups * w.group + column];
           }
-          const float scale = w.half_scales ? from_half(static_cast<const std::uint16_t*>(w.scales)[place])
+          const float scale = w.half_scales ? V::load_half(static_cast<const std::uint16_t*>(w.scales) + place)
                                             : static_cast<const float*>(w.scales)[place];
           const float own = x.scale_per_group ? x.scales[row * w.groups + g] : x.scales[row];
           sum = __builtin_fmaf(static_cast<float>(acc), scale * own, sum);
         }
-        y.values[row * y.stride + output] = y.bias == nullptr ? sum : sum + y.bias[output];
+        write(sum, y, row, output, 1);
       }
     }
   }

@@ -11,8 +11,8 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.backends.cpu import ISA_VARIABLE, CpuBackend, features, native, native_status
-from graphwright.backends.cpu.linears import ByteLinear
-from graphwright.backends.cpu.packing import pack_int8, pack_nbits
+from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
+from graphwright.backends.cpu.kernels.byte_packing import pack_int8, pack_nbits
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops import quantization
 from graphwright.passes.quantization.weights import Format, quantize_weight, quantize_weight_int8

@@ -1,0 +1,100 @@
+// Linears on integer weights, for Python.
+#include <string_view>
+
+#include "bindings.h"
+#include "byte_linear.h"
+#include "isa.h"
+
+namespace graphwright {
+namespace {
+
+void pack(const nb::ndarray<const std::uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>& stored, int bits,
+          const Array<std::uint8_t>& codes, std::size_t threads) {
+  const std::size_t outputs = stored.shape(0), groups = stored.shape(1), group_bytes = stored.shape(2);
+  const std::size_t panels = (outputs + kPanel - 1) / kPanel;
+  expect(bits == 4 || bits == 8, "bits must be 4 or 8");
+  expect(codes.shape(0) == panels * groups * ((group_bytes + 3) / 4) * kStepBytes, "codes has the wrong size");
+  nb::gil_scoped_release release;
+  pack_codes(stored.data(), bits, outputs, groups, group_bytes, codes.data(), threads);
+}
+
+// Holds its arrays, so that they live as long as it does.
+class HeldByteLinear {
+ public:
+  HeldByteLinear(std::string_view isa, std::size_t outputs, std::size_t columns, int bits, std::size_t group,
+             Array<const std::uint8_t> codes, nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu> scales,
+             std::optional<Array<const std::uint8_t>> zeros, std::optional<Array<const std::int32_t>> sums,
+             std::optional<Array<const float>> bias, std::string_view rounding, std::optional<Array<const float>> steps,
+             int zero)
+      : kernels_(graphwright::isa(isa).kernels()), columns_(columns), codes_(std::move(codes)), scales_(std::move(scales)),
+        zeros_(std::move(zeros)), sums_(std::move(sums)), bias_(std::move(bias)), steps_(std::move(steps)) {
+    expect(bits == 4 || bits == 8, "bits must be 4 or 8");
+    const std::size_t step = bits == 8 ? 4 : 8;
+    expect(group > 0 && group % step == 0, "a group must be whole steps");
+    expect(outputs > 0 && columns > 0, "there must be outputs and columns");
+    const std::size_t panels = (outputs + kPanel - 1) / kPanel, groups = (columns + group - 1) / group;
+    const std::size_t cells = panels * groups * kPanel;
+    expect(groups * group <= kMaxDotLength / 2, "more columns than an int32 sum can hold");
+    expect(codes_.shape(0) == panels * groups * (group / step) * kStepBytes, "codes has the wrong size");
+    expect(scales_.shape(0) == cells, "scales has the wrong size");
+    const auto kind = scales_.dtype();
+    const bool half = kind.bits == 16;
+    expect(kind.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && (half || kind.bits == 32),
+           "scales must be float32 or float16");
+    weights_ = {codes_.data(), scales_.data(), data_of(zeros_, cells, "zeros has the wrong size"),
+                data_of(sums_, panels * kPanel, "sums has the wrong size"), outputs, panels, groups, group, bits,
+                bits == 8 ? 128 : 8, half};
+    data_of(bias_, outputs, "bias has the wrong size");
+    if (rounding == "symmetric") grid_.rounding = Rounding::kSymmetric;
+    else if (rounding == "shifted") grid_.rounding = Rounding::kShifted;
+    else if (rounding == "fixed") grid_.rounding = Rounding::kFixed;
+    else throw std::invalid_argument("rounding must be symmetric, shifted or fixed");
+    if (grid_.rounding != Rounding::kSymmetric) expect(groups == 1 && sums_.has_value(), "one group, and sums, are needed");
+    grid_.steps = data_of(steps_, columns, "steps has the wrong size");
+    grid_.zero = zero;
+    expect(grid_.rounding != Rounding::kFixed || (steps_.has_value() && zero >= 0 && zero <= 255), "a grid is needed");
+  }
+
+  const char* isa() const { return kernels_.byte_linear->isa; }
+
+  void run(const Matrix<const float>& x, const Matrix<float>& y, std::size_t threads) const {
+    expect(x.shape(1) == columns_, "x has the wrong number of columns");
+    expect(y.shape(0) == x.shape(0) && y.shape(1) == weights_.outputs, "y has the wrong shape");
+    LinearOutput output{};
+    output.values = y.data();
+    output.stride = weights_.outputs;
+    output.bias = bias_ ? bias_->data() : nullptr;
+    nb::gil_scoped_release release;
+    run_byte_linear(kernels_, weights_, grid_, x.data(), x.shape(0), columns_, output, threads);
+  }
+
+ private:
+  KernelTable kernels_;
+  PackedLinear weights_{};
+  ActivationGrid grid_{};
+  std::size_t columns_;
+  Array<const std::uint8_t> codes_;
+  nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu> scales_;
+  std::optional<Array<const std::uint8_t>> zeros_;
+  std::optional<Array<const std::int32_t>> sums_;
+  std::optional<Array<const float>> bias_, steps_;
+};
+
+}  // namespace
+
+void bind_byte_linear(nb::module_& m) {
+  m.def("pack_codes", &pack, "stored"_a, "bits"_a, "codes"_a, "threads"_a,
+        "Stored codes, uint8 [outputs, groups, bytes], into the layout that the kernels stream.");
+
+  nb::class_<HeldByteLinear>(m, "ByteLinear", "A linear on packed integer weights; activations are rounded to bytes.")
+      .def(nb::init<std::string_view, std::size_t, std::size_t, int, std::size_t, Array<const std::uint8_t>,
+                    nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>, std::optional<Array<const std::uint8_t>>,
+                    std::optional<Array<const std::int32_t>>, std::optional<Array<const float>>, std::string_view,
+                    std::optional<Array<const float>>, int>(),
+           "isa"_a, "outputs"_a, "columns"_a, "bits"_a, "group"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "sums"_a.none(),
+           "bias"_a.none(), "rounding"_a, "steps"_a.none(), "zero"_a)
+      .def_prop_ro("isa", &HeldByteLinear::isa, "The instruction set of the kernel that runs.")
+      .def("run", &HeldByteLinear::run, "x"_a, "y"_a, "threads"_a, "y = x Wᵀ + b for rows of floats.");
+}
+
+}  // namespace graphwright

@@ -1,0 +1,38 @@
+// What the files bind_*.cpp share: the arrays that Python hands over, and one function for each family of kernels.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+
+#include <cstddef>
+#include <optional>
+#include <stdexcept>
+
+namespace graphwright {
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+template <typename T>
+using Array = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// Throws what Python sees as ValueError.
+inline void expect(bool good, const char* what) {
+  if (!good) throw std::invalid_argument(what);
+}
+
+template <typename T>
+const T* data_of(const std::optional<Array<const T>>& array, std::size_t size, const char* what) {
+  if (!array) return nullptr;
+  expect(array->shape(0) == size, what);
+  return array->data();
+}
+
+void bind_byte_linear(nb::module_& m);
+
+}  // namespace graphwright

@@ -1,0 +1,92 @@
+"""What a kernel is to the lowering: a module, the arguments it takes as it runs, and its name for ``explain()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx, nn
+
+from graphwright.ir.arguments import arguments_of
+from graphwright.ir.program import Program
+
+
+class Kernel(nn.Module):
+    """A C++ kernel in place of a node. It holds what was known at lowering and gives no gradients.
+
+    Attributes:
+        inputs: names of the operator's arguments that it is called with, in order; one that the node leaves out or
+            gives as a number is passed as it is.
+        label: what ``explain()`` calls it: kernel, instruction set and what it rounds.
+    """
+
+    inputs: tuple[str, ...]
+    label: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node that may get a kernel.
+
+    Attributes:
+        program: where it stands.
+        node: the call.
+        isa: instruction set whose kernels are used.
+        compute: ``CpuBackend``'s choice for linears.
+    """
+
+    program: Program
+    node: fx.Node
+    isa: str
+    compute: str
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The node's arguments by name; defaults are filled in."""
+        return arguments_of(self.node)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether an argument is a parameter or buffer of the program, and so known now."""
+        value = self.arguments[name]
+        return isinstance(value, fx.Node) and value.op == "get_attr"
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The tensor of an argument for which :meth:`is_stored` holds."""
+        return self.program.tensor(self.arguments[name])
+
+    def maybe_stored(self, name: str) -> torch.Tensor | None:
+        """Like :meth:`stored`, and ``None`` for an argument that is ``None``."""
+        return None if self.arguments[name] is None else self.stored(name)
+
+    def value(self, name: str) -> torch.Tensor:
+        """The fake tensor of an argument: its shape (sizes may be symbols) and dtype."""
+        value: torch.Tensor = self.arguments[name].meta["val"]
+        return value
+
+
+# The kernel of a node, or why it has none.
+Lowering = Callable[[Site], Kernel | str]
+
+
+def floats(x: torch.Tensor) -> npt.NDArray[np.float32]:
+    """A floating CPU tensor's values as float32 with whatever strides it has; a view where it is float32 already."""
+    plain = x.detach() if x.requires_grad else x
+    # numpy's views cost a fraction of torch's, and one row of a small layer takes only a few microseconds.
+    values: npt.NDArray[np.float32] = (plain if x.dtype == torch.float32 else plain.to(torch.float32)).numpy()
+    return values
+
+
+def tensor_like(values: npt.NDArray[np.float32], x: torch.Tensor) -> torch.Tensor:
+    """An array as a tensor of ``x``'s dtype."""
+    result = torch.from_numpy(values)
+    return result if x.dtype == torch.float32 else result.to(x.dtype)
+
+
+def stored_floats(values: torch.Tensor | None) -> npt.NDArray[np.float32] | None:
+    """A stored tensor as contiguous float32."""
+    return None if values is None else values.detach().to(torch.float32).contiguous().numpy()
