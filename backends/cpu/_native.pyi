@@ -59,5 +59,17 @@ class ByteLinear:
     @property
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
-    def run(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int) -> None:
-        """``y = x Wᵀ + b`` for rows of floats, ``[rows, columns]`` to ``[rows, outputs]``."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        threads: int,
+        activation: str = "",
+        factor: npt.NDArray[np.float32] | None = None,
+        residual: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
+
+        ``x`` is ``[rows, columns]``; ``y``, ``factor`` and ``residual`` are ``[rows, outputs]``, the latter two with
+        rows that may lie apart. ``activation`` is empty, ``relu``, ``silu``, ``gelu``, ``gelu_tanh`` or ``tanh``.
+        """

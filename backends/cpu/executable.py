@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from graphwright.backends.cpu.epilogues import epilogue_of
 from graphwright.backends.cpu.features import features
 from graphwright.backends.cpu.kernels import LOWERINGS, Kernel, Site
+from graphwright.backends.cpu.kernels.linear import Linear
 from graphwright.backends.executable import Backend, Executable, KernelUse
 from graphwright.ir import ops
 from graphwright.ir.arguments import arguments_of
@@ -18,6 +21,12 @@ from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of
 
 COMPUTE = ("float32", "int8")
+
+
+@dataclass(frozen=True)
+class _Call:
+    kernel: Kernel
+    inputs: tuple[Any, ...]
 
 
 class CpuExecutable(Executable):
@@ -39,21 +48,18 @@ class CpuExecutable(Executable):
         return list(self._uses)
 
     def _lower(self, program: Program) -> fx.GraphModule:
+        calls, absorbed = self._calls(program)
         lowered = fx.Graph()
         made: dict[fx.Node, fx.Node] = {}
         parts: dict[str, nn.Module | torch.Tensor] = {}
         for node in program.nodes:
-            found = self._kernel(program, node) if node.op == "call_function" else None
-            if isinstance(found, Kernel):
-                name, given = f"kernel_{len(self._uses)}", arguments_of(node)
-                parts[name] = found
-                made[node] = lowered.call_module(
-                    name, tuple(fx.node.map_arg(given[each], made.__getitem__) for each in found.inputs)
-                )
-            else:
+            call = calls.get(node)
+            if call is not None:
+                name = f"kernel_{len(parts)}"
+                parts[name] = call.kernel
+                made[node] = lowered.call_module(name, fx.node.map_arg(call.inputs, made.__getitem__))
+            elif node not in absorbed:
                 made[node] = lowered.node_copy(node, made.__getitem__)
-            if node.op == "call_function":
-                self._note(node, found)
         tensors = program.tensors()
         for copy in list(lowered.nodes):
             if copy.op == "get_attr" and copy.users:
@@ -61,6 +67,34 @@ class CpuExecutable(Executable):
             elif copy.op == "get_attr":  # it has been packed
                 lowered.erase_node(copy)
         return fx.GraphModule(parts, lowered, class_name=program.title)
+
+    def _calls(self, program: Program) -> tuple[dict[fx.Node, _Call], set[fx.Node]]:
+        """Kernels by the node whose value they give, and the nodes that other kernels have taken in."""
+        calls: dict[fx.Node, _Call] = {}
+        absorbed: set[fx.Node] = set()
+        uses: dict[fx.Node, KernelUse] = {}
+        for node in program.nodes:
+            if node.op != "call_function" or node in absorbed:
+                continue
+            found = self._kernel(program, node)
+            uses[node] = _use(node, found)
+            if not isinstance(found, Kernel):
+                continue
+            given = arguments_of(node)
+            inputs = tuple(given[name] for name in found.inputs)
+            if not isinstance(found, Linear):
+                calls[node] = _Call(found, inputs)
+                continue
+            epilogue = epilogue_of(program, node, absorbed)
+            found.activation = epilogue.activation
+            if epilogue.factor is not None or epilogue.residual is not None:
+                inputs = (*inputs, epilogue.factor, epilogue.residual)
+            calls[epilogue.last] = _Call(found, inputs)
+            absorbed.update((node, *epilogue.absorbed))
+            for each in epilogue.absorbed:
+                uses[each] = KernelUse(each.name, path_of(each), op_name(each), f"in {node.name}'s {found.label}")
+        self._uses = [uses[node] for node in program.nodes if node in uses]
+        return calls, absorbed
 
     def _kernel(self, program: Program, node: fx.Node) -> Kernel | str | None:
         """The kernel of a node, why it has none, or ``None`` when no kernel of ours computes such operators."""
@@ -71,13 +105,13 @@ class CpuExecutable(Executable):
             return "the C++ kernels are not in this installation"
         return lower(Site(program, node, self._isa, self._compute))
 
-    def _note(self, node: fx.Node, found: Kernel | str | None) -> None:
-        name, path, op = node.name, path_of(node), op_name(node)
-        if isinstance(found, Kernel):
-            self._uses.append(KernelUse(name, path, op, found.label))
-            return
-        kernel = "reference" if ops.is_dialect(node.target) else "torch"
-        self._uses.append(KernelUse(name, path, op, kernel, found or ""))
+
+def _use(node: fx.Node, found: Kernel | str | None) -> KernelUse:
+    name, path, op = node.name, path_of(node), op_name(node)
+    if isinstance(found, Kernel):
+        return KernelUse(name, path, op, found.label)
+    kernel = "reference" if ops.is_dialect(node.target) else "torch"
+    return KernelUse(name, path, op, kernel, found or "")
 
 
 class CpuBackend(Backend):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, floats, stored_floats, tensor_like
+from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
 from graphwright.backends.cpu.kernels.byte_packing import PackedLinear, pack_int8, pack_nbits
-from graphwright.ir.errors import BackendError
+from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
 
 # The kernels' sums are int32.
 _MOST_COLUMNS = 32768
 
 
-class ByteLinear(Kernel):
-    """``x W + b`` on packed integer weights; activations are rounded to 8 bits in the kernel.
+class ByteLinear(Linear):
+    """A linear on packed integer weights; activations are rounded to 8 bits in the kernel.
 
     Args:
         packed: the weights.
@@ -26,8 +25,6 @@ class ByteLinear(Kernel):
         input_zero_point: in 0..255, for ``fixed``.
     """
 
-    inputs = ("x",)
-
     def __init__(
         self,
         packed: PackedLinear,
@@ -37,11 +34,9 @@ class ByteLinear(Kernel):
         input_scales: torch.Tensor | None = None,
         input_zero_point: int = 0,
     ) -> None:
-        super().__init__()
         from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
-        self.packed, self.rounding = packed, rounding
-        self._kernel = _native.ByteLinear(
+        kernel = _native.ByteLinear(
             isa,
             packed.outputs,
             packed.columns,
@@ -56,43 +51,9 @@ class ByteLinear(Kernel):
             stored_floats(input_scales),
             input_zero_point,
         )
-        self.label = f"byte_linear {self.isa}, {packed.bits}-bit weights, activations rounded to int8 ({rounding})"
-
-    @property
-    def isa(self) -> str:
-        """The instruction set of the kernel: one that has none of its own takes its parent's."""
-        return self._kernel.isa
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in]``, floating, of any strides, to ``[..., out]`` of the same dtype; without a gradient.
-
-        Raises:
-            BackendError: the input is not a floating tensor on the CPU with that many features.
-        """
-        if not x.is_floating_point() or x.device.type != "cpu" or x.dim() == 0 or x.shape[-1] != self.packed.columns:
-            raise BackendError(
-                f"takes floating CPU tensors of {self.packed.columns} features, not {x.dtype} {list(x.shape)} on "
-                f"{x.device}",
-                where="linear kernel",
-            )
-        rows = np.ascontiguousarray(floats(x)).reshape(-1, self.packed.columns)
-        result = np.empty((len(rows), self.packed.outputs), np.float32)
-        self._kernel.run(rows, result, torch.get_num_threads())
-        return tensor_like(result.reshape(*x.shape[:-1], self.packed.outputs), x)
-
-    def extra_repr(self) -> str:
-        """What ``print`` shows of it."""
-        packed = self.packed
-        return f"{packed.columns} -> {packed.outputs}, {packed.bits} bits, {self.rounding}, {self.isa}"
-
-
-def unsuitable(site: Site, weights: tuple[str, ...]) -> str:
-    """Why a linear cannot be packed, or an empty string."""
-    if any(not site.is_stored(name) for name in weights if site.arguments[name] is not None):
-        return "its weights are computed, not stored"
-    if site.value("x").dtype == torch.float64:
-        return "the kernels compute in float32"
-    return ""
+        label = f"byte_linear {kernel.isa}, {packed.bits}-bit weights, activations rounded to int8 ({rounding})"
+        super().__init__(kernel, packed.columns, packed.outputs, label)
+        self.packed, self.rounding = packed, rounding
 
 
 def _too_wide(site: Site) -> str:
