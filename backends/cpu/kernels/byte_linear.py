@@ -68,7 +68,9 @@ def _nbits(site: Site) -> Kernel | str:
     if site.compute != "int8":
         return "float32 computation has no kernel yet; compute='int8' has"
     columns, bits = int(site.value("x").shape[-1]), site.arguments["bits"]
-    packed = pack_nbits(site.stored("qweight"), site.stored("scales"), site.maybe_stored("zero_points"), bits, columns)
+    names = ("qweight", "scales", "zero_points")
+    operands = site.stored("qweight"), site.stored("scales"), site.maybe_stored("zero_points")
+    packed = site.packed_once(names, lambda: pack_nbits(*operands, bits, columns))
     return ByteLinear(packed, site.isa, "symmetric", site.maybe_stored("bias"))
 
 
@@ -78,17 +80,20 @@ def _dynamic(site: Site) -> Kernel | str:
         return refusal
     if site.arguments["activation"] != "per_token":
         return "ranges of the whole tensor have no kernel; per token they have"
-    packed = pack_int8(site.stored("qweight"), site.stored("scales"))
-    return ByteLinear(packed, site.isa, "shifted", site.maybe_stored("bias"))
+    return ByteLinear(_int8(site), site.isa, "shifted", site.maybe_stored("bias"))
 
 
 def _static(site: Site) -> Kernel | str:
     refusal = unsuitable(site, ("qweight", "scales", "input_scales", "bias")) or _too_wide(site)
     if refusal:
         return refusal
-    packed = pack_int8(site.stored("qweight"), site.stored("scales"))
     grid = site.stored("input_scales"), site.arguments["input_zero_point"]
-    return ByteLinear(packed, site.isa, "fixed", site.maybe_stored("bias"), *grid)
+    return ByteLinear(_int8(site), site.isa, "fixed", site.maybe_stored("bias"), *grid)
+
+
+def _int8(site: Site) -> PackedLinear:
+    names = ("qweight", "scales")
+    return site.packed_once(names, lambda: pack_int8(site.stored("qweight"), site.stored("scales")))
 
 
 LOWERINGS: dict[str, Lowering] = {

@@ -22,6 +22,7 @@ class Linear(Kernel):
     """
 
     inputs = ("x",)
+    settings = ("activation",)
 
     def __init__(self, kernel: Any, columns: int, outputs: int, label: str) -> None:
         super().__init__()
