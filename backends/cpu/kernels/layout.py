@@ -6,35 +6,36 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from graphwright.backends.cpu.kernels.base import Site, floats
+from graphwright.backends.cpu.kernels.base import Site
 from graphwright.ir.errors import BackendError
 
 Floats = npt.NDArray[np.float32]
 
 
-def rows_of(x: torch.Tensor, columns: int, order: tuple[int, ...] | None = None) -> Floats:
-    """``x`` as float32 ``[rows, columns]``, each row contiguous; a view where the memory allows one.
+def rows_of(values: Floats, columns: int, order: tuple[int, ...] | None = None) -> Floats:
+    """``[rows, columns]``, each row contiguous; a view where the memory allows one.
 
     Args:
-        x: any floating tensor.
+        values: of any shape and strides.
         columns: of the result.
-        order: of x's dimensions in the result; ``None`` for their own.
+        order: of the dimensions in the result; ``None`` for their own.
     """
-    rows = floats(x if order is None else x.permute(order)).reshape(-1, columns)
+    rows = (values if order is None else values.transpose(order)).reshape(-1, columns)
     return rows if rows.strides[1] == 4 or columns == 1 else np.ascontiguousarray(rows)
 
 
-def result_like(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
-    """A float32 result in the memory order that PyTorch would give it, and the dimensions in that order.
+def result_like(x: torch.Tensor) -> tuple[Floats, tuple[int, ...] | None]:
+    """An array for a result in the memory order that PyTorch would give it, and the dimensions in that order.
 
     Later operators of a program may take views that only this order allows. The dimensions are ``None`` where they lie
     in their own order.
     """
-    result = torch.empty_like(x, dtype=torch.float32)
-    if result.is_contiguous():
-        return result, None
-    strides = result.stride()
-    return result, tuple(sorted(range(x.dim()), key=strides.__getitem__, reverse=True))
+    if not x.is_contiguous():
+        result = torch.empty_like(x, dtype=torch.float32)
+        if not result.is_contiguous():
+            strides = result.stride()
+            return result.numpy(), tuple(sorted(range(x.dim()), key=strides.__getitem__, reverse=True))
+    return np.empty(x.shape, np.float32), None
 
 
 def expect_floats(kernel: str, *tensors: torch.Tensor | None) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
+from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, floats, stored_floats, tensor_like
 from graphwright.backends.cpu.kernels.layout import Floats, expect_floats, result_like, rows_of, unsuitable
 from graphwright.ir.errors import BackendError
 
@@ -41,6 +42,7 @@ class _Norm(Kernel):
 
         self._kernel = _native.Norm(isa, centred, _flat(weight), _flat(bias), eps)
         self._shape, self._centred = None if shape is None else tuple(shape), centred
+        self._columns = None if shape is None else math.prod(shape)
         self.residual = residual
         self.label = f"{'add + ' if residual else ''}{self._name} {self._kernel.isa}"
 
@@ -58,22 +60,20 @@ class _Norm(Kernel):
         if self.residual != (residual is not None) or (residual is not None and residual.shape != x.shape):
             raise BackendError("takes a residual of x's shape where it was made for one", where=f"{self._name} kernel")
         # PyTorch's layer norm gives contiguous results; the reference of the other keeps the order of memory.
-        result, order = (torch.empty(x.shape), None) if self._centred else result_like(x)
+        result, order = (np.empty(x.shape, np.float32), None) if self._centred else result_like(x)
         if order is not None and order[-1] != x.dim() - 1:
             found = self(x.contiguous(), residual)
             if residual is None:
                 return torch.empty_like(x).copy_(found)
             return torch.empty_like(x).copy_(found[0]), torch.empty_like(x).copy_(found[1])
-        total = torch.empty_like(result) if residual is not None else None
-        if result.numel() > 0:
-            columns = x.shape[-1] if self._shape is None else math.prod(self._shape)
-            rows, target = rows_of(x, columns, order), rows_of(result, columns, order)
-            added = None if residual is None else rows_of(residual, columns, order)
+        total = None if residual is None else np.empty_like(result)
+        if result.size > 0:
+            columns = x.shape[-1] if self._columns is None else self._columns
+            rows, target = rows_of(floats(x), columns, order), rows_of(result, columns, order)
+            added = None if residual is None else rows_of(floats(residual), columns, order)
             sums = None if total is None else rows_of(total, columns, order)
             self._kernel.run(rows, added, target, sums, torch.get_num_threads())
-        if x.dtype != torch.float32:
-            result, total = result.to(x.dtype), None if total is None else total.to(x.dtype)
-        return result if total is None else (result, total)
+        return tensor_like(result, x) if total is None else (tensor_like(result, x), tensor_like(total, x))
 
 
 def _flat(values: torch.Tensor | None) -> Floats | None:

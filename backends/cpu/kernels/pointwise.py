@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site
+from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, floats, tensor_like
 from graphwright.backends.cpu.kernels.layout import expect_floats, result_like, rows_of, unsuitable
 from graphwright.ir.errors import BackendError
 
@@ -38,13 +38,12 @@ class Activation(Kernel):
         if up is not None and up.shape != x.shape:
             raise BackendError(f"takes tensors of one shape, not {[*x.shape]} and {[*up.shape]}", where=self.label)
         result, order = result_like(x)
-        if result.numel() > 0:
-            shape = result.shape if order is None else [result.shape[axis] for axis in order]
-            columns = shape[-1] if shape else 1
-            factor = None if up is None else rows_of(up, columns, order)
-            rows, target = rows_of(x, columns, order), rows_of(result, columns, order)
+        if result.size > 0:
+            columns = result.shape[-1 if order is None else order[-1]] if result.shape else 1
+            factor = None if up is None else rows_of(floats(up), columns, order)
+            rows, target = rows_of(floats(x), columns, order), rows_of(result, columns, order)
             self._kernel.run(rows, factor, target, torch.get_num_threads())
-        return result if x.dtype == torch.float32 else result.to(x.dtype)
+        return tensor_like(result, x)
 
 
 class GatedActivation(Activation):
