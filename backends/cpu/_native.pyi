@@ -73,3 +73,110 @@ class ByteLinear:
         ``x`` is ``[rows, columns]``; ``y``, ``factor`` and ``residual`` are ``[rows, outputs]``, the latter two with
         rows that may lie apart. ``activation`` is empty, ``relu``, ``silu``, ``gelu``, ``gelu_tanh`` or ``tanh``.
         """
+
+class Norm:
+    """Layer (``centred``) or root-mean-square normalisation of rows.
+
+    Raises:
+        ValueError: the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        centred: bool,
+        weight: npt.NDArray[np.float32] | None,
+        bias: npt.NDArray[np.float32] | None,
+        epsilon: float,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        residual: npt.NDArray[np.float32] | None,
+        y: npt.NDArray[np.float32],
+        sum: npt.NDArray[np.float32] | None,
+        threads: int,
+    ) -> None:
+        """``y = norm(x + residual)`` and ``sum = x + residual``, each ``[rows, columns]`` with contiguous rows."""
+
+class Pointwise:
+    """An activation, value by value.
+
+    Raises:
+        ValueError: the activation or instruction set is unknown, or cannot run here.
+    """
+
+    def __init__(self, isa: str, activation: str) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        up: npt.NDArray[np.float32] | None,
+        y: npt.NDArray[np.float32],
+        threads: int,
+    ) -> None:
+        """``y = activation(x) * up``, each ``[rows, columns]`` with contiguous rows."""
+
+class Rotary:
+    """Rotary position embedding.
+
+    Raises:
+        ValueError: the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(self, isa: str, interleaved: bool) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        cos: npt.NDArray[np.float32],
+        sin: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        threads: int,
+    ) -> None:
+        """``y = x * cos + turned(x) * sin``: ``[B, H, S, D]`` and ``[B or 1, S, R]``; features contiguous."""
+
+class Table:
+    """Rows of bytes, ``[rows, bytes]``."""
+
+    def __init__(self, table: npt.NDArray[np.uint8]) -> None: ...
+    def run(self, indices: npt.NDArray[np.int64], y: npt.NDArray[np.uint8], threads: int) -> None:
+        """``y[i] = table[indices[i]]``.
+
+        Raises:
+            IndexError: an index is not in the table.
+        """
+
+class PackedTable:
+    """Rows of integer codes that stand for floats.
+
+    Raises:
+        ValueError: sizes do not fit, or the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        bits: int,
+        columns: int,
+        group: int,
+        codes: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.float32] | None,
+        zeros: npt.NDArray[np.uint8] | None,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(self, indices: npt.NDArray[np.int64], y: npt.NDArray[np.float32], threads: int) -> None:
+        """``y[i] = (codes - zeros) * scales`` of row ``indices[i]``.
+
+        Raises:
+            IndexError: an index is not in the table.
+        """

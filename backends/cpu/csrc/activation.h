@@ -5,6 +5,6 @@
 
 namespace graphwright {
 
-enum class Activation : std::uint8_t { kNone, kRelu, kSilu, kGelu, kGeluTanh, kTanh };
+enum class Activation : std::uint8_t { kNone, kRelu, kSilu, kGelu, kGeluTanh, kTanh, kSigmoid };
 
 }  // namespace graphwright

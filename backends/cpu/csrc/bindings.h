@@ -75,5 +75,6 @@ inline LinearOutput linear_output(const Matrix<float>& y, const float* bias, std
 }
 
 void bind_byte_linear(nb::module_& m);
+void bind_rows(nb::module_& m);
 
 }  // namespace graphwright

@@ -73,11 +73,15 @@ class Pool {
       const std::lock_guard lock(mutex_);
       job_ = &job;
       helpers_ = helpers;
-      busy_.store(helpers);
       round_.fetch_add(1);
     }
     wake_.notify_all();
     job.work();
+    {
+      // All of it has been begun: who has not come yet (waking up takes long) need not come any more.
+      const std::lock_guard lock(mutex_);
+      job_ = nullptr;
+    }
     const auto until = std::chrono::steady_clock::now() + kLook;
     while (busy_.load(std::memory_order_acquire) != 0 && std::chrono::steady_clock::now() < until) relax();
     for (std::size_t left = busy_.load(); left != 0; left = busy_.load()) busy_.wait(left);
@@ -95,7 +99,10 @@ class Pool {
         wake_.wait(lock, [&] { return stop_ || round_.load() != seen; });
         if (stop_) return;
         seen = round_.load();
-        if (rank < helpers_) job = job_;
+        if (rank < helpers_ && job_ != nullptr) {
+          job = job_;
+          busy_.fetch_add(1);
+        }
       }
       if (job == nullptr) continue;
       inside = true;

@@ -2,15 +2,28 @@
 
 from typing import Any
 
+from graphwright.backends.cpu.kernels import byte_linear, embedding, norms, pointwise, rotary
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site
-from graphwright.backends.cpu.kernels.byte_linear import LOWERINGS as _BYTE_LINEARS
-from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
 from graphwright.backends.cpu.kernels.byte_packing import PackedLinear
 
 __all__ = ["KERNELS", "LOWERINGS", "PACKED", "Kernel", "Lowering", "Site"]
 
-LOWERINGS: dict[str, Lowering] = {**_BYTE_LINEARS}
+_FAMILIES = (byte_linear, embedding, norms, pointwise, rotary)
+
+LOWERINGS: dict[str, Lowering] = {op: lower for family in _FAMILIES for op, lower in family.LOWERINGS.items()}
 
 # By name, for packed files: kernels, and the dataclasses of packed operands that they take.
-KERNELS: dict[str, type[Kernel]] = {kernel.__name__: kernel for kernel in (ByteLinear,)}
+KERNELS: dict[str, type[Kernel]] = {
+    kernel.__name__: kernel
+    for kernel in (
+        byte_linear.ByteLinear,
+        embedding.Embedding,
+        embedding.PackedEmbedding,
+        norms.LayerNorm,
+        norms.RmsNorm,
+        pointwise.Activation,
+        pointwise.GatedActivation,
+        rotary.Rotary,
+    )
+}
 PACKED: dict[str, type[Any]] = {packed.__name__: packed for packed in (PackedLinear,)}

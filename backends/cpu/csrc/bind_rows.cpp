@@ -1,0 +1,253 @@
+// Norms, activations, rotary embeddings and lookups in tables, for Python.
+#include <string>
+#include <string_view>
+
+#include "bindings.h"
+#include "isa.h"
+#include "row_work.h"
+
+namespace graphwright {
+namespace {
+
+// Of any strides but the last dimension's: that is contiguous.
+using Rows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using Rows3 = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+using Rows4 = nb::ndarray<const float, nb::ndim<4>, nb::device::cpu>;
+using Result = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
+using Result4 = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+template <typename Array>
+bool features_contiguous(const Array& x) {
+  const std::size_t last = x.ndim() - 1;
+  return x.size() == 0 || x.shape(last) == 1 || x.stride(last) == 1;
+}
+
+template <typename Array>
+void expect_rows(const Array& x, std::size_t rows, std::size_t columns) {
+  expect(x.shape(0) == rows && x.shape(1) == columns, "the arrays differ in shape");
+  expect(features_contiguous(x), "the last dimension must be contiguous");
+}
+
+InputRows input_rows(const Rows& x, std::size_t rows, std::size_t columns) {
+  expect_rows(x, rows, columns);
+  return {x.data(), static_cast<std::ptrdiff_t>(x.stride(0))};
+}
+
+OutputRows output_rows(const Result& y, std::size_t rows, std::size_t columns) {
+  expect_rows(y, rows, columns);
+  expect(rows < 2 || y.size() == 0 || y.stride(0) >= static_cast<std::int64_t>(columns), "rows of the result overlap");
+  return {y.data(), static_cast<std::ptrdiff_t>(y.stride(0))};
+}
+
+Activation activation_called(std::string_view name) {
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "tanh") return Activation::kTanh;
+  if (name == "sigmoid") return Activation::kSigmoid;
+  throw std::invalid_argument("no activation is called '" + std::string(name) + "'");
+}
+
+class HeldNorm {
+ public:
+  HeldNorm(std::string_view isa, bool centred, std::optional<Array<const float>> weight,
+           std::optional<Array<const float>> bias, float epsilon)
+      : kernels_(*graphwright::isa(isa).kernels().rows), centred_(centred), weight_(std::move(weight)),
+        bias_(std::move(bias)), epsilon_(epsilon) {}
+
+  const char* isa() const { return kernels_.isa; }
+
+  void run(const Rows& x, const std::optional<Rows>& residual, const Result& y, const std::optional<Result>& sum,
+           std::size_t threads) const {
+    const std::size_t rows = x.shape(0), columns = x.shape(1);
+    Norm norm{};
+    norm.x = input_rows(x, rows, columns);
+    norm.y = output_rows(y, rows, columns);
+    expect(residual.has_value() == sum.has_value(), "a residual and its sum belong together");
+    if (residual) norm.residual = input_rows(*residual, rows, columns);
+    if (sum) norm.sum = output_rows(*sum, rows, columns);
+    norm.weight = data_of(weight_, columns, "weight has the wrong size");
+    norm.bias = data_of(bias_, columns, "bias has the wrong size");
+    norm.columns = columns;
+    norm.epsilon = epsilon_;
+    if (x.size() == 0) return;
+    nb::gil_scoped_release release;
+    run_norm(centred_ ? kernels_.layer_norm : kernels_.rms_norm, norm, rows, threads);
+  }
+
+ private:
+  RowKernels kernels_;
+  bool centred_;
+  std::optional<Array<const float>> weight_, bias_;
+  float epsilon_;
+};
+
+class HeldPointwise {
+ public:
+  HeldPointwise(std::string_view isa, std::string_view activation)
+      : kernels_(*graphwright::isa(isa).kernels().rows), activation_(activation_called(activation)) {}
+
+  const char* isa() const { return kernels_.isa; }
+
+  void run(const Rows& x, const std::optional<Rows>& up, const Result& y, std::size_t threads) const {
+    const std::size_t rows = x.shape(0), columns = x.shape(1);
+    Pointwise work{};
+    work.x = input_rows(x, rows, columns);
+    if (up) work.up = input_rows(*up, rows, columns);
+    work.y = output_rows(y, rows, columns);
+    work.columns = columns;
+    work.activation = activation_;
+    if (x.size() == 0) return;
+    nb::gil_scoped_release release;
+    run_pointwise(kernels_, work, rows, threads);
+  }
+
+ private:
+  RowKernels kernels_;
+  Activation activation_;
+};
+
+class HeldRotary {
+ public:
+  HeldRotary(std::string_view isa, bool interleaved)
+      : kernels_(*graphwright::isa(isa).kernels().rows), interleaved_(interleaved) {}
+
+  const char* isa() const { return kernels_.isa; }
+
+  void run(const Rows4& x, const Rows3& cos, const Rows3& sin, const Result4& y, std::size_t threads) const {
+    Rotary work{};
+    const std::size_t batch = x.shape(0);
+    work.heads = x.shape(1);
+    work.positions = x.shape(2);
+    work.width = x.shape(3);
+    work.rotated = cos.shape(2);
+    for (std::size_t axis = 0; axis < 4; ++axis) expect(y.shape(axis) == x.shape(axis), "y has the wrong shape");
+    for (const Rows3* angle : {&cos, &sin}) {
+      expect(angle->shape(0) == batch || angle->shape(0) == 1, "cos and sin have the wrong batch size");
+      expect(angle->shape(1) == work.positions && angle->shape(2) == work.rotated, "cos and sin have the wrong shape");
+      expect(features_contiguous(*angle), "the last dimension must be contiguous");
+    }
+    expect(work.rotated <= work.width && work.rotated % 2 == 0, "so many features cannot be rotated");
+    expect(features_contiguous(x), "the last dimension must be contiguous");
+    if (x.size() == 0) return;
+    work.x = x.data();
+    work.cos = cos.data();
+    work.sin = sin.data();
+    work.y = y.data();
+    work.x_batch = x.stride(0);
+    work.x_head = x.stride(1);
+    work.x_position = x.stride(2);
+    work.cos_batch = cos.shape(0) == 1 ? 0 : cos.stride(0);
+    work.cos_position = cos.stride(1);
+    work.sin_batch = sin.shape(0) == 1 ? 0 : sin.stride(0);
+    work.sin_position = sin.stride(1);
+    work.interleaved = interleaved_;
+    nb::gil_scoped_release release;
+    run_rotary(kernels_, work, batch, threads);
+  }
+
+ private:
+  RowKernels kernels_;
+  bool interleaved_;
+};
+
+void expect_found(std::size_t wrong, const Array<const std::int64_t>& indices, std::size_t rows) {
+  if (wrong == kAllFound) return;
+  const std::string message = "index " + std::to_string(indices.data()[wrong]) + " is not in a table of " +
+                              std::to_string(rows) + " rows";
+  throw nb::index_error(message.c_str());
+}
+
+class HeldTable {
+ public:
+  explicit HeldTable(Matrix<const std::uint8_t> table) : table_(std::move(table)) {}
+
+  void run(const Array<const std::int64_t>& indices, const Matrix<std::uint8_t>& y, std::size_t threads) const {
+    const std::size_t count = indices.shape(0), bytes = table_.shape(1);
+    expect(y.shape(0) == count && y.shape(1) == bytes, "y has the wrong shape");
+    std::size_t wrong = kAllFound;
+    {
+      nb::gil_scoped_release release;
+      wrong = copy_rows(table_.data(), table_.shape(0), bytes, indices.data(), count, y.data(), threads);
+    }
+    expect_found(wrong, indices, table_.shape(0));
+  }
+
+ private:
+  Matrix<const std::uint8_t> table_;
+};
+
+class HeldPackedTable {
+ public:
+  HeldPackedTable(std::string_view isa, int bits, std::size_t columns, std::size_t group,
+                  nb::ndarray<const std::uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> codes,
+                  Matrix<const float> scales, std::optional<Matrix<const std::uint8_t>> zeros)
+      : kernels_(*graphwright::isa(isa).kernels().rows), codes_(std::move(codes)), scales_(std::move(scales)),
+        zeros_(std::move(zeros)) {
+    expect(bits == 4 || bits == 8, "bits must be 4 or 8");
+    expect(group > 0 && (bits == 8 || group % 2 == 0), "a group must be whole bytes");
+    const std::size_t rows = codes_.shape(0), groups = (columns + group - 1) / group;
+    expect(codes_.shape(1) == groups && codes_.shape(2) == group * static_cast<std::size_t>(bits) / 8,
+           "codes has the wrong size");
+    expect(scales_.shape(0) == rows && scales_.shape(1) == groups, "scales has the wrong size");
+    if (zeros_) expect(zeros_->shape(0) == rows && zeros_->shape(1) == groups, "zeros has the wrong size");
+    table_ = {{codes_.data(), scales_.data(), zeros_ ? zeros_->data() : nullptr, columns, group, bits}, rows, groups};
+  }
+
+  const char* isa() const { return kernels_.isa; }
+
+  void run(const Array<const std::int64_t>& indices, const Matrix<float>& y, std::size_t threads) const {
+    expect(y.shape(0) == indices.shape(0) && y.shape(1) == table_.first.columns, "y has the wrong shape");
+    std::size_t wrong = kAllFound;
+    {
+      nb::gil_scoped_release release;
+      wrong = unpack_rows(kernels_, table_, indices.data(), indices.shape(0), y.data(), threads);
+    }
+    expect_found(wrong, indices, table_.rows);
+  }
+
+ private:
+  RowKernels kernels_;
+  nb::ndarray<const std::uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> codes_;
+  Matrix<const float> scales_;
+  std::optional<Matrix<const std::uint8_t>> zeros_;
+  PackedTable table_{};
+};
+
+constexpr const char* kIsa = "The instruction set of the kernel that runs.";
+
+}  // namespace
+
+void bind_rows(nb::module_& m) {
+  // Results take no conversion: a converted one would be a copy, and what is written to it lost.
+  nb::class_<HeldNorm>(m, "Norm", "Layer or root-mean-square normalisation of rows.")
+      .def(nb::init<std::string_view, bool, std::optional<Array<const float>>, std::optional<Array<const float>>, float>(),
+           "isa"_a, "centred"_a, "weight"_a.none(), "bias"_a.none(), "epsilon"_a)
+      .def_prop_ro("isa", &HeldNorm::isa, kIsa)
+      .def("run", &HeldNorm::run, "x"_a.noconvert(), "residual"_a.noconvert().none(), "y"_a.noconvert(),
+           "sum"_a.noconvert().none(), "threads"_a, "y = norm(x + residual), sum = x + residual.");
+  nb::class_<HeldPointwise>(m, "Pointwise", "An activation, value by value.")
+      .def(nb::init<std::string_view, std::string_view>(), "isa"_a, "activation"_a)
+      .def_prop_ro("isa", &HeldPointwise::isa, kIsa)
+      .def("run", &HeldPointwise::run, "x"_a.noconvert(), "up"_a.noconvert().none(), "y"_a.noconvert(), "threads"_a,
+           "y = activation(x) * up; without `up`, activation(x).");
+  nb::class_<HeldRotary>(m, "Rotary", "Rotary position embedding.")
+      .def(nb::init<std::string_view, bool>(), "isa"_a, "interleaved"_a)
+      .def_prop_ro("isa", &HeldRotary::isa, kIsa)
+      .def("run", &HeldRotary::run, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "y"_a.noconvert(),
+           "threads"_a, "y = x * cos + turned(x) * sin.");
+  nb::class_<HeldTable>(m, "Table", "Rows of bytes that are looked up.")
+      .def(nb::init<Matrix<const std::uint8_t>>(), "table"_a)
+      .def("run", &HeldTable::run, "indices"_a.noconvert(), "y"_a.noconvert(), "threads"_a, "y[i] = table[indices[i]].");
+  nb::class_<HeldPackedTable>(m, "PackedTable", "Rows of integers that are looked up as floats.")
+      .def(nb::init<std::string_view, int, std::size_t, std::size_t,
+                    nb::ndarray<const std::uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>, Matrix<const float>,
+                    std::optional<Matrix<const std::uint8_t>>>(),
+           "isa"_a, "bits"_a, "columns"_a, "group"_a, "codes"_a, "scales"_a, "zeros"_a.none())
+      .def_prop_ro("isa", &HeldPackedTable::isa, kIsa)
+      .def("run", &HeldPackedTable::run, "indices"_a.noconvert(), "y"_a.noconvert(), "threads"_a,
+           "y[i] = (codes - zeros) * scales of row indices[i].");
+}
+
+}  // namespace graphwright
