@@ -73,7 +73,7 @@ def lower(program: Program, isa: str | None, compute: str) -> Lowered:
         calls[epilogue.last] = Call(found, inputs)
         absorbed.update((node, *epilogue.absorbed))
         for each in epilogue.absorbed:
-            uses[each] = KernelUse(each.name, path_of(each), op_name(each), f"in {node.name}'s {found.label}")
+            uses[each] = KernelUse(each.name, path_of(each), op_name(each), f"epilogue of {found.label}")
     ordered = tuple(uses[node] for node in program.nodes if node in uses)
     return Lowered(calls, frozenset(absorbed - calls.keys()), ordered)
 

@@ -87,7 +87,10 @@ def save_packed(executable: CpuExecutable, path: str | os.PathLike[str]) -> None
                 "node": node.name,
                 "kernel": type(call.kernel).__name__,
                 "label": call.kernel.label,
-                "given": {name: store.put(value) for name, value in call.kernel.given.items() if name != "isa"},
+                # The instruction set is chosen anew where the file is loaded.
+                "given": {
+                    name: store.put(None if name == "isa" else value) for name, value in call.kernel.given.items()
+                },
                 "set": {name: getattr(call.kernel, name) for name in call.kernel.settings},
                 "inputs": [{"node": each.name} if isinstance(each, fx.Node) else each for each in call.inputs],
             }
@@ -232,7 +235,9 @@ class _Reader:
     def call(self, entry: Mapping[str, Any], nodes: Mapping[str, fx.Node]) -> Call:
         """A kernel and its inputs."""
         given = {name: self.get(value) for name, value in entry["given"].items()}
-        kernel: Kernel = KERNELS[entry["kernel"]](isa=self._isa, **given)
+        if "isa" in given:
+            given["isa"] = self._isa
+        kernel: Kernel = KERNELS[entry["kernel"]](**given)
         for name, value in entry["set"].items():
             setattr(kernel, name, value)
         inputs = tuple(nodes[each["node"]] if isinstance(each, dict) else each for each in entry["inputs"])
