@@ -33,6 +33,7 @@ const T* data_of(const std::optional<Array<const T>>& array, std::size_t size, c
   return array->data();
 }
 
+void bind_attention(nb::module_& m);
 void bind_byte_linear(nb::module_& m);
 
 }  // namespace graphwright
