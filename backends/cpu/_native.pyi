@@ -180,3 +180,50 @@ class PackedTable:
         Raises:
             IndexError: an index is not in the table.
         """
+
+class Attention:
+    """Scaled dot-product attention. ``window`` 0 is none.
+
+    Raises:
+        ValueError: the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(self, isa: str, scale: float, causal: bool, window: int) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        query: npt.NDArray[np.float32],
+        key: npt.NDArray[np.float32] | npt.NDArray[np.int16] | npt.NDArray[np.int8],
+        value: npt.NDArray[np.float32] | npt.NDArray[np.int16] | npt.NDArray[np.int8],
+        out: npt.NDArray[np.float32],
+        key_mask: npt.NDArray[np.bool_] | None,
+        bias: npt.NDArray[np.float32] | npt.NDArray[np.bool_] | None,
+        key_scales: npt.NDArray[np.float32] | None,
+        value_scales: npt.NDArray[np.float32] | None,
+        is_from_end: bool,
+        threads: int,
+    ) -> None:
+        """``[B, H, S, D]``, ``[B, Hkv, T, D]``, ``[B, Hkv, T, Dv]`` to ``[B, H, S, Dv]``, of any strides but the last.
+
+        Keys and values of 16 bits are bfloat16; of 8 bits they have scales ``[B, Hkv, T]``. Positions of causal limits
+        and windows count from the last query and key (``is_from_end``) or from the first.
+
+        Raises:
+            ValueError: shapes, dtypes or strides do not fit.
+        """
+
+class Softmax:
+    """Softmax of each row.
+
+    Raises:
+        ValueError: the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(self, isa: str) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int) -> None:
+        """``y = softmax(x)`` of every row."""

@@ -74,6 +74,7 @@ inline LinearOutput linear_output(const Matrix<float>& y, const float* bias, std
   return output;
 }
 
+void bind_attention(nb::module_& m);
 void bind_byte_linear(nb::module_& m);
 void bind_rows(nb::module_& m);
 

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from graphwright.backends.cpu.kernels import byte_linear, embedding, norms, pointwise, rotary
+from graphwright.backends.cpu.kernels import attention, byte_linear, embedding, norms, pointwise, rotary
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site
 from graphwright.backends.cpu.kernels.byte_packing import PackedLinear
 
 __all__ = ["KERNELS", "LOWERINGS", "PACKED", "Kernel", "Lowering", "Site"]
 
-_FAMILIES = (byte_linear, embedding, norms, pointwise, rotary)
+_FAMILIES = (attention, byte_linear, embedding, norms, pointwise, rotary)
 
 LOWERINGS: dict[str, Lowering] = {op: lower for family in _FAMILIES for op, lower in family.LOWERINGS.items()}
 
@@ -16,6 +16,9 @@ LOWERINGS: dict[str, Lowering] = {op: lower for family in _FAMILIES for op, lowe
 KERNELS: dict[str, type[Kernel]] = {
     kernel.__name__: kernel
     for kernel in (
+        attention.Attention,
+        attention.Softmax,
+        attention.TorchAttention,
         byte_linear.ByteLinear,
         embedding.Embedding,
         embedding.PackedEmbedding,
