@@ -34,5 +34,6 @@ const T* data_of(const std::optional<Array<const T>>& array, std::size_t size, c
 }
 
 void bind_byte_linear(nb::module_& m);
+void bind_float_linear(nb::module_& m);
 
 }  // namespace graphwright

@@ -37,4 +37,5 @@ NB_MODULE(_native, m) {
         "The exact sum of a[i] * b[i] by the kernel of one instruction set (uint8 and int8, at most 65536 elements).");
 
   graphwright::bind_byte_linear(m);
+  graphwright::bind_float_linear(m);
 }

@@ -2,7 +2,8 @@
 
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site
 from graphwright.backends.cpu.kernels.byte_linear import LOWERINGS as _BYTE_LINEARS
+from graphwright.backends.cpu.kernels.float_linear import LOWERINGS as _FLOAT_LINEARS
 
 __all__ = ["LOWERINGS", "Kernel", "Lowering", "Site"]
 
-LOWERINGS: dict[str, Lowering] = {**_BYTE_LINEARS}
+LOWERINGS: dict[str, Lowering] = {**_BYTE_LINEARS, **_FLOAT_LINEARS}
