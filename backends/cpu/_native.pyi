@@ -227,3 +227,88 @@ class Softmax:
         """The instruction set of the kernel that runs."""
     def run(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int) -> None:
         """``y = softmax(x)`` of every row."""
+
+def pack_floats(stored: npt.NDArray[np.float32], bfloat16: bool, values: npt.NDArray[np.uint8], threads: int) -> None:
+    """Weights, ``[outputs, columns]``, into the flat layout that the kernels stream, rounded to bfloat16 or not.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+
+def pack_bfloat16(stored: npt.NDArray[np.uint16], values: npt.NDArray[np.uint8], threads: int) -> None:
+    """The same for bfloat16 weights, seen as uint16.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+
+class FloatLinear:
+    """A linear on dense weights.
+
+    Raises:
+        ValueError: sizes do not fit, or the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        outputs: int,
+        columns: int,
+        bfloat16: bool,
+        values: npt.NDArray[np.uint8],
+        bias: npt.NDArray[np.float32] | None,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        threads: int,
+        activation: str = "",
+        factor: npt.NDArray[np.float32] | None = None,
+        residual: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
+
+        ``factor`` and ``residual`` have y's shape; their rows may be any distance apart. Activations: ``""``, ``relu``,
+        ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
+
+        Raises:
+            ValueError: shapes do not fit, or there is no such activation.
+        """
+
+class NbitsLinear:
+    """A linear on packed integer weights that computes in floats.
+
+    Raises:
+        ValueError: sizes do not fit, or the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        outputs: int,
+        columns: int,
+        bits: int,
+        group_size: int,
+        bfloat16: bool,
+        codes: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.float16] | npt.NDArray[np.float32],
+        zeros: npt.NDArray[np.uint8] | None,
+        bias: npt.NDArray[np.float32] | None,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        threads: int,
+        activation: str = "",
+        factor: npt.NDArray[np.float32] | None = None,
+        residual: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """As ``FloatLinear.run``."""

@@ -12,7 +12,7 @@ from graphwright.backends.executable import Backend, Executable, KernelUse
 from graphwright.ir.errors import BackendError, InputError
 from graphwright.ir.program import Program
 
-COMPUTE = ("float32", "int8")
+COMPUTE = ("float32", "bfloat16", "int8")
 
 
 class CpuExecutable(Executable):
@@ -42,9 +42,16 @@ class CpuBackend(Backend):
     """C++ kernels on this CPU.
 
     Args:
-        compute: what weight-only linears (``linear_nbits``) compute in. ``"float32"`` is exact and has no kernel yet:
-            PyTorch runs them. ``"int8"`` rounds their activations to 8 bits, one scale for each row and group of
-            columns: fast, with an error that :meth:`CpuExecutable.explain` names and that you should measure.
+        compute: what float and weight-only linears (``linear_nbits``) compute in; :meth:`CpuExecutable.explain` names
+            every rounding, and what it costs in quality should be measured. Sums are float32 always.
+
+            - ``"float32"`` rounds nothing.
+            - ``"bfloat16"`` rounds their weights and activations to bfloat16; weight-only linears only where they get
+              more than four rows, because with fewer it would save no time.
+            - ``"int8"`` rounds the activations of weight-only linears to 8 bits, one scale for each row and group of
+              columns. Float linears compute in float32.
+
+            A model whose weights are bfloat16 computes in bfloat16 anyway.
 
     Raises:
         InputError: there is no such ``compute``.

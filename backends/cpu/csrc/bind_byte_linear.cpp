@@ -4,6 +4,7 @@
 #include "bindings.h"
 #include "byte_linear.h"
 #include "isa.h"
+#include "linear_output.h"
 
 namespace graphwright {
 namespace {
@@ -61,7 +62,7 @@ class HeldByteLinear {
            const std::optional<Rows>& factor, const std::optional<Rows>& residual) const {
     expect(x.shape(1) == columns_, "x has the wrong number of columns");
     expect(y.shape(0) == x.shape(0) && y.shape(1) == weights_.outputs, "y has the wrong shape");
-    const LinearOutput output = linear_output(y, bias_ ? bias_->data() : nullptr, activation, factor, residual);
+    const LinearOutput output = output_of(y, bias_ ? bias_->data() : nullptr, activation, factor, residual);
     nb::gil_scoped_release release;
     run_byte_linear(kernels_, weights_, grid_, x.data(), x.shape(0), columns_, output, threads);
   }

@@ -38,5 +38,6 @@ NB_MODULE(_native, m) {
 
   graphwright::bind_attention(m);
   graphwright::bind_byte_linear(m);
+  graphwright::bind_float_linear(m);
   graphwright::bind_rows(m);
 }

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from graphwright.backends.cpu.kernels import attention, byte_linear, embedding, norms, pointwise, rotary
+from graphwright.backends.cpu.kernels import attention, byte_linear, embedding, float_linear, norms, pointwise, rotary
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site
 from graphwright.backends.cpu.kernels.byte_packing import PackedLinear
+from graphwright.backends.cpu.kernels.float_linear import PackedFloats
 
 __all__ = ["KERNELS", "LOWERINGS", "PACKED", "Kernel", "Lowering", "Site"]
 
-_FAMILIES = (attention, byte_linear, embedding, norms, pointwise, rotary)
+_FAMILIES = (attention, byte_linear, embedding, float_linear, norms, pointwise, rotary)
 
 LOWERINGS: dict[str, Lowering] = {op: lower for family in _FAMILIES for op, lower in family.LOWERINGS.items()}
 
@@ -22,6 +23,8 @@ KERNELS: dict[str, type[Kernel]] = {
         byte_linear.ByteLinear,
         embedding.Embedding,
         embedding.PackedEmbedding,
+        float_linear.FloatLinear,
+        float_linear.NbitsLinear,
         norms.LayerNorm,
         norms.RmsNorm,
         pointwise.Activation,
@@ -29,4 +32,4 @@ KERNELS: dict[str, type[Kernel]] = {
         rotary.Rotary,
     )
 }
-PACKED: dict[str, type[Any]] = {packed.__name__: packed for packed in (PackedLinear,)}
+PACKED: dict[str, type[Any]] = {packed.__name__: packed for packed in (PackedFloats, PackedLinear)}

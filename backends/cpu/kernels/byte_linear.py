@@ -6,6 +6,7 @@ import torch
 
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
 from graphwright.backends.cpu.kernels.byte_packing import PackedLinear, pack_int8, pack_nbits
+from graphwright.backends.cpu.kernels.float_linear import NbitsLinear
 from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
 
 # The kernels' sums are int32.
@@ -62,16 +63,19 @@ def _too_wide(site: Site) -> str:
 
 
 def _nbits(site: Site) -> Kernel | str:
-    refusal = unsuitable(site, ("qweight", "scales", "zero_points", "bias")) or _too_wide(site)
+    rounded = site.compute == "int8"
+    refusal = unsuitable(site, ("qweight", "scales", "zero_points", "bias")) or (_too_wide(site) if rounded else "")
     if refusal:
         return refusal
-    if site.compute != "int8":
-        return "float32 computation has no kernel yet; compute='int8' has"
-    columns, bits = int(site.value("x").shape[-1]), site.arguments["bits"]
-    names = ("qweight", "scales", "zero_points")
+    columns, bits, size = int(site.value("x").shape[-1]), site.arguments["bits"], site.arguments["group_size"]
+    if rounded and site.stored("scales").shape[1] > 1 and size % (32 // bits):
+        return f"the kernel rounds activations in groups of whole steps of {32 // bits} columns"
+    names, bias = ("qweight", "scales", "zero_points"), site.maybe_stored("bias")
     operands = site.stored("qweight"), site.stored("scales"), site.maybe_stored("zero_points")
     packed = site.packed_once(names, lambda: pack_nbits(*operands, bits, columns))
-    return ByteLinear(packed, site.isa, "symmetric", site.maybe_stored("bias"))
+    if rounded:
+        return ByteLinear(packed, site.isa, "symmetric", bias)
+    return NbitsLinear(packed, size, site.isa, bias, bfloat16=site.compute == "bfloat16")
 
 
 def _dynamic(site: Site) -> Kernel | str:
