@@ -103,24 +103,24 @@ class Norm:
         """``y = norm(x + residual)`` and ``sum = x + residual``, each ``[rows, columns]`` with contiguous rows."""
 
 class Pointwise:
-    """An activation, value by value.
+    """An activation, a sum or a product, value by value.
 
     Raises:
         ValueError: the activation or instruction set is unknown, or cannot run here.
     """
 
-    def __init__(self, isa: str, activation: str) -> None: ...
+    def __init__(self, isa: str, activation: str, adds: bool = False) -> None: ...
     @property
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
     def run(
         self,
         x: npt.NDArray[np.float32],
-        up: npt.NDArray[np.float32] | None,
+        other: npt.NDArray[np.float32] | None,
         y: npt.NDArray[np.float32],
         threads: int,
     ) -> None:
-        """``y = activation(x) * up``, each ``[rows, columns]`` with contiguous rows."""
+        """``y = activation(x) * other`` or ``+ other``, each ``[rows, columns]`` with contiguous rows."""
 
 class Rotary:
     """Rotary position embedding.

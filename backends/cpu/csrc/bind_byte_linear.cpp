@@ -82,7 +82,7 @@ class HeldByteLinear {
 }  // namespace
 
 void bind_byte_linear(nb::module_& m) {
-  m.def("pack_codes", &pack, "stored"_a, "bits"_a, "codes"_a, "threads"_a,
+  m.def("pack_codes", &pack, "stored"_a, "bits"_a, "codes"_a.noconvert(), "threads"_a,
         "Stored codes, uint8 [outputs, groups, bytes], into the layout that the kernels stream.");
 
   nb::class_<HeldByteLinear>(m, "ByteLinear", "A linear on packed integer weights; activations are rounded to bytes.")
@@ -93,8 +93,8 @@ void bind_byte_linear(nb::module_& m) {
            "isa"_a, "outputs"_a, "columns"_a, "bits"_a, "group"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "sums"_a.none(),
            "bias"_a.none(), "rounding"_a, "steps"_a.none(), "zero"_a)
       .def_prop_ro("isa", &HeldByteLinear::isa, "The instruction set of the kernel that runs.")
-      .def("run", &HeldByteLinear::run, "x"_a, "y"_a, "threads"_a, "activation"_a = "", "factor"_a.none() = nb::none(),
-           "residual"_a.none() = nb::none(), "y = activation(x Wᵀ + b) * factor + residual for rows of floats.");
+      .def("run", &HeldByteLinear::run, "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a, "activation"_a = "",
+           "factor"_a.noconvert().none() = nb::none(), "residual"_a.noconvert().none() = nb::none(), "y = activation(x Wᵀ + b) * factor + residual for rows of floats.");
 }
 
 }  // namespace graphwright

@@ -10,6 +10,10 @@
 #include <cstddef>
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "activation.h"
 
 namespace graphwright {
 
@@ -24,6 +28,17 @@ using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 // Throws what Python sees as ValueError.
 inline void expect(bool good, const char* what) {
   if (!good) throw std::invalid_argument(what);
+}
+
+inline Activation activation_named(std::string_view name) {
+  if (name.empty()) return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "tanh") return Activation::kTanh;
+  if (name == "sigmoid") return Activation::kSigmoid;
+  throw std::invalid_argument("no activation is called '" + std::string(name) + "'");
 }
 
 template <typename T>

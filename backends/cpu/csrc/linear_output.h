@@ -11,16 +11,6 @@ namespace graphwright {
 // Rows of any distance; values of a row are neighbours.
 using Rows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
 
-inline Activation activation_of(std::string_view name) {
-  if (name.empty()) return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "tanh") return Activation::kTanh;
-  throw std::invalid_argument("there is no such activation");
-}
-
 inline const float* rows_of(const std::optional<Rows>& rows, const Matrix<float>& y, const char* what,
                             std::size_t& stride) {
   if (!rows) return nullptr;
@@ -37,7 +27,7 @@ inline LinearOutput output_of(const Matrix<float>& y, const float* bias, std::st
   output.values = y.data();
   output.stride = y.shape(1);
   output.bias = bias;
-  output.activation = activation_of(activation);
+  output.activation = activation_named(activation);
   output.factor = rows_of(factor, y, "factor must have y's shape, and whole rows", output.factor_stride);
   output.residual = rows_of(residual, y, "residual must have y's shape, and whole rows", output.residual_stride);
   return output;

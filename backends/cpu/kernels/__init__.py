@@ -28,6 +28,7 @@ KERNELS: dict[str, type[Kernel]] = {
         norms.LayerNorm,
         norms.RmsNorm,
         pointwise.Activation,
+        pointwise.Combination,
         pointwise.GatedActivation,
         rotary.Rotary,
     )

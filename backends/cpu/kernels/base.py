@@ -96,8 +96,8 @@ class Site:
         return value
 
 
-# The kernel of a node, or why it has none.
-Lowering = Callable[[Site], Kernel | str]
+# The kernel of a node, or why it has none; ``None`` where nothing is lost without, such as for sums of sizes.
+Lowering = Callable[[Site], Kernel | str | None]
 
 
 def floats(x: torch.Tensor) -> npt.NDArray[np.float32]:
