@@ -96,7 +96,7 @@ class Attention:
         """
 
 class Softmax:
-    """Softmax of each row.
+    """Softmax over the last axis.
 
     Raises:
         ValueError: the instruction set is unknown or cannot run here.
@@ -107,4 +107,8 @@ class Softmax:
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
     def run(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int) -> None:
-        """``y = softmax(x)`` of every row."""
+        """``y = softmax(x)``, both contiguous and of one shape.
+
+        Raises:
+            ValueError: the shapes differ.
+        """

@@ -317,9 +317,12 @@ def test_inputs_that_do_not_fit() -> None:
     scales, none = torch.ones(2, 4, 3), None
     bad: list[tuple[tuple[Any, ...], str]] = [
         ((x[0], x, x), "batch, heads, length, width"),
-        ((x.int(), x, x), "floating queries"),
-        ((x, x.int(), x), "floating, or both int8"),
-        ((x, codes, x), "floating, or both int8"),
+        ((x, x, x[0]), "batch, heads, length, width"),
+        ((x, x[0], x), "four axes"),
+        ((x.to("meta"), x, x), "on meta"),
+        ((x.int(), x, x), "takes floating tensors"),
+        ((x, x.int(), x), "takes floating tensors"),
+        ((x, codes, x), "takes floating tensors"),
         ((x, x[:1], x[:1]), "key does not fit query"),
         ((x, x[..., :7], x), "key does not fit query"),
         ((x, x, x[:, :, :2]), "value does not fit key"),
