@@ -427,13 +427,15 @@ class Parts(nn.Module):
         columns = torch.softmax(x, dim=2)
         attended = functional.scaled_dot_product_attention(x, x, x, is_causal=True)
         one = functional.scaled_dot_product_attention(x[0], x[0], x[0])
-        return weights @ x, weights.sum(), columns, attended, attended.view(-1, 6, 8), one
+        plain = torch.ops.aten._softmax.default(x, 3, False)
+        return weights @ x, weights.sum(), columns, attended, attended.view(-1, 6, 8), one, plain
 
 
 def test_what_has_no_kernel_runs_in_pytorch_and_says_why() -> None:
     x = torch.randn(2, 3, 6, 8)
     small = gw.optimize(Parts(), [], example_inputs=x, target="cpu")
     assert uses(small, "aten.softmax.int") == [("softmax", ""), ("torch", "it runs over another axis than the last")]
+    assert uses(small, "aten._softmax") == [("softmax", "")]
     assert uses(small, "aten.scaled_dot_product_attention") == [
         ("attention", ""),
         ("torch", "query, key and value must have four axes"),

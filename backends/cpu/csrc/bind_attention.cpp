@@ -168,13 +168,13 @@ void bind_attention(nb::module_& m) {
   nb::class_<HeldAttention>(m, "Attention", "Scaled dot-product attention.")
       .def(nb::init<std::string_view, float, bool, std::int64_t>(), "isa"_a, "scale"_a, "causal"_a, "window"_a)
       .def_prop_ro("isa", &HeldAttention::isa, "The instruction set of the kernel that runs.")
-      .def("run", &HeldAttention::run, "query"_a, "key"_a, "value"_a, "out"_a, "key_mask"_a.none(), "bias"_a.none(),
+      .def("run", &HeldAttention::run, "query"_a, "key"_a, "value"_a, "out"_a.noconvert(), "key_mask"_a.none(), "bias"_a.none(),
            "key_scales"_a.none(), "value_scales"_a.none(), "is_from_end"_a, "threads"_a,
            "out = softmax(scale * query keyᵀ + masks) value.");
   nb::class_<HeldSoftmax>(m, "Softmax", "Softmax over the last axis.")
       .def(nb::init<std::string_view>(), "isa"_a)
       .def_prop_ro("isa", &HeldSoftmax::isa, "The instruction set of the kernel that runs.")
-      .def("run", &HeldSoftmax::run, "x"_a, "y"_a, "threads"_a, "y = softmax(x).");
+      .def("run", &HeldSoftmax::run, "x"_a, "y"_a.noconvert(), "threads"_a, "y = softmax(x).");
 }
 
 }  // namespace graphwright
