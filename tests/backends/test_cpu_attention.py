@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +212,25 @@ def test_the_number_of_threads_changes_nothing(isa: str) -> None:
         torch.set_num_threads(before)
 
 
+def test_several_python_threads_at_once() -> None:
+    cases = [case for case in CASES if case.queries in (1, 65, 130)]
+    given = [inputs_of(case) for case in cases]
+    wanted = [run(case, each, isas()[-1]) for case, each in zip(cases, given, strict=True)]
+    bad: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(40):
+            if not torch.equal(run(cases[index], given[index], isas()[-1]), wanted[index]):
+                bad.append(index)
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not bad
+
+
 @pytest.mark.parametrize("queries", [1, 3, 40])
 @pytest.mark.parametrize("isa", isas())
 def test_values_that_are_not_finite(isa: str, queries: int) -> None:
@@ -349,6 +369,7 @@ def test_torch_attention(isa: str) -> None:
     for queries, keys, causal in ((5, 9, True), (9, 5, True), (7, 7, True), (5, 9, False)):
         query, key, value = torch.randn(2, 4, queries, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 6)
         some = [torch.rand(queries, keys) > 0.7, torch.randn(2, 1, 1, keys), torch.randn(1, keys)]
+        some[0][0] = False  # a query without keys
         for mask in [None] if causal else some:
             found = TorchAttention(isa, 8**-0.5, causal)(query, key, value, mask)
             exact = None if mask is None else mask if mask.dtype == torch.bool else mask.double()
