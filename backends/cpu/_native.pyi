@@ -215,7 +215,7 @@ class Attention:
         """
 
 class Softmax:
-    """Softmax of each row.
+    """Softmax over the last axis.
 
     Raises:
         ValueError: the instruction set is unknown or cannot run here.
@@ -226,7 +226,11 @@ class Softmax:
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
     def run(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int) -> None:
-        """``y = softmax(x)`` of every row."""
+        """``y = softmax(x)``, both contiguous and of one shape.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
 
 def pack_floats(stored: npt.NDArray[np.float32], bfloat16: bool, values: npt.NDArray[np.uint8], threads: int) -> None:
     """Weights, ``[outputs, columns]``, into the flat layout that the kernels stream, rounded to bfloat16 or not.

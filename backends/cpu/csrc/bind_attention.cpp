@@ -13,6 +13,8 @@ namespace {
 using Any = nb::ndarray<nb::ro, nb::device::cpu>;
 template <typename T>
 using Strided = nb::ndarray<T, nb::device::cpu>;
+template <typename T>
+using Whole = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 
 template <typename Tensor>
 bool has_shape(const Tensor& tensor, std::initializer_list<std::size_t> sizes) {
@@ -147,10 +149,13 @@ class HeldSoftmax {
 
   const char* isa() const { return kernels_.isa; }
 
-  void run(const Matrix<const float>& x, const Matrix<float>& y, std::size_t threads) const {
-    expect(x.shape(0) == y.shape(0) && x.shape(1) == y.shape(1), "x and y differ in shape");
+  void run(const Whole<const float>& x, const Whole<float>& y, std::size_t threads) const {
+    expect(x.ndim() > 0 && x.ndim() == y.ndim(), "x and y must have as many axes, at least one");
+    for (std::size_t axis = 0; axis < x.ndim(); ++axis) expect(x.shape(axis) == y.shape(axis), "x and y differ in shape");
+    if (x.size() == 0) return;
+    const std::size_t columns = x.shape(x.ndim() - 1);
     nb::gil_scoped_release release;
-    run_softmax(kernels_, x.data(), x.shape(0), x.shape(1), y.data(), threads);
+    run_softmax(kernels_, x.data(), x.size() / columns, columns, y.data(), threads);
   }
 
  private:
@@ -163,13 +168,13 @@ void bind_attention(nb::module_& m) {
   nb::class_<HeldAttention>(m, "Attention", "Scaled dot-product attention.")
       .def(nb::init<std::string_view, float, bool, std::int64_t>(), "isa"_a, "scale"_a, "causal"_a, "window"_a)
       .def_prop_ro("isa", &HeldAttention::isa, "The instruction set of the kernel that runs.")
-      .def("run", &HeldAttention::run, "query"_a, "key"_a, "value"_a, "out"_a, "key_mask"_a.none(), "bias"_a.none(),
+      .def("run", &HeldAttention::run, "query"_a, "key"_a, "value"_a, "out"_a.noconvert(), "key_mask"_a.none(), "bias"_a.none(),
            "key_scales"_a.none(), "value_scales"_a.none(), "is_from_end"_a, "threads"_a,
            "out = softmax(scale * query keyᵀ + masks) value.");
-  nb::class_<HeldSoftmax>(m, "Softmax", "Softmax of each row.")
+  nb::class_<HeldSoftmax>(m, "Softmax", "Softmax over the last axis.")
       .def(nb::init<std::string_view>(), "isa"_a)
       .def_prop_ro("isa", &HeldSoftmax::isa, "The instruction set of the kernel that runs.")
-      .def("run", &HeldSoftmax::run, "x"_a, "y"_a, "threads"_a, "y = softmax(x) of every row.");
+      .def("run", &HeldSoftmax::run, "x"_a, "y"_a.noconvert(), "threads"_a, "y = softmax(x).");
 }
 
 }  // namespace graphwright

@@ -98,10 +98,11 @@ class Attention(Kernel):
         Raises:
             BackendError: shapes or dtypes do not fit, or a tensor is not on the CPU.
         """
-        _check(query, key, value)
         try:
             queries, (keys, values) = _rows(query), _stored(key, value)
-            batch, heads, length, width = *queries.shape[:3], values.shape[3]
+            if queries.ndim != 4 or values.ndim != 4:
+                raise ValueError("query, key and value must be [batch, heads, length, width]")
+            (batch, heads, length, _), width = queries.shape, values.shape[3]
             if self.is_by_position:
                 result = torch.empty((batch, length, heads, width)).transpose(1, 2)
             else:
@@ -118,9 +119,9 @@ class Attention(Kernel):
                 self.is_from_end,
                 torch.get_num_threads(),
             )
-        except ValueError as error:
-            shapes = ", ".join(str(list(x.shape)) for x in (query, key, value))
-            raise BackendError(f"{error} (query, key and value are {shapes})", where="attention kernel") from None
+        except (TypeError, ValueError) as error:  # numpy's, of tensors that are not on the CPU, and the kernel's
+            given = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (query, key, value))
+            raise BackendError(f"{error} (query, key and value are {given})", where="attention kernel") from None
         return result if query.dtype == torch.float32 else result.to(query.dtype)
 
     def extra_repr(self) -> str:
@@ -167,50 +168,33 @@ class Softmax(Kernel):
         Raises:
             BackendError: it is not a floating tensor on the CPU, or has no axis.
         """
-        if not x.is_floating_point() or x.device.type != "cpu" or x.dim() == 0:
+        if not x.dtype.is_floating_point or not x.is_cpu or x.dim() == 0:
             raise BackendError(
                 f"takes floating CPU tensors with an axis, not {x.dtype} {list(x.shape)} on {x.device}",
                 where="softmax kernel",
             )
         result = torch.empty(x.shape)
-        if x.numel() != 0:
-            shape = -1, x.shape[-1]
-            rows = np.ascontiguousarray(floats(x)).reshape(shape)
-            self._kernel.run(rows, result.numpy().reshape(shape), torch.get_num_threads())
+        self._kernel.run(floats(x.contiguous()), result.numpy(), torch.get_num_threads())
         dtype = self.dtype or x.dtype
         return result if dtype == torch.float32 else result.to(dtype)
 
 
-def _check(*tensors: torch.Tensor) -> None:
-    for x in tensors:
-        if x.device.type != "cpu" or x.dim() != 4:
-            raise BackendError(
-                f"takes CPU tensors [batch, heads, length, width], not {list(x.shape)} on {x.device}",
-                where="attention kernel",
-            )
-    if not tensors[0].is_floating_point():
-        raise BackendError(f"takes floating queries, not {tensors[0].dtype}", where="attention kernel")
-
-
 def _rows(x: torch.Tensor) -> npt.NDArray[np.float32]:
-    return floats(x if x.stride(3) == 1 else x.contiguous())
+    if not x.dtype.is_floating_point:
+        raise ValueError("takes floating tensors, and keys and values that are both int8")
+    return floats(x if x.stride(-1) == 1 else x.contiguous())
 
 
 def _stored(key: torch.Tensor, value: torch.Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Keys and values as the kernel reads them: bfloat16 as integers, which numpy has; other floats as float32."""
-    if key.dtype == value.dtype and key.dtype in (torch.bfloat16, torch.int8):
+    dtype = key.dtype
+    if dtype != torch.float32 and dtype == value.dtype and dtype in (torch.bfloat16, torch.int8):
         return _words(key), _words(value)
-    for x in (key, value):
-        if not x.is_floating_point():
-            raise BackendError(
-                f"takes keys and values that are floating, or both int8, not {key.dtype} and {value.dtype}",
-                where="attention kernel",
-            )
     return _rows(key), _rows(value)
 
 
 def _words(x: torch.Tensor) -> npt.NDArray[Any]:
-    x = x.detach() if x.stride(3) == 1 else x.detach().contiguous()
+    x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
     words: npt.NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
     return words
 

@@ -15,6 +15,7 @@ struct V : Floats {
 
 #include "math.inc"
 #include "attention.inc"
+#include "softmax.inc"
 
 }  // namespace
 

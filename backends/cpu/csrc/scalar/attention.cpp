@@ -13,6 +13,7 @@ struct V : Floats {
 
 #include "math.inc"
 #include "attention.inc"
+#include "softmax.inc"
 
 }  // namespace
 
