@@ -99,27 +99,34 @@ void for_blocks(std::size_t panels, std::size_t rows, std::size_t threads, bool 
   });
 }
 
+// Four sums side by side: one would wait for each of its additions.
+float sum_of(const float* values, std::size_t count) {
+  double parts[4] = {};
+  for (std::size_t i = 0; i < count; ++i) parts[i % 4] += static_cast<double>(values[i]);
+  return static_cast<float>((parts[0] + parts[1]) + (parts[2] + parts[3]));
+}
+
 // A few rows, every group padded with 0, and the sums of groups.
 GroupedRows grouped_rows(const CodedWeights& weights, const float* x, std::size_t rows) {
   static thread_local Scratch<float> values, sums;
   const PackedLinear& packed = weights.packed;
   const std::size_t stride = packed.groups * packed.group;
-  float* to = values.of(rows * stride);
+  const bool padded = packed.group != weights.group_size || stride != weights.columns;
+  float* to = padded ? values.of(rows * stride) : nullptr;
   float* sum = packed.zeros == nullptr ? nullptr : sums.of(rows * packed.groups);
-  for (std::size_t row = 0; row < rows; ++row) {
+  for (std::size_t row = 0; row < rows && (padded || sum != nullptr); ++row) {
     for (std::size_t group = 0; group < packed.groups; ++group) {
       const std::size_t begin = group * weights.group_size, size = std::min(weights.group_size, weights.columns - begin);
       const float* from = x + row * weights.columns + begin;
-      float* target = to + row * stride + group * packed.group;
-      std::copy_n(from, size, target);
-      std::fill_n(target + size, packed.group - size, 0.0F);
-      if (sum == nullptr) continue;
-      double total = 0;
-      for (std::size_t i = 0; i < size; ++i) total += static_cast<double>(from[i]);
-      sum[row * packed.groups + group] = static_cast<float>(total);
+      if (padded) {
+        float* target = to + row * stride + group * packed.group;
+        std::copy_n(from, size, target);
+        std::fill_n(target + size, packed.group - size, 0.0F);
+      }
+      if (sum != nullptr) sum[row * packed.groups + group] = sum_of(from, size);
     }
   }
-  return {to, sum};
+  return {padded ? to : x, sum};
 }
 
 bool all_finite(const float* values, std::size_t count) {
@@ -160,7 +167,8 @@ void run_coded_linear(const KernelTable& kernels, const CodedWeights& weights, b
   if (rows == 0) return;
   const FloatLinearKernels& own = *kernels.float_linear;
   const std::size_t panels = weights.packed.panels;
-  if (rows <= kFewCodedRows) {
+  bfloat16 = bfloat16 && own.pairs;
+  if (rows <= (bfloat16 ? kFewRowsBfloat16 : kFewRows)) {
     const GroupedRows few = grouped_rows(weights, x, rows);
     // Zero points are taken off sums: of an infinite sum that would leave NaN where there is infinity.
     if (few.sums == nullptr || all_finite(few.sums, rows * weights.packed.groups)) {

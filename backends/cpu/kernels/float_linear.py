@@ -107,7 +107,8 @@ class NbitsLinear(Kernel):
         group_size: columns of a group.
         isa: instruction set of the kernel.
         bias: ``[out]`` or ``None``.
-        bfloat16: with more than four rows, round weights and activations to bfloat16.
+        bfloat16: weights and activations may be rounded to bfloat16. They are where that is faster: with enough rows,
+            on instruction sets that multiply it.
     """
 
     inputs = ("x",)
@@ -124,7 +125,7 @@ class NbitsLinear(Kernel):
         super().__init__()
         from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
-        self.packed, self.rounded = packed, bfloat16
+        self.packed = packed
         self._kernel = _native.NbitsLinear(
             isa,
             packed.outputs,
@@ -137,8 +138,11 @@ class NbitsLinear(Kernel):
             packed.zeros.numpy() if packed.zeros is not None else None,
             stored_floats(bias),
         )
-        rounds = "weights and activations rounded to bfloat16 beyond 4 rows" if bfloat16 else "float32"
-        self.label = f"nbits_linear {self.isa}, {packed.bits}-bit weights, {rounds}"
+        exact = self._kernel.exact_rows
+        self.compute = "float32"
+        if exact is not None:
+            self.compute = f"weights and activations rounded to bfloat16 beyond {exact} rows"
+        self.label = f"nbits_linear {self.isa}, {packed.bits}-bit weights, {self.compute}"
 
     @property
     def isa(self) -> str:
@@ -158,8 +162,8 @@ class NbitsLinear(Kernel):
 
     def extra_repr(self) -> str:
         """What ``print`` shows of it."""
-        packed, compute = self.packed, "bfloat16" if self.rounded else "float32"
-        return f"{packed.columns} -> {packed.outputs}, {packed.bits} bits, {compute}, {self.isa}"
+        packed = self.packed
+        return f"{packed.columns} -> {packed.outputs}, {packed.bits} bits, {self.compute}, {self.isa}"
 
 
 def _rows_of(x: torch.Tensor, columns: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
