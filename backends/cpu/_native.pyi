@@ -306,6 +306,9 @@ class NbitsLinear:
     @property
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
+    @property
+    def exact_rows(self) -> int | None:
+        """Beyond so many rows weights and activations are rounded to bfloat16; ``None``: never."""
     def run(
         self,
         x: npt.NDArray[np.float32],

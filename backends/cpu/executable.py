@@ -46,8 +46,8 @@ class CpuBackend(Backend):
             every rounding, and what it costs in quality should be measured. Sums are float32 always.
 
             - ``"float32"`` rounds nothing.
-            - ``"bfloat16"`` rounds their weights and activations to bfloat16; weight-only linears only where they get
-              more than four rows, because with fewer it would save no time.
+            - ``"bfloat16"`` rounds their weights and activations to bfloat16; those of weight-only linears only where
+              that is faster (more than a few rows, and a CPU that multiplies bfloat16).
             - ``"int8"`` rounds the activations of weight-only linears to 8 bits, one scale for each row and group of
               columns. Float linears compute in float32.
 

@@ -84,6 +84,11 @@ class HeldNbitsLinear {
   }
 
   const char* isa() const { return kernels_.float_linear->isa; }
+  // The most rows for which nothing is rounded, or nothing where that never happens.
+  std::optional<std::size_t> exact_rows() const {
+    if (!bfloat16_ || !kernels_.float_linear->pairs) return std::nullopt;
+    return kFewRowsBfloat16;
+  }
 
   void run(const Matrix<const float>& x, const Matrix<float>& y, std::size_t threads, std::string_view activation,
            const std::optional<Rows>& factor, const std::optional<Rows>& residual) const {
@@ -127,6 +132,8 @@ void bind_float_linear(nb::module_& m) {
            "isa"_a, "outputs"_a, "columns"_a, "bits"_a, "group_size"_a, "bfloat16"_a, "codes"_a, "scales"_a,
            "zeros"_a.none(), "bias"_a.none())
       .def_prop_ro("isa", &HeldNbitsLinear::isa, "The instruction set of the kernel that runs.")
+      .def_prop_ro("exact_rows", &HeldNbitsLinear::exact_rows,
+                   "Beyond so many rows weights and activations are rounded to bfloat16; None: never.")
       .def("run", &HeldNbitsLinear::run, "x"_a, "y"_a, "threads"_a, "activation"_a = "", "factor"_a = nb::none(),
            "residual"_a = nb::none(), run);
 }

@@ -30,6 +30,10 @@ class Scratch {
   std::vector<T> held_;
 };
 
+// A thread is woken for ten microseconds of work at least, here in columns of a panel times rows. Below three rows time
+// goes into reading weights.
+constexpr std::size_t kWorthwhile = 20000;
+
 std::size_t panels_of(std::size_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
 std::uint16_t to_bfloat16(float value) {
@@ -39,24 +43,24 @@ std::uint16_t to_bfloat16(float value) {
   return static_cast<std::uint16_t>((bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U);
 }
 
-// Transposes panels, a few columns at a time so that what is written stays in the cache. `side` values of an output stand
+// Transposes panels, a few columns at a time so that what is written stays in the cache. `kSide` values of an output stand
 // side by side.
-template <typename From, typename To, typename Convert>
-void pack_panels(const From* stored, std::size_t outputs, std::size_t columns, std::size_t side, std::uint8_t* values,
-                 std::size_t threads, const Convert& convert) {
+template <typename To, std::size_t kSide, typename From, typename Convert>
+void pack_panels(const From* stored, std::size_t outputs, std::size_t columns, std::uint8_t* values, std::size_t threads,
+                 const Convert& convert) {
   constexpr std::size_t kChunk = 32;
-  const std::size_t steps = (columns + side - 1) / side;
+  const std::size_t steps = (columns + kSide - 1) / kSide;
   parallel_for(panels_of(outputs), threads, [&](std::size_t panel) {
     std::uint8_t* target = values + panel * steps * kStepBytes;
     const std::size_t here = std::min(kPanel, outputs - panel * kPanel);
-    if (here < kPanel || columns % side != 0) std::memset(target, 0, steps * kStepBytes);
+    if (here < kPanel || columns % kSide != 0) std::memset(target, 0, steps * kStepBytes);
     for (std::size_t begin = 0; begin < columns; begin += kChunk) {
       const std::size_t end = std::min(begin + kChunk, columns);
       for (std::size_t n = 0; n < here; ++n) {
         const From* row = stored + (panel * kPanel + n) * columns;
         for (std::size_t k = begin; k < end; ++k) {
           const To value = convert(row[k]);
-          std::memcpy(target + ((k / side * kPanel + n) * side + k % side) * sizeof(To), &value, sizeof(To));
+          std::memcpy(target + ((k / kSide * kPanel + n) * kSide + k % kSide) * sizeof(To), &value, sizeof(To));
         }
       }
     }
@@ -76,6 +80,10 @@ FloatRows rounded_rows(const FloatLinearKernels& kernels, const float* x, std::s
     }
   });
   return {to, padded};
+}
+
+std::size_t worthwhile(std::size_t panels, std::size_t columns, std::size_t rows, std::size_t threads) {
+  return std::min(threads, 1 + panels * columns * std::max<std::size_t>(rows, 3) / kWorthwhile);
 }
 
 // Calls `work(block)` for parts of the product. The parts of one panel's rows follow one another: its weights are in the
@@ -99,27 +107,34 @@ void for_blocks(std::size_t panels, std::size_t rows, std::size_t threads, bool 
   });
 }
 
+// Four sums side by side: one would wait for each of its additions.
+float sum_of(const float* values, std::size_t count) {
+  double parts[4] = {};
+  for (std::size_t i = 0; i < count; ++i) parts[i % 4] += static_cast<double>(values[i]);
+  return static_cast<float>((parts[0] + parts[1]) + (parts[2] + parts[3]));
+}
+
 // A few rows, every group padded with 0, and the sums of groups.
 GroupedRows grouped_rows(const CodedWeights& weights, const float* x, std::size_t rows) {
   static thread_local Scratch<float> values, sums;
   const PackedLinear& packed = weights.packed;
   const std::size_t stride = packed.groups * packed.group;
-  float* to = values.of(rows * stride);
+  const bool padded = packed.group != weights.group_size || stride != weights.columns;
+  float* to = padded ? values.of(rows * stride) : nullptr;
   float* sum = packed.zeros == nullptr ? nullptr : sums.of(rows * packed.groups);
-  for (std::size_t row = 0; row < rows; ++row) {
+  for (std::size_t row = 0; row < rows && (padded || sum != nullptr); ++row) {
     for (std::size_t group = 0; group < packed.groups; ++group) {
       const std::size_t begin = group * weights.group_size, size = std::min(weights.group_size, weights.columns - begin);
       const float* from = x + row * weights.columns + begin;
-      float* target = to + row * stride + group * packed.group;
-      std::copy_n(from, size, target);
-      std::fill_n(target + size, packed.group - size, 0.0F);
-      if (sum == nullptr) continue;
-      double total = 0;
-      for (std::size_t i = 0; i < size; ++i) total += static_cast<double>(from[i]);
-      sum[row * packed.groups + group] = static_cast<float>(total);
+      if (padded) {
+        float* target = to + row * stride + group * packed.group;
+        std::copy_n(from, size, target);
+        std::fill_n(target + size, packed.group - size, 0.0F);
+      }
+      if (sum != nullptr) sum[row * packed.groups + group] = sum_of(from, size);
     }
   }
-  return {to, sum};
+  return {padded ? to : x, sum};
 }
 
 bool all_finite(const float* values, std::size_t count) {
@@ -134,20 +149,23 @@ std::size_t dense_bytes(std::size_t outputs, std::size_t columns, bool bfloat16)
 
 void pack_dense(const float* stored, bool bfloat16, std::size_t outputs, std::size_t columns, std::uint8_t* values,
                 std::size_t threads) {
-  if (bfloat16) pack_panels<float, std::uint16_t>(stored, outputs, columns, 2, values, threads, to_bfloat16);
-  else pack_panels<float, float>(stored, outputs, columns, 1, values, threads, [](float value) { return value; });
+  const auto rounded = [](float value) { return to_bfloat16(value); };
+  const auto same = [](float value) { return value; };
+  if (bfloat16) pack_panels<std::uint16_t, 2>(stored, outputs, columns, values, threads, rounded);
+  else pack_panels<float, 1>(stored, outputs, columns, values, threads, same);
 }
 
 void pack_dense(const std::uint16_t* stored, std::size_t outputs, std::size_t columns, std::uint8_t* values,
                 std::size_t threads) {
   const auto same = [](std::uint16_t value) { return value; };
-  pack_panels<std::uint16_t, std::uint16_t>(stored, outputs, columns, 2, values, threads, same);
+  pack_panels<std::uint16_t, 2>(stored, outputs, columns, values, threads, same);
 }
 
 void run_dense_linear(const KernelTable& kernels, const DenseWeights& weights, bool bfloat16, const float* x,
                       std::size_t rows, const LinearOutput& y, std::size_t threads) {
   if (rows == 0) return;
   const FloatLinearKernels& own = *kernels.float_linear;
+  threads = worthwhile(panels_of(weights.outputs), weights.columns, rows, threads);
   const FloatRows values =
       bfloat16 ? rounded_rows(own, x, rows, weights.columns, threads) : FloatRows{x, weights.columns};
   for_blocks(panels_of(weights.outputs), rows, threads, false, [&](const FloatBlock& block) {
@@ -160,7 +178,9 @@ void run_coded_linear(const KernelTable& kernels, const CodedWeights& weights, b
   if (rows == 0) return;
   const FloatLinearKernels& own = *kernels.float_linear;
   const std::size_t panels = weights.packed.panels;
-  if (rows <= kFewCodedRows) {
+  bfloat16 = bfloat16 && own.pairs;
+  threads = worthwhile(panels, weights.columns, rows, threads);
+  if (rows <= (bfloat16 ? kFewRowsBfloat16 : kFewRows)) {
     const GroupedRows few = grouped_rows(weights, x, rows);
     // Zero points are taken off sums: of an infinite sum that would leave NaN where there is infinity.
     if (few.sums == nullptr || all_finite(few.sums, rows * weights.packed.groups)) {

@@ -38,11 +38,12 @@ struct FloatBlock {
   std::uint8_t* weights;  // room for kBlockSteps * 256 bytes where codes are unpacked
 };
 
-// So many steps of a panel are multiplied with all rows before the next: 64 KiB, which stay in the cache meanwhile. Sums
-// of such blocks are added up from left to right.
-inline constexpr std::size_t kBlockSteps = 256;
-// Up to so many rows codes are made floats in registers, and read once.
-inline constexpr std::size_t kFewCodedRows = 4;
+// So many steps of a panel are multiplied with all rows before the next: 32 KiB, which stay in the first cache meanwhile.
+// Sums of such blocks are added up from left to right.
+inline constexpr std::size_t kBlockSteps = 128;
+// Up to so many rows codes are made floats in registers, four rows at a time; with more, a block is made dense weights
+// first. Products of bfloat16 need those, and are twice as fast.
+inline constexpr std::size_t kFewRows = 32, kFewRowsBfloat16 = 8;
 
 struct FloatLinearKernels {
   const char* isa;  // whose kernels these are
@@ -50,6 +51,7 @@ struct FloatLinearKernels {
   void (*float32)(const DenseWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
   void (*bfloat16)(const DenseWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
   void (*coded_float32)(const CodedWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
+  // Where `pairs` holds; elsewhere it would be slower than floats.
   void (*coded_bfloat16)(const CodedWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
   void (*coded_few)(const CodedWeights&, const GroupedRows&, const LinearOutput&, const FloatBlock&);
   // A row rounded to bfloat16, to nearest, ties to even; the columns from `columns` to `padded` are 0.

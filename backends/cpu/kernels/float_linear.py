@@ -86,7 +86,8 @@ class NbitsLinear(Linear):
         group_size: columns of a group.
         isa: instruction set of the kernel.
         bias: ``[out]`` or ``None``.
-        bfloat16: with more than four rows, round weights and activations to bfloat16.
+        bfloat16: weights and activations may be rounded to bfloat16. They are where that is faster: with enough rows,
+            on instruction sets that multiply it.
     """
 
     def __init__(
@@ -112,10 +113,12 @@ class NbitsLinear(Linear):
             packed.zeros.numpy() if packed.zeros is not None else None,
             stored_floats(bias),
         )
-        rounds = "weights and activations rounded to bfloat16 beyond 4 rows" if bfloat16 else "float32"
+        rounds = "float32"
+        if kernel.exact_rows is not None:
+            rounds = f"weights and activations rounded to bfloat16 beyond {kernel.exact_rows} rows"
         label = f"nbits_linear {kernel.isa}, {packed.bits}-bit weights, {rounds}"
         super().__init__(kernel, packed.columns, packed.outputs, label)
-        self.packed, self.rounded = packed, bfloat16
+        self.packed = packed
 
 
 def _dense(site: Site) -> Kernel | str:

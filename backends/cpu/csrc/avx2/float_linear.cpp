@@ -15,9 +15,6 @@ struct V : Codes {
 #include "math.inc"
 #include "epilogue.inc"
 #include "linear_floats.inc"
-
-using Bfloat16 = Bfloat16Apart;
-
 #include "linear_codes.inc"
 #include "round_floats.inc"
 
@@ -27,9 +24,9 @@ extern const FloatLinearKernels float_linear;
 const FloatLinearKernels float_linear = {.isa = "avx2",
                                          .pairs = false,
                                          .float32 = dense<Float32>,
-                                         .bfloat16 = dense<Bfloat16>,
+                                         .bfloat16 = dense<Bfloat16Apart>,
                                          .coded_float32 = coded<Float32>,
-                                         .coded_bfloat16 = coded<Bfloat16>,
+                                         .coded_bfloat16 = nullptr,
                                          .coded_few = coded_few,
                                          .round_row = round_row<float>};
 

@@ -9,15 +9,12 @@ namespace {
 struct V : Codes {
   // A tile of many rows: its rows and vectors of outputs. With few rows a tile has as many vectors as make kStreamed sums,
   // and kMostVectors at most.
-  static constexpr int kRows = 4, kVectors = 4, kMostVectors = 4, kStreamed = 32;
+  static constexpr int kRows = 4, kVectors = 4, kMostVectors = 4, kStreamed = 16;
 };
 
 #include "math.inc"
 #include "epilogue.inc"
 #include "linear_floats.inc"
-
-using Bfloat16 = Bfloat16Apart;
-
 #include "linear_codes.inc"
 #include "round_floats.inc"
 
@@ -27,9 +24,9 @@ extern const FloatLinearKernels float_linear;
 const FloatLinearKernels float_linear = {.isa = "scalar",
                                          .pairs = false,
                                          .float32 = dense<Float32>,
-                                         .bfloat16 = dense<Bfloat16>,
+                                         .bfloat16 = dense<Bfloat16Apart>,
                                          .coded_float32 = coded<Float32>,
-                                         .coded_bfloat16 = coded<Bfloat16>,
+                                         .coded_bfloat16 = nullptr,
                                          .coded_few = coded_few,
                                          .round_row = round_row<float>};
 
