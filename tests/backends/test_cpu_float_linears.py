@@ -267,7 +267,7 @@ def test_the_extension_refuses_what_does_not_fit() -> None:
         for wrong in (np.zeros((2, 20), np.float32), np.zeros((3, 40), np.float32)[:, ::2], y[::-1]):
             with pytest.raises(ValueError, match="residual must have y's shape"):
                 run(x, y, 1, residual=wrong)
-        with pytest.raises(ValueError, match="no such activation"):
+        with pytest.raises(ValueError, match="no activation is called"):
             run(x, y, 1, "softplus")
         with pytest.raises(ValueError, match="x has the wrong number"):
             run(x[:, :47].copy(), y, 1)
