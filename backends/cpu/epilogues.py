@@ -1,4 +1,4 @@
-"""What follows a linear and is done by its kernel: an activation, a product, a residual that is added."""
+"""What a kernel does besides its own node: what follows a linear, and the sum that a norm takes."""
 
 from __future__ import annotations
 
@@ -50,6 +50,21 @@ def epilogue_of(program: Program, linear: fx.Node, taken: Set[fx.Node]) -> Epilo
             return found
         found = longer
     return found
+
+
+def sum_before(program: Program, norm: fx.Node, taken: Set[fx.Node]) -> fx.Node | None:
+    """The sum ``x + residual`` that a norm takes, when its kernel can do it too.
+
+    Both terms have the sum's type, no linear has ``taken`` it, and nothing uses it before the norm.
+    """
+    total = norm.all_input_nodes[0]
+    if total.op != "call_function" or op_name(total) != "aten.add.Tensor" or total in taken:
+        return None
+    given = arguments_of(total)
+    if given["alpha"] != 1 or not all(_alike(program, total, given[name]) for name in ("self", "other")):
+        return None
+    first = next(node for node in program.nodes if node in total.users)
+    return total if first is norm else None
 
 
 def _with(program: Program, before: Epilogue, node: fx.Node) -> Epilogue | None:

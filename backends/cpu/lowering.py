@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from graphwright.backends.cpu.epilogues import epilogue_of
+from graphwright.backends.cpu.epilogues import epilogue_of, sum_before
 from graphwright.backends.cpu.kernels import LOWERINGS, Kernel, Site
 from graphwright.backends.cpu.kernels.linear import Linear
+from graphwright.backends.cpu.kernels.norms import LayerNorm, RmsNorm
 from graphwright.backends.executable import KernelUse
 from graphwright.ir import ops
 from graphwright.ir.arguments import arguments_of
@@ -21,10 +23,15 @@ from graphwright.ir.provenance import path_of
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel and what it is called with: nodes of the program, numbers or ``None``."""
+    """A kernel and what it is called with: nodes of the program, numbers or ``None``.
+
+    Attributes:
+        gives: the nodes whose values the kernel gives as a tuple; empty where it gives one value.
+    """
 
     kernel: Kernel
     inputs: tuple[Any, ...]
+    gives: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,8 @@ class Lowered:
     """What was decided for a program.
 
     Attributes:
-        calls: kernels, by the node whose value they give.
-        absorbed: nodes that are not computed, because a kernel that comes later does their work.
+        calls: kernels, by the node in whose place they stand and whose value they give.
+        absorbed: nodes that have no place of their own: another kernel does their work.
         uses: the kernel of every call, for ``explain()``.
     """
 
@@ -63,6 +70,14 @@ def lower(program: Program, isa: str | None, compute: str) -> Lowered:
             continue
         given = arguments_of(node)
         inputs = tuple(given[name] for name in found.inputs)
+        if isinstance(found, LayerNorm | RmsNorm) and (total := sum_before(program, node, absorbed)) is not None:
+            summed, terms = found.with_residual(), arguments_of(total)
+            calls.pop(total, None)
+            calls[node] = Call(summed, (terms["self"], terms["other"]), (node, total))
+            absorbed.add(total)
+            uses[node] = _use(node, summed)
+            uses[total] = replace(uses[total], kernel=f"part of {summed.label}", reason="")
+            continue
         if not isinstance(found, Linear):
             calls[node] = Call(found, inputs)
             continue
@@ -89,6 +104,9 @@ def assemble(program: Program, lowered: Lowered) -> fx.GraphModule:
             name = f"kernel_{len(parts)}"
             parts[name] = call.kernel
             made[node] = graph.call_module(name, fx.node.map_arg(call.inputs, made.__getitem__))
+            results = made[node]
+            for place, each in enumerate(call.gives):
+                made[each] = graph.call_function(operator.getitem, (results, place))
         elif node not in lowered.absorbed:
             made[node] = graph.node_copy(node, made.__getitem__)
     tensors = program.tensors()

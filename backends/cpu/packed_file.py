@@ -92,6 +92,7 @@ def save_packed(executable: CpuExecutable, path: str | os.PathLike[str]) -> None
                     name: store.put(None if name == "isa" else value) for name, value in call.kernel.given.items()
                 },
                 "set": {name: getattr(call.kernel, name) for name in call.kernel.settings},
+                "gives": [each.name for each in call.gives],
                 "inputs": [{"node": each.name} if isinstance(each, fx.Node) else each for each in call.inputs],
             }
             for node, call in lowered.calls.items()
@@ -241,4 +242,4 @@ class _Reader:
         for name, value in entry["set"].items():
             setattr(kernel, name, value)
         inputs = tuple(nodes[each["node"]] if isinstance(each, dict) else each for each in entry["inputs"])
-        return Call(kernel, inputs)
+        return Call(kernel, inputs, tuple(nodes[name] for name in entry["gives"]))

@@ -125,6 +125,45 @@ LEFT = {
 }
 
 
+class Normed(nn.Module):
+    """A norm of a sum, and what a function makes of the norm ``n``, the sum ``s`` and a term ``x``."""
+
+    def __init__(
+        self, after: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], rms: bool, early: bool = False
+    ) -> None:
+        super().__init__()
+        self.norm, self.after = nn.RMSNorm(32, eps=1e-6) if rms else nn.LayerNorm(32), after
+        self.early = early
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        total = x.cumsum(-1) + y
+        if self.early:  # the sum is used before the norm
+            x = total.cumsum(1)
+        return self.after(self.norm(total), total, x)
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_norms_take_in_the_sum_before_them(rms: bool) -> None:
+    cases = [
+        (lambda n, s, x: n.cumsum(0), False),
+        (lambda n, s, x: n.cumsum(0) * s, False),  # the sum is used again, later
+        (lambda n, s, x: n.cumsum(0) * x, True),
+    ]
+    x, y = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    for after, early in cases:
+        model = Normed(after, rms, early).eval()
+        small = gw.optimize(model, [gw.FuseAll()], example_inputs=(x, y), target="cpu", verify=False)
+        found = [use.kernel for use in small.explain() if use.op == "aten.add.Tensor"]
+        assert [kernel.startswith("part of add + ") for kernel in found] == [not early], found
+        torch.testing.assert_close(small(x, y), model(x, y), rtol=1e-5, atol=1e-5)
+    for first, second in [((2, 5, 32), (32,)), ((5, 32), (2, 5, 32))]:  # a term is broadcast
+        x, y = torch.randn(first), torch.randn(second)
+        model = Normed(lambda n, s, x: n.cumsum(0), rms).eval()
+        small = gw.optimize(model, [gw.FuseAll()], example_inputs=(x, y), target="cpu", verify=False)
+        assert not any("part of" in use.kernel for use in small.explain())
+        torch.testing.assert_close(small(x, y), model(x, y), rtol=1e-5, atol=1e-5)
+
+
 def lowered(model: nn.Module, x: torch.Tensor) -> gw.OptimizedModel:
     passes = [gw.QuantizeLinears(bits=8, activations="int8")]
     return gw.optimize(model, passes, example_inputs=(x,), target="cpu", verify=False)

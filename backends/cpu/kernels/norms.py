@@ -105,6 +105,10 @@ class LayerNorm(_Norm):
     ) -> None:
         super().__init__(isa, True, shape, weight, bias, eps, residual)
 
+    def with_residual(self) -> LayerNorm:
+        """The same for a sum."""
+        return LayerNorm(**{**self.given, "residual": True})
+
 
 class RmsNorm(_Norm):
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
@@ -121,6 +125,10 @@ class RmsNorm(_Norm):
 
     def __init__(self, isa: str, weight: torch.Tensor | None = None, eps: float = 1e-6, residual: bool = False) -> None:
         super().__init__(isa, False, None if weight is None else weight.shape, weight, None, eps, residual)
+
+    def with_residual(self) -> RmsNorm:
+        """The same for a sum."""
+        return RmsNorm(**{**self.given, "residual": True})
 
 
 def _layer_norm(site: Site) -> Kernel | str:
