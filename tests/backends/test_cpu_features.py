@@ -17,7 +17,7 @@ import pytest
 from graphwright.backends.cpu import ISA_VARIABLE, CpuFeatures, InstructionSet, features, native, native_status
 from graphwright.ir.errors import BackendError, InputError
 
-ISAS = ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
+ISAS = ["scalar", "neon", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 # The shortest, around each vector width, and long enough for several rounds of the widest loop.
 LENGTHS = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000]
 
@@ -63,6 +63,7 @@ def test_detection_agrees_with_the_operating_system() -> None:
     bf16 = avx512 | {"avx512_vnni", "avx512_bf16"}
     needed = {
         "scalar": set[str](),
+        "neon": {"neon"},
         "avx2": avx2,
         "avx_vnni": avx2 | {"avx_vnni"},
         "avx512": avx512,

@@ -96,7 +96,14 @@ std::string brand() {
 
 #else
 
-CpuFlags detect() { return {}; }
+CpuFlags detect() {
+  CpuFlags f;
+#if defined(__aarch64__)
+  f.neon = true;
+#endif
+  return f;
+}
+
 std::string brand() { return ""; }
 
 #endif

@@ -7,6 +7,7 @@ namespace graphwright {
 
 // One member per question; false throughout on a machine that is not x86-64.
 struct CpuFlags {
+  bool neon = false;
   bool avx2 = false;
   bool fma = false;
   bool f16c = false;

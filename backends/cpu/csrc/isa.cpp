@@ -12,6 +12,7 @@ namespace {
 #define TABLE_IF(have, isa) TABLE_IF_(have, isa)
 #define TABLE_IF_(have, isa) TABLE_IF_##have(isa)
 
+constexpr Requirement kNeonFlags[] = {{"neon", &CpuFlags::neon}};
 constexpr Requirement kAvx2Flags[] = {
     {"os_avx", &CpuFlags::os_avx}, {"avx2", &CpuFlags::avx2}, {"fma", &CpuFlags::fma}, {"f16c", &CpuFlags::f16c}};
 constexpr Requirement kAvxVnniFlags[] = {{"avx_vnni", &CpuFlags::avx_vnni}};
@@ -25,15 +26,16 @@ constexpr Requirement kAmxFlags[] = {{"os_amx", &CpuFlags::os_amx},
                                      {"amx_int8", &CpuFlags::amx_int8},
                                      {"amx_bf16", &CpuFlags::amx_bf16}};
 
-const std::array<Isa, 7>& table() {
-  static const std::array<Isa, 7> all = {{
+const std::array<Isa, 8>& table() {
+  static const std::array<Isa, 8> all = {{
       {"scalar", nullptr, &scalar::kernels, {}},
+      {"neon", &all[0], TABLE_IF(GRAPHWRIGHT_HAVE_NEON, neon), kNeonFlags},
       {"avx2", &all[0], TABLE_IF(GRAPHWRIGHT_HAVE_AVX2, avx2), kAvx2Flags},
-      {"avx_vnni", &all[1], TABLE_IF(GRAPHWRIGHT_HAVE_AVX_VNNI, avx_vnni), kAvxVnniFlags},
-      {"avx512", &all[1], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512, avx512), kAvx512Flags},
-      {"avx512_vnni", &all[3], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512_VNNI, avx512_vnni), kAvx512VnniFlags},
-      {"avx512_bf16", &all[4], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512_BF16, avx512_bf16), kAvx512Bf16Flags},
-      {"amx", &all[5], TABLE_IF(GRAPHWRIGHT_HAVE_AMX, amx), kAmxFlags},
+      {"avx_vnni", &all[2], TABLE_IF(GRAPHWRIGHT_HAVE_AVX_VNNI, avx_vnni), kAvxVnniFlags},
+      {"avx512", &all[2], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512, avx512), kAvx512Flags},
+      {"avx512_vnni", &all[4], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512_VNNI, avx512_vnni), kAvx512VnniFlags},
+      {"avx512_bf16", &all[5], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512_BF16, avx512_bf16), kAvx512Bf16Flags},
+      {"amx", &all[6], TABLE_IF(GRAPHWRIGHT_HAVE_AMX, amx), kAmxFlags},
   }};
   return all;
 }

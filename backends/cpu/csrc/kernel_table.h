@@ -33,6 +33,7 @@ struct KernelTable {
 inline constexpr std::size_t kMaxDotLength = 65536;
 
 namespace scalar { extern const KernelTable kernels; }
+namespace neon { extern const KernelTable kernels; }
 namespace avx2 { extern const KernelTable kernels; }
 namespace avx_vnni { extern const KernelTable kernels; }
 namespace avx512 { extern const KernelTable kernels; }
