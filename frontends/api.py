@@ -14,7 +14,7 @@ from graphwright.backends.executable import Backend, Executable, KernelUse
 from graphwright.frontends.torch import trace
 from graphwright.frontends.torch.dynamic import DynamicSpec
 from graphwright.frontends.torch.tracing import ExampleInputs, bind_examples
-from graphwright.ir.errors import InputError
+from graphwright.ir.errors import BackendError, InputError
 from graphwright.ir.program import Program
 from graphwright.passes.base import Pass
 from graphwright.passes.hooks import Hook
@@ -56,6 +56,23 @@ class OptimizedModel(Program):
     def explain(self) -> list[KernelUse]:
         """Which kernel runs for every node."""
         return self._executable.explain()
+
+    def save_packed(self, path: str | os.PathLike[str]) -> None:
+        """Write what runs on the ``cpu`` target, packed weights included, into one file for :func:`load_packed`.
+
+        Raises:
+            BackendError: the target is not ``cpu``.
+            SerializationError: the file cannot be written; one that stood there before is still whole.
+        """
+        from graphwright.backends.cpu import CpuExecutable, save_packed
+
+        if not isinstance(self._executable, CpuExecutable):
+            raise BackendError(
+                f"runs on {self.target}, which packs no weights",
+                where="save_packed",
+                hint="optimize with target='cpu', or save the Program with save()",
+            )
+        save_packed(self._executable, path)
 
     def export_onnx(self, path: str | os.PathLike[str], **options: Any) -> Any:
         """Write an ONNX file and check it in onnxruntime; see :func:`graphwright.backends.onnx.export_onnx`."""

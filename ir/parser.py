@@ -29,7 +29,7 @@ _FLOATS = ("inf", "nan")
 _KEPT = frozenset({"self", "torch", "getattr", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
 
 
-def parse(text: str, tensors: Mapping[str, torch.Tensor] | None = None) -> Program:
+def parse(text: str, tensors: Mapping[str, torch.Tensor] | None = None, *, types: bool = True) -> Program:
     """Read a program from its text form.
 
     Every type is inferred anew; where the text gives one, the two must agree.
@@ -39,21 +39,24 @@ def parse(text: str, tensors: Mapping[str, torch.Tensor] | None = None) -> Progr
             everything in the header but the name and the dimensions may be left out.
         tensors: the weights by name, shared and not copied, except where the text gives strides that differ. Without
             them, weights are tensors of the written type on the meta device: a program to look at, not to run.
+        types: infer types. Without, which is many times faster, calls have none: the program can only be run, and
+            weights that are not given are on the meta device.
 
     Raises:
         ProgramError: the text is not such a program; with line, column and the line itself.
         TypeMismatch: an operator does not take its operands, or a type is not the one written.
     """
     try:
-        return _Parser(text, tensors).program()
+        return _Parser(text, tensors, types).program()
     except RecursionError as error:
         raise ProgramError("the text is nested too deeply") from error
 
 
 class _Parser:
-    def __init__(self, text: str, tensors: Mapping[str, torch.Tensor] | None) -> None:
+    def __init__(self, text: str, tensors: Mapping[str, torch.Tensor] | None, types: bool) -> None:
         self.lexer = Lexer(text)
         self.tensors = tensors
+        self.types = types
         self.graph = fx.Graph()
         self.values: dict[str, fx.Node] = {}
         self.aliases: dict[str, str] = {}
@@ -221,9 +224,12 @@ class _Parser:
             args, kwargs = self._operands()
             args, kwargs = canonical_call(target, args, kwargs)
             node = self._create(start, "call_function", target, args, kwargs, name)
-            self._at(start, lambda: self.symbols.infer(node, self.built.tensor))
+            if self.types:
+                self._at(start, lambda: self.symbols.infer(node, self.built.tensor))
             if lexer.accept(":"):
-                self._check_type(node, lexer.place(), read_type(lexer))
+                place, written = lexer.place(), read_type(lexer)
+                if self.types:
+                    self._check_type(node, place, written)
         self._provenance(node)
 
     def _create(
@@ -256,14 +262,15 @@ class _Parser:
         if requires_grad and not (tensor.is_floating_point() or tensor.is_complex()):
             raise lexer.error(f"{target!r} has no gradient: it holds {tensor.dtype}", at=place, hint="write 'frozen'")
         self._at(place, lambda: self.built.set_tensor(target, _declared(tensor, is_parameter, requires_grad)))
-        self._at(place, lambda: self.symbols.infer(node, self.built.tensor))
+        if self.types:
+            self._at(place, lambda: self.symbols.infer(node, self.built.tensor))
 
     def _tensor(self, target: str, kind: ValueType | None, strides: tuple[int, ...] | None, place: int) -> torch.Tensor:
         if kind is not None and not isinstance(kind, TensorType):
             raise self.lexer.error(f"a weight cannot be of type {kind}", at=place)
         if kind is not None and not all(isinstance(size, int) for size in kind.shape):
             raise self.lexer.error(f"the sizes of a weight are numbers, not {kind}", at=place)
-        if self.tensors is None:
+        if self.tensors is None or (target not in self.tensors and not self.types):
             if kind is None:
                 raise self.lexer.error("a weight needs a type when its tensor is not given", at=place)
             shape = [int(size) for size in kind.shape]

@@ -43,12 +43,15 @@ _ALIGNMENT = 64
 DIGEST = "graphwright.digest"
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write tensors, largest element size first so that each one is aligned, then by name.
+def write_tensors(
+    file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write tensors so that each one is aligned: those of whole 64 bytes first, then by element size, then by name.
 
     Args:
         file: opened for writing, at its beginning; need not be readable, must be seekable.
         tensors: any dtype with a safetensors name, any strides, any device.
+        metadata: text that goes into the header.
 
     Returns:
         the digest of the data, which also stands in the header.
@@ -57,7 +60,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> str:
         SerializationError: a tensor is sparse, has no values (meta device), or a dtype that cannot be stored.
         OSError: the file cannot be written.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (_is_odd(tensors[name]), -tensors[name].element_size(), name))
     entries: dict[str, object] = {}
     offset = 0
     for name in names:
@@ -70,15 +73,19 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> str:
             "data_offsets": [offset, offset + size],
         }
         offset += size
-    file.write(_header(entries, "0" * 2 * _DIGEST_BYTES))
+    file.write(_header(entries, {**(metadata or {}), DIGEST: "0" * 2 * _DIGEST_BYTES}))
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for name in names:
         for piece in _bytes_of(tensors[name]):
             digest.update(piece)
             file.write(piece)
     file.seek(0)
-    file.write(_header(entries, digest.hexdigest()))
+    file.write(_header(entries, {**(metadata or {}), DIGEST: digest.hexdigest()}))
     return digest.hexdigest()
+
+
+def _is_odd(tensor: torch.Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() % _ALIGNMENT != 0
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:
@@ -95,9 +102,8 @@ def _check(name: str, tensor: torch.Tensor) -> None:
         raise SerializationError("has a name that safetensors keeps for itself", where=where)
 
 
-def _header(entries: Mapping[str, object], digest: str) -> bytes:
-    metadata = {"format": "pt", DIGEST: digest}
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    text = json.dumps({"__metadata__": {"format": "pt", **metadata}, **entries}, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
@@ -118,7 +124,8 @@ class WeightsFile(Mapping[str, torch.Tensor]):
 
     Attributes:
         path: where it is.
-        digest: what :func:`write_tensors` put into its header, or an empty string.
+        metadata: the text in its header.
+        digest: what :func:`write_tensors` put there, or an empty string.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,7 +147,8 @@ class WeightsFile(Mapping[str, torch.Tensor]):
                 hint="copy it again from where it came from, or save the program again",
             ) from error
         file: Any = self._file
-        self.digest: str = (file.metadata() or {}).get(DIGEST, "")
+        self.metadata: Mapping[str, str] = file.metadata() or {}
+        self.digest = self.metadata.get(DIGEST, "")
         self._names: dict[str, None] = dict.fromkeys(file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ everything.
 from graphwright.backends.cpu.executable import CpuBackend, CpuExecutable
 from graphwright.backends.cpu.features import ISA_VARIABLE, CpuFeatures, InstructionSet, features
 from graphwright.backends.cpu.native import NativeStatus, native_status
+from graphwright.backends.cpu.packed_file import PackedModel, load_packed, save_packed
 
 __all__ = [
     "ISA_VARIABLE",
@@ -16,6 +17,9 @@ __all__ = [
     "CpuFeatures",
     "InstructionSet",
     "NativeStatus",
+    "PackedModel",
     "features",
+    "load_packed",
     "native_status",
+    "save_packed",
 ]

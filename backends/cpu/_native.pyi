@@ -59,8 +59,20 @@ class ByteLinear:
     @property
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
-    def run(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int) -> None:
-        """``y = x Wᵀ + b`` for rows of floats, ``[rows, columns]`` to ``[rows, outputs]``."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        threads: int,
+        activation: str = "",
+        factor: npt.NDArray[np.float32] | None = None,
+        residual: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
+
+        ``x`` is ``[rows, columns]``; ``y``, ``factor`` and ``residual`` are ``[rows, outputs]``, the latter two with
+        rows that may lie apart. ``activation`` is empty, ``relu``, ``silu``, ``gelu``, ``gelu_tanh`` or ``tanh``.
+        """
 
 class Norm:
     """Layer (``centred``) or root-mean-square normalisation of rows.
@@ -91,24 +103,24 @@ class Norm:
         """``y = norm(x + residual)`` and ``sum = x + residual``, each ``[rows, columns]`` with contiguous rows."""
 
 class Pointwise:
-    """An activation, value by value.
+    """An activation, a sum or a product, value by value.
 
     Raises:
         ValueError: the activation or instruction set is unknown, or cannot run here.
     """
 
-    def __init__(self, isa: str, activation: str) -> None: ...
+    def __init__(self, isa: str, activation: str, adds: bool = False) -> None: ...
     @property
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
     def run(
         self,
         x: npt.NDArray[np.float32],
-        up: npt.NDArray[np.float32] | None,
+        other: npt.NDArray[np.float32] | None,
         y: npt.NDArray[np.float32],
         threads: int,
     ) -> None:
-        """``y = activation(x) * up``, each ``[rows, columns]`` with contiguous rows."""
+        """``y = activation(x) * other`` or ``+ other``, each ``[rows, columns]`` with contiguous rows."""
 
 class Rotary:
     """Rotary position embedding.
@@ -168,3 +180,142 @@ class PackedTable:
         Raises:
             IndexError: an index is not in the table.
         """
+
+class Attention:
+    """Scaled dot-product attention. ``window`` 0 is none.
+
+    Raises:
+        ValueError: the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(self, isa: str, scale: float, causal: bool, window: int) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        query: npt.NDArray[np.float32],
+        key: npt.NDArray[np.float32] | npt.NDArray[np.int16] | npt.NDArray[np.int8],
+        value: npt.NDArray[np.float32] | npt.NDArray[np.int16] | npt.NDArray[np.int8],
+        out: npt.NDArray[np.float32],
+        key_mask: npt.NDArray[np.bool_] | None,
+        bias: npt.NDArray[np.float32] | npt.NDArray[np.bool_] | None,
+        key_scales: npt.NDArray[np.float32] | None,
+        value_scales: npt.NDArray[np.float32] | None,
+        is_from_end: bool,
+        threads: int,
+    ) -> None:
+        """``[B, H, S, D]``, ``[B, Hkv, T, D]``, ``[B, Hkv, T, Dv]`` to ``[B, H, S, Dv]``, of any strides but the last.
+
+        Keys and values of 16 bits are bfloat16; of 8 bits they have scales ``[B, Hkv, T]``. Positions of causal limits
+        and windows count from the last query and key (``is_from_end``) or from the first.
+
+        Raises:
+            ValueError: shapes, dtypes or strides do not fit.
+        """
+
+class Softmax:
+    """Softmax over the last axis.
+
+    Raises:
+        ValueError: the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(self, isa: str) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int) -> None:
+        """``y = softmax(x)``, both contiguous and of one shape.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+
+def pack_floats(stored: npt.NDArray[np.float32], bfloat16: bool, values: npt.NDArray[np.uint8], threads: int) -> None:
+    """Weights, ``[outputs, columns]``, into the flat layout that the kernels stream, rounded to bfloat16 or not.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+
+def pack_bfloat16(stored: npt.NDArray[np.uint16], values: npt.NDArray[np.uint8], threads: int) -> None:
+    """The same for bfloat16 weights, seen as uint16.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+
+class FloatLinear:
+    """A linear on dense weights.
+
+    Raises:
+        ValueError: sizes do not fit, or the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        outputs: int,
+        columns: int,
+        bfloat16: bool,
+        values: npt.NDArray[np.uint8],
+        bias: npt.NDArray[np.float32] | None,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        threads: int,
+        activation: str = "",
+        factor: npt.NDArray[np.float32] | None = None,
+        residual: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
+
+        ``factor`` and ``residual`` have y's shape; their rows may be any distance apart. Activations: ``""``, ``relu``,
+        ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
+
+        Raises:
+            ValueError: shapes do not fit, or there is no such activation.
+        """
+
+class NbitsLinear:
+    """A linear on packed integer weights that computes in floats.
+
+    Raises:
+        ValueError: sizes do not fit, or the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        outputs: int,
+        columns: int,
+        bits: int,
+        group_size: int,
+        bfloat16: bool,
+        codes: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.float16] | npt.NDArray[np.float32],
+        zeros: npt.NDArray[np.uint8] | None,
+        bias: npt.NDArray[np.float32] | None,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    @property
+    def exact_rows(self) -> int | None:
+        """Beyond so many rows weights and activations are rounded to bfloat16; ``None``: never."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        threads: int,
+        activation: str = "",
+        factor: npt.NDArray[np.float32] | None = None,
+        residual: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """As ``FloatLinear.run``."""

@@ -11,6 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from graphwright.backends.cpu import CpuBackend as CpuBackend
+    from graphwright.backends.cpu import PackedModel as PackedModel
+    from graphwright.backends.cpu import load_packed as load_packed
     from graphwright.backends.onnx import export_onnx as export_onnx
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
@@ -95,6 +98,7 @@ _EXPORTS: dict[str, str] = {
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Cleanup": "graphwright.passes.cleanup",
     "ContractViolation": "graphwright.ir.errors",
+    "CpuBackend": "graphwright.backends.cpu",
     "Dim": "graphwright.ir.types",
     "DumpIR": "graphwright.passes.hooks",
     "EliminateCommonSubexpressions": "graphwright.passes.cleanup",
@@ -117,6 +121,7 @@ _EXPORTS: dict[str, str] = {
     "Matcher": "graphwright.ir.pattern",
     "OptimizedModel": "graphwright.frontends.api",
     "OrderError": "graphwright.ir.errors",
+    "PackedModel": "graphwright.backends.cpu",
     "Pass": "graphwright.passes.base",
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
@@ -150,6 +155,7 @@ _EXPORTS: dict[str, str] = {
     "either": "graphwright.ir.pattern",
     "export_onnx": "graphwright.backends.onnx",
     "load_huggingface": "graphwright.frontends.huggingface",
+    "load_packed": "graphwright.backends.cpu",
     "load_recipe": "graphwright.frontends.recipes",
     "maybe": "graphwright.ir.pattern",
     "op": "graphwright.ir.pattern",

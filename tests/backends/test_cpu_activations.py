@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from graphwright.backends.cpu import features, native_status
-from graphwright.backends.cpu.kernels.pointwise import FUNCTIONS, Activation, GatedActivation
+from graphwright.backends.cpu.kernels.pointwise import FUNCTIONS, Activation, Combination, GatedActivation
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops.activation import ACTIVATIONS, gated_activation
 
@@ -199,3 +199,41 @@ def test_the_extension_refuses_arrays_that_do_not_fit() -> None:
         kernel.run(x, None, np.lib.stride_tricks.as_strided(y, (3, 4), (4, 4)), 1)
     with pytest.raises(TypeError):
         kernel.run(x, None, y.astype(np.float64), 1)
+
+
+SHAPES = [
+    ((2, 5, 40), (2, 5, 40)),
+    ((2, 5, 40), (5, 40)),
+    ((2, 5, 40), (1, 5, 40)),
+    ((2, 5, 40), (40,)),
+    ((2, 5, 40), (1,)),
+    ((2, 5, 40), (2, 1, 40)),
+    ((2, 5, 40), (2, 5, 1)),
+    ((1, 1, 1), (1, 1, 1)),
+    ((40,), (3, 40)),
+    ((0, 40), (40,)),
+    ((300, 700), (300, 700)),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), SHAPES)
+@pytest.mark.parametrize("adds", [True, False])
+def test_sums_and_products(first: tuple[int, ...], second: tuple[int, ...], adds: bool) -> None:
+    x, y = torch.randn(first), torch.randn(second)
+    wanted = x + y if adds else x * y
+    for isa in isas():
+        assert torch.equal(Combination(isa, adds)(x, y), wanted)
+        assert torch.equal(Combination(isa, adds)(y, x), wanted)
+    if x.dim() == y.dim() > 1:
+        assert torch.equal(Combination(isas()[-1], adds)(x.mT, y.mT), wanted.mT)
+
+
+def test_what_cannot_be_combined() -> None:
+    kernel = Combination(isas()[-1], True)
+    for x, y in [
+        (torch.ones(2, 1), torch.ones(1, 2)),
+        (torch.ones(2), torch.ones(3)),
+        (torch.ones(2), torch.ones(2).half()),
+    ]:
+        with pytest.raises((BackendError, RuntimeError)):
+            kernel(x, y)

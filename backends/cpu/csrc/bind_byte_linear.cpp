@@ -4,6 +4,7 @@
 #include "bindings.h"
 #include "byte_linear.h"
 #include "isa.h"
+#include "linear_output.h"
 
 namespace graphwright {
 namespace {
@@ -57,13 +58,11 @@ class HeldByteLinear {
 
   const char* isa() const { return kernels_.byte_linear->isa; }
 
-  void run(const Matrix<const float>& x, const Matrix<float>& y, std::size_t threads) const {
+  void run(const Matrix<const float>& x, const Matrix<float>& y, std::size_t threads, std::string_view activation,
+           const std::optional<Rows>& factor, const std::optional<Rows>& residual) const {
     expect(x.shape(1) == columns_, "x has the wrong number of columns");
     expect(y.shape(0) == x.shape(0) && y.shape(1) == weights_.outputs, "y has the wrong shape");
-    LinearOutput output{};
-    output.values = y.data();
-    output.stride = weights_.outputs;
-    output.bias = bias_ ? bias_->data() : nullptr;
+    const LinearOutput output = output_of(y, bias_ ? bias_->data() : nullptr, activation, factor, residual);
     nb::gil_scoped_release release;
     run_byte_linear(kernels_, weights_, grid_, x.data(), x.shape(0), columns_, output, threads);
   }
@@ -83,7 +82,7 @@ class HeldByteLinear {
 }  // namespace
 
 void bind_byte_linear(nb::module_& m) {
-  m.def("pack_codes", &pack, "stored"_a, "bits"_a, "codes"_a, "threads"_a,
+  m.def("pack_codes", &pack, "stored"_a, "bits"_a, "codes"_a.noconvert(), "threads"_a,
         "Stored codes, uint8 [outputs, groups, bytes], into the layout that the kernels stream.");
 
   nb::class_<HeldByteLinear>(m, "ByteLinear", "A linear on packed integer weights; activations are rounded to bytes.")
@@ -94,7 +93,8 @@ void bind_byte_linear(nb::module_& m) {
            "isa"_a, "outputs"_a, "columns"_a, "bits"_a, "group"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "sums"_a.none(),
            "bias"_a.none(), "rounding"_a, "steps"_a.none(), "zero"_a)
       .def_prop_ro("isa", &HeldByteLinear::isa, "The instruction set of the kernel that runs.")
-      .def("run", &HeldByteLinear::run, "x"_a, "y"_a, "threads"_a, "y = x Wᵀ + b for rows of floats.");
+      .def("run", &HeldByteLinear::run, "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a, "activation"_a = "",
+           "factor"_a.noconvert().none() = nb::none(), "residual"_a.noconvert().none() = nb::none(), "y = activation(x Wᵀ + b) * factor + residual for rows of floats.");
 }
 
 }  // namespace graphwright

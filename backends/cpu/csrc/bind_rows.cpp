@@ -39,16 +39,6 @@ OutputRows output_rows(const Result& y, std::size_t rows, std::size_t columns) {
   return {y.data(), static_cast<std::ptrdiff_t>(y.stride(0))};
 }
 
-Activation activation_called(std::string_view name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "tanh") return Activation::kTanh;
-  if (name == "sigmoid") return Activation::kSigmoid;
-  throw std::invalid_argument("no activation is called '" + std::string(name) + "'");
-}
-
 class HeldNorm {
  public:
   HeldNorm(std::string_view isa, bool centred, std::optional<Array<const float>> weight,
@@ -85,19 +75,20 @@ class HeldNorm {
 
 class HeldPointwise {
  public:
-  HeldPointwise(std::string_view isa, std::string_view activation)
-      : kernels_(*graphwright::isa(isa).kernels().rows), activation_(activation_called(activation)) {}
+  HeldPointwise(std::string_view isa, std::string_view activation, bool adds)
+      : kernels_(*graphwright::isa(isa).kernels().rows), activation_(activation_named(activation)), adds_(adds) {}
 
   const char* isa() const { return kernels_.isa; }
 
-  void run(const Rows& x, const std::optional<Rows>& up, const Result& y, std::size_t threads) const {
+  void run(const Rows& x, const std::optional<Rows>& other, const Result& y, std::size_t threads) const {
     const std::size_t rows = x.shape(0), columns = x.shape(1);
     Pointwise work{};
     work.x = input_rows(x, rows, columns);
-    if (up) work.up = input_rows(*up, rows, columns);
+    if (other) work.other = input_rows(*other, rows, columns);
     work.y = output_rows(y, rows, columns);
     work.columns = columns;
     work.activation = activation_;
+    work.adds = adds_;
     if (x.size() == 0) return;
     nb::gil_scoped_release release;
     run_pointwise(kernels_, work, rows, threads);
@@ -106,6 +97,7 @@ class HeldPointwise {
  private:
   RowKernels kernels_;
   Activation activation_;
+  bool adds_;
 };
 
 class HeldRotary {
@@ -227,11 +219,11 @@ void bind_rows(nb::module_& m) {
       .def_prop_ro("isa", &HeldNorm::isa, kIsa)
       .def("run", &HeldNorm::run, "x"_a.noconvert(), "residual"_a.noconvert().none(), "y"_a.noconvert(),
            "sum"_a.noconvert().none(), "threads"_a, "y = norm(x + residual), sum = x + residual.");
-  nb::class_<HeldPointwise>(m, "Pointwise", "An activation, value by value.")
-      .def(nb::init<std::string_view, std::string_view>(), "isa"_a, "activation"_a)
+  nb::class_<HeldPointwise>(m, "Pointwise", "An activation, a sum or a product, value by value.")
+      .def(nb::init<std::string_view, std::string_view, bool>(), "isa"_a, "activation"_a, "adds"_a = false)
       .def_prop_ro("isa", &HeldPointwise::isa, kIsa)
-      .def("run", &HeldPointwise::run, "x"_a.noconvert(), "up"_a.noconvert().none(), "y"_a.noconvert(), "threads"_a,
-           "y = activation(x) * up; without `up`, activation(x).");
+      .def("run", &HeldPointwise::run, "x"_a.noconvert(), "other"_a.noconvert().none(), "y"_a.noconvert(), "threads"_a,
+           "y = activation(x) * other, or + other; without `other`, activation(x).");
   nb::class_<HeldRotary>(m, "Rotary", "Rotary position embedding.")
       .def(nb::init<std::string_view, bool>(), "isa"_a, "interleaved"_a)
       .def_prop_ro("isa", &HeldRotary::isa, kIsa)

@@ -10,6 +10,10 @@
 #include <cstddef>
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "activation.h"
 
 namespace graphwright {
 
@@ -26,6 +30,17 @@ inline void expect(bool good, const char* what) {
   if (!good) throw std::invalid_argument(what);
 }
 
+inline Activation activation_named(std::string_view name) {
+  if (name.empty()) return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "tanh") return Activation::kTanh;
+  if (name == "sigmoid") return Activation::kSigmoid;
+  throw std::invalid_argument("no activation is called '" + std::string(name) + "'");
+}
+
 template <typename T>
 const T* data_of(const std::optional<Array<const T>>& array, std::size_t size, const char* what) {
   if (!array) return nullptr;
@@ -33,7 +48,9 @@ const T* data_of(const std::optional<Array<const T>>& array, std::size_t size, c
   return array->data();
 }
 
+void bind_attention(nb::module_& m);
 void bind_byte_linear(nb::module_& m);
+void bind_float_linear(nb::module_& m);
 void bind_rows(nb::module_& m);
 
 }  // namespace graphwright

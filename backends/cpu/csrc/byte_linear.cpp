@@ -8,11 +8,9 @@
 namespace graphwright {
 namespace {
 
-// 4-bit codes are unpacked so many columns at a time: 32 KiB, which stay in the first cache while rows go by.
-constexpr std::size_t kColumnsAtOnce = 512;
 // Rows that are taken together for each panel: their codes stay in the second cache.
 constexpr std::size_t kRowsAtOnce = 192;
-// Up to so many rows the weights are read once and nothing is unpacked (linear_bytes.inc).
+// Up to so many rows the weights are read once (linear_bytes.inc).
 constexpr std::size_t kFewRows = 4;
 
 // What a call needs besides its operands. One for each thread; it grows to what the largest call asked for.
@@ -103,20 +101,12 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
   // Whole runs of panels, so that each thread streams; more of them than threads, so that none waits long for another.
   const std::size_t run = std::max<std::size_t>(1, weights.panels / (threads * (few ? 4 : 8)));
   const std::size_t runs = (weights.panels + run - 1) / run;
-  const std::size_t at_once = weights.groups == 1 ? 1 : std::max<std::size_t>(1, kColumnsAtOnce / weights.group);
   parallel_for(parts * runs, threads, [&](std::size_t index) {
-    static thread_local std::vector<std::uint8_t> codes;
-    static thread_local std::vector<float> partial;
     LinearBlock block{};
     block.panel_begin = index % runs * run;
     block.panel_end = std::min(block.panel_begin + run, weights.panels);
     block.row_begin = index / runs * together;
     block.row_end = std::min(block.row_begin + together, rows);
-    block.groups_at_once = at_once;
-    if (!few && weights.bits == 4) {
-      block.codes = scratch(codes, at_once * weights.group * kPanel);
-      block.partial = scratch(partial, together * kPanel);
-    }
     kernels.byte_linear->run(weights, bytes, y, block);
   });
 }

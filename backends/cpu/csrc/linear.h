@@ -52,9 +52,6 @@ struct LinearOutput {
 // A part of a product, the work of one thread.
 struct LinearBlock {
   std::size_t panel_begin, panel_end, row_begin, row_end;
-  std::size_t groups_at_once;     // 4-bit codes are unpacked so many groups at a time where there are many rows
-  std::uint8_t* codes;            // room for them: groups_at_once * group * 64 bytes
-  float* partial;                 // room for sums between them: [rows][64]
 };
 
 }  // namespace graphwright

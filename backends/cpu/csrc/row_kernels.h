@@ -29,12 +29,13 @@ struct Norm {
   float epsilon;
 };
 
-// y = activation(x) * up. Without `up` it is left out.
+// y = activation(x) * other, or + other. Without `other` it is left out.
 struct Pointwise {
-  InputRows x, up;
+  InputRows x, other;
   OutputRows y;
   std::size_t columns;
   Activation activation;
+  bool adds;
 };
 
 // y = x * cos + turned(x) * sin in the first `rotated` features, x in those that follow.

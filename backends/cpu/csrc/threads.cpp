@@ -4,8 +4,10 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -33,9 +35,16 @@ struct Job {
   void* context;
   std::size_t count;
   std::atomic<std::size_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};  // the first one, once `failed`
 
-  void work() {
-    for (std::size_t index = next.fetch_add(1); index < count; index = next.fetch_add(1)) task(context, index);
+  void work() noexcept {
+    try {
+      for (std::size_t index = next.fetch_add(1); index < count; index = next.fetch_add(1)) task(context, index);
+    } catch (...) {
+      next.store(count);  // nobody begins more of it
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   }
 };
 
@@ -52,9 +61,13 @@ class Pool {
 
   void run(Job& job, std::size_t helpers) {
     const std::lock_guard turn(turn_);
-    while (workers_.size() < helpers) {
-      const std::size_t rank = workers_.size();
-      workers_.emplace_back([this, rank] { serve(rank); });
+    try {
+      while (workers_.size() < helpers) {
+        const std::size_t rank = workers_.size();
+        workers_.emplace_back([this, rank] { serve(rank); });
+      }
+    } catch (const std::system_error&) {
+      helpers = workers_.size();  // the system gives no more threads: those there are do the work
     }
     {
       const std::lock_guard lock(mutex_);
@@ -140,6 +153,7 @@ void parallel_for(std::size_t count, std::size_t threads, void (*task)(void*, st
   Pool::inside = true;
   pool()->run(job, used - 1);
   Pool::inside = false;
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace graphwright

@@ -1,12 +1,36 @@
 """Kernels as modules that stand in a lowered graph: one file per family, each with the table of operators it lowers."""
 
+from typing import Any
+
+from graphwright.backends.cpu.kernels import attention, byte_linear, embedding, float_linear, norms, pointwise, rotary
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site
-from graphwright.backends.cpu.kernels.byte_linear import LOWERINGS as _BYTE_LINEARS
-from graphwright.backends.cpu.kernels.embedding import LOWERINGS as _EMBEDDINGS
-from graphwright.backends.cpu.kernels.norms import LOWERINGS as _NORMS
-from graphwright.backends.cpu.kernels.pointwise import LOWERINGS as _POINTWISE
-from graphwright.backends.cpu.kernels.rotary import LOWERINGS as _ROTARY
+from graphwright.backends.cpu.kernels.byte_packing import PackedLinear
+from graphwright.backends.cpu.kernels.float_linear import PackedFloats
 
-__all__ = ["LOWERINGS", "Kernel", "Lowering", "Site"]
+__all__ = ["KERNELS", "LOWERINGS", "PACKED", "Kernel", "Lowering", "Site"]
 
-LOWERINGS: dict[str, Lowering] = {**_BYTE_LINEARS, **_EMBEDDINGS, **_NORMS, **_POINTWISE, **_ROTARY}
+_FAMILIES = (attention, byte_linear, embedding, float_linear, norms, pointwise, rotary)
+
+LOWERINGS: dict[str, Lowering] = {op: lower for family in _FAMILIES for op, lower in family.LOWERINGS.items()}
+
+# By name, for packed files: kernels, and the dataclasses of packed operands that they take.
+KERNELS: dict[str, type[Kernel]] = {
+    kernel.__name__: kernel
+    for kernel in (
+        attention.Attention,
+        attention.Softmax,
+        attention.TorchAttention,
+        byte_linear.ByteLinear,
+        embedding.Embedding,
+        embedding.PackedEmbedding,
+        float_linear.FloatLinear,
+        float_linear.NbitsLinear,
+        norms.LayerNorm,
+        norms.RmsNorm,
+        pointwise.Activation,
+        pointwise.Combination,
+        pointwise.GatedActivation,
+        rotary.Rotary,
+    )
+}
+PACKED: dict[str, type[Any]] = {packed.__name__: packed for packed in (PackedFloats, PackedLinear)}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from torch import fx, nn
 from graphwright.ir.arguments import arguments_of
 from graphwright.ir.program import Program
 
+T = TypeVar("T")
+K = TypeVar("K", bound="Kernel")
+
 
 class Kernel(nn.Module):
     """A C++ kernel in place of a node. It holds what was known at lowering and gives no gradients.
@@ -23,10 +27,22 @@ class Kernel(nn.Module):
         inputs: names of the operator's arguments that it is called with, in order; one that the node leaves out or
             gives as a number is passed as it is.
         label: what ``explain()`` calls it: kernel, instruction set and what it rounds.
+        given: the arguments it was made with, by name; packed files keep them. Only tensors, numbers, text, ``None``,
+            tuples of these, and the dataclasses of packed operands.
+        settings: names of attributes that the lowering sets afterwards.
     """
 
     inputs: tuple[str, ...]
     label: str
+    given: dict[str, Any]
+    settings: tuple[str, ...] = ()
+
+    def __new__(cls: type[K], *args: Any, **kwargs: Any) -> K:
+        """Note the arguments."""
+        made = super().__new__(cls)
+        given = inspect.signature(cls.__init__).bind(made, *args, **kwargs).arguments
+        object.__setattr__(made, "given", {name: value for name, value in given.items() if name != "self"})
+        return made
 
 
 @dataclass(frozen=True)
@@ -38,12 +54,14 @@ class Site:
         node: the call.
         isa: instruction set whose kernels are used.
         compute: ``CpuBackend``'s choice for linears.
+        packed: what :meth:`packed_once` made for earlier nodes of the program.
     """
 
     program: Program
     node: fx.Node
     isa: str
     compute: str
+    packed: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -63,14 +81,23 @@ class Site:
         """Like :meth:`stored`, and ``None`` for an argument that is ``None``."""
         return None if self.arguments[name] is None else self.stored(name)
 
+    def packed_once(self, names: tuple[str, ...], pack: Callable[[], T]) -> T:
+        """What ``pack`` makes of stored arguments; where another node has the very same ones, what it made for that."""
+        values = [self.arguments[name] for name in names]
+        key = (str(self.node.target), *(str(v.target) if isinstance(v, fx.Node) else str(v) for v in values))
+        if key not in self.packed:
+            self.packed[key] = pack()
+        found: T = self.packed[key]
+        return found
+
     def value(self, name: str) -> torch.Tensor:
         """The fake tensor of an argument: its shape (sizes may be symbols) and dtype."""
         value: torch.Tensor = self.arguments[name].meta["val"]
         return value
 
 
-# The kernel of a node, or why it has none.
-Lowering = Callable[[Site], Kernel | str]
+# The kernel of a node, or why it has none; ``None`` where nothing is lost without, such as for sums of sizes.
+Lowering = Callable[[Site], Kernel | str | None]
 
 
 def floats(x: torch.Tensor) -> npt.NDArray[np.float32]:

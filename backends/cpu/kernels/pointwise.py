@@ -1,12 +1,15 @@
-"""Activations, alone or as the gate of another value."""
+"""Activations, alone or as the gate of another value; sums and products of two tensors."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import fx
 
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, floats, tensor_like
-from graphwright.backends.cpu.kernels.layout import expect_floats, result_like, rows_of, unsuitable
+from graphwright.backends.cpu.kernels.layout import Floats, expect_floats, result_like, rows_of, unsuitable
 from graphwright.ir.errors import BackendError
+from graphwright.ir.types import TensorType
 
 FUNCTIONS = ("gelu", "gelu_tanh", "relu", "sigmoid", "silu", "tanh")
 
@@ -56,6 +59,66 @@ class GatedActivation(Activation):
         self.label = f"gated {self.label}"
 
 
+class Combination(Kernel):
+    """``self + other`` or ``self * other``, either of which may be broadcast to the other's shape.
+
+    Args:
+        isa: instruction set of the kernel.
+        adds: add, or multiply.
+    """
+
+    inputs = ("self", "other")
+
+    def __init__(self, isa: str, adds: bool) -> None:
+        super().__init__()
+        from graphwright.backends.cpu import _native  # not at the top: it may be absent
+
+        self._kernel = _native.Pointwise(isa, "", adds)
+        self.label = f"{'add' if adds else 'multiply'} {self._kernel.isa}"
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The sum or product, in the operands' dtype; without gradients.
+
+        Raises:
+            BackendError: they are not floating tensors on the CPU, or neither has the result's shape.
+        """
+        expect_floats(self.label, x, other)
+        shape = x.shape if x.shape == other.shape else torch.broadcast_shapes(x.shape, other.shape)
+        if x.shape != shape:
+            x, other = other, x
+        if x.dtype != other.dtype or x.shape != shape:
+            raise BackendError(f"cannot combine {[*x.shape]} and {[*other.shape]}", where=self.label)
+        result, order = result_like(x)
+        if result.size > 0:
+            columns, second = _aligned(floats(x), floats(other), order)
+            rows, target = rows_of(floats(x), columns, order), rows_of(result, columns, order)
+            self._kernel.run(rows, second, target, torch.get_num_threads())
+        return tensor_like(result, x)
+
+
+def _aligned(x: Floats, other: Floats, order: tuple[int, ...] | None) -> tuple[int, Floats]:
+    """The columns of a row, and the second operand as rows: one, over and over, where leading dimensions repeat it."""
+    shape = other.shape[next((i for i, size in enumerate(other.shape) if size != 1), other.ndim) :]
+    if order is None and 0 < len(shape) < x.ndim and x.shape[-len(shape) :] == shape:
+        columns = other.size
+        return columns, np.broadcast_to(other.reshape(1, columns), (x.size // columns, columns))
+    columns = x.shape[-1 if order is None else order[-1]] if x.shape else 1
+    return columns, rows_of(np.broadcast_to(other, x.shape), columns, order)
+
+
+def _combine(adds: bool) -> Lowering:
+    def lower(site: Site) -> Kernel | str | None:
+        operands = [site.arguments[name] for name in ("self", "other")]
+        kinds = [site.program.type_of(node) for node in operands if isinstance(node, fx.Node)]
+        result = site.program.type_of(site.node)
+        plain = len(kinds) == 2 and result in kinds and site.arguments.get("alpha", 1) == 1
+        if not plain or len({kind.dtype for kind in kinds if isinstance(kind, TensorType)}) != 1:
+            return None  # a number, or both are broadcast, or one is promoted
+        return Combination(site.isa, adds) if not unsuitable(site, "self") else None
+
+    return lower
+
+
 def _plain(function: str) -> Lowering:
     return lambda site: unsuitable(site, "self") or Activation(site.isa, function)
 
@@ -73,7 +136,9 @@ def _gated(site: Site) -> Kernel | str:
 
 
 LOWERINGS: dict[str, Lowering] = {
+    "aten.add.Tensor": _combine(adds=True),
     "aten.gelu": _gelu,
+    "aten.mul.Tensor": _combine(adds=False),
     **{f"aten.{name}": _plain(name) for name in ("relu", "sigmoid", "silu", "tanh")},
     "graphwright.gated_activation": _gated,
 }

@@ -9,7 +9,11 @@ namespace {
 #include "vectors_256.inc"
 
 struct V : Vectors {
-  static Int dot(Int acc, Int w, Int x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
+  // GCC 12 copies the sums around the intrinsic, twice for each product.
+  static Int dot(Int acc, Int w, Int x) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+    return acc;
+  }
 };
 
 #include "math.inc"

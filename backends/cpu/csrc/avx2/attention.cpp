@@ -1,0 +1,26 @@
+// Attention and softmax, 256-bit vectors.
+#include <immintrin.h>
+
+#include "activation.h"
+#include "attention_kernels.h"
+
+namespace graphwright::avx2 {
+namespace {
+
+#include "floats_256.inc"
+
+struct V : Floats {
+  static constexpr int kRows = 6, kVectors = 2;
+};
+
+#include "math.inc"
+#include "attention.inc"
+#include "softmax.inc"
+
+}  // namespace
+
+extern const AttentionKernels attention;
+const AttentionKernels attention = {
+    .isa = "avx2", .scratch = Work::size, .run = run_attention, .combine = combine_attention, .softmax = softmax_rows};
+
+}  // namespace graphwright::avx2

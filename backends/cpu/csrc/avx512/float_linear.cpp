@@ -1,0 +1,33 @@
+// The products in floats, in 512-bit vectors.
+#include <immintrin.h>
+
+#include "float_linear_kernels.h"
+
+namespace graphwright::avx512 {
+namespace {
+
+#include "codes_512.inc"
+
+struct V : Codes {
+  static constexpr int kRows = 6, kVectors = 4, kMostVectors = 4, kStreamed = 16;
+};
+
+#include "math.inc"
+#include "epilogue.inc"
+#include "linear_floats.inc"
+#include "linear_codes.inc"
+#include "round_floats.inc"
+
+}  // namespace
+
+extern const FloatLinearKernels float_linear;
+const FloatLinearKernels float_linear = {.isa = "avx512",
+                                         .pairs = false,
+                                         .float32 = dense<Float32>,
+                                         .bfloat16 = dense<Bfloat16Apart>,
+                                         .coded_float32 = coded<Float32>,
+                                         .coded_bfloat16 = nullptr,
+                                         .coded_few = coded_few,
+                                         .round_row = round_row<float>};
+
+}  // namespace graphwright::avx512

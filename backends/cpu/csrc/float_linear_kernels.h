@@ -1,0 +1,61 @@
+// The kernels of linears that compute in floats. Plain data: see kernel_table.h.
+//
+// Dense weights are cut into panels of 64 outputs like those of linear.h, and a panel into steps of 256 bytes: a column
+// of float32, or two columns of bfloat16, each output's side by side. What is padded is 0.
+#pragma once
+
+#include "linear.h"
+
+namespace graphwright {
+
+struct DenseWeights {
+  const std::uint8_t* values;  // [panels][steps][256]
+  std::size_t outputs, columns;
+};
+
+// Codes that become floats: (code - zero point) * scale.
+struct CodedWeights {
+  PackedLinear packed;
+  std::size_t columns, group_size;  // columns of a group as they are stored; packed.group is padded
+};
+
+// Rows as a kernel reads them: floats; or bfloat16, where FloatLinearKernels::pairs holds and the product is of those.
+struct FloatRows {
+  const void* values;
+  std::size_t stride;  // in values
+};
+
+// A few rows of floats for streamed codes: every group padded with 0 to PackedLinear::group.
+struct GroupedRows {
+  const float* values;  // [rows][groups * group]
+  const float* sums;    // [rows][groups], or null where the weights have no zero points
+};
+
+// A part of a product, the work of one thread.
+struct FloatBlock {
+  std::size_t panel_begin, panel_end, row_begin, row_end;
+  float* sums;            // room for [rows][64]
+  std::uint8_t* weights;  // room for kBlockSteps * 256 bytes where codes are unpacked
+};
+
+// So many steps of a panel are multiplied with all rows before the next: 32 KiB, which stay in the first cache meanwhile.
+// Sums of such blocks are added up from left to right.
+inline constexpr std::size_t kBlockSteps = 128;
+// Up to so many rows codes are made floats in registers, four rows at a time; with more, a block is made dense weights
+// first. Products of bfloat16 need those, and are twice as fast.
+inline constexpr std::size_t kFewRows = 32, kFewRowsBfloat16 = 8;
+
+struct FloatLinearKernels {
+  const char* isa;  // whose kernels these are
+  bool pairs;       // whether rows for bfloat16 products are bfloat16, or floats rounded to it
+  void (*float32)(const DenseWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
+  void (*bfloat16)(const DenseWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
+  void (*coded_float32)(const CodedWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
+  // Where `pairs` holds; elsewhere it would be slower than floats.
+  void (*coded_bfloat16)(const CodedWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
+  void (*coded_few)(const CodedWeights&, const GroupedRows&, const LinearOutput&, const FloatBlock&);
+  // A row rounded to bfloat16, to nearest, ties to even; the columns from `columns` to `padded` are 0.
+  void (*round_row)(const float* x, std::size_t columns, std::size_t padded, void* rounded);
+};
+
+}  // namespace graphwright

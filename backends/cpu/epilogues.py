@@ -1,0 +1,88 @@
+"""What follows a linear and is done by its kernel: an activation, a product, a residual that is added."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from graphwright.ir.arguments import arguments_of
+from graphwright.ir.names import op_name
+from graphwright.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """``activation(linear) * factor + residual``; what a program does not do is left out.
+
+    Attributes:
+        linear: the node whose kernel does it.
+        absorbed: the nodes after it, in order; the last one's value is what the kernel gives.
+        activation: empty or a name of :data:`graphwright.ir.ops.activation.ACTIVATIONS` or ``tanh``.
+        factor: of the same shape.
+        residual: of the same shape.
+    """
+
+    linear: fx.Node
+    absorbed: tuple[fx.Node, ...] = ()
+    activation: str = ""
+    factor: fx.Node | None = None
+    residual: fx.Node | None = None
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose value the kernel gives."""
+        return self.absorbed[-1] if self.absorbed else self.linear
+
+
+def epilogue_of(program: Program, linear: fx.Node, taken: Set[fx.Node]) -> Epilogue:
+    """The longest epilogue that a linear's kernel can take in.
+
+    A node is taken in when it is the only user of the one before it, the order is that of :class:`Epilogue` and no
+    other linear has ``taken`` it.
+    """
+    found = Epilogue(linear)
+    while len(found.last.users) == 1:
+        (user,) = found.last.users
+        longer = _with(program, found, user) if user.op == "call_function" and user not in taken else None
+        if longer is None:
+            return found
+        found = longer
+    return found
+
+
+def _with(program: Program, before: Epilogue, node: fx.Node) -> Epilogue | None:
+    name = op_name(node)
+    plain = not before.activation and before.factor is None and before.residual is None
+    longer = replace(before, absorbed=(*before.absorbed, node))
+    if program.type_of(before.last) != program.type_of(node):
+        return None
+    if name in _ACTIVATIONS:
+        activation = _ACTIVATIONS[name]
+        if name == "aten.gelu" and arguments_of(node)["approximate"] == "tanh":
+            activation = "gelu_tanh"
+        return replace(longer, activation=activation) if plain else None
+    if name == "graphwright.gated_activation":
+        given = arguments_of(node)
+        gate, up = given["gate"], given["up"]
+        if not plain or gate is not before.last or up is gate or not _alike(program, node, up):
+            return None
+        return replace(longer, activation=given["activation"], factor=up)
+    if name not in ("aten.mul.Tensor", "aten.add.Tensor"):
+        return None
+    given = arguments_of(node)
+    others = [value for value in (given["self"], given["other"]) if value is not before.last]
+    if len(others) != 1 or not _alike(program, node, others[0]):
+        return None
+    if name == "aten.mul.Tensor":
+        return replace(longer, factor=others[0]) if before.factor is None and before.residual is None else None
+    return replace(longer, residual=others[0]) if before.residual is None and given["alpha"] == 1 else None
+
+
+def _alike(program: Program, node: fx.Node, other: object) -> bool:
+    """Whether an operand has the very type of the result: nothing is broadcast or promoted."""
+    return isinstance(other, fx.Node) and program.type_of(other) == program.type_of(node)
+
+
+_ACTIVATIONS = {"aten.relu": "relu", "aten.silu": "silu", "aten.gelu": "gelu", "aten.tanh": "tanh"}

@@ -1,0 +1,140 @@
+"""Linears that compute in float32 or bfloat16: dense weights, and packed integers whose activations stay floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
+from graphwright.backends.cpu.kernels.byte_packing import PANEL, STEP_BYTES, PackedLinear
+from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
+
+_STORED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class PackedFloats:
+    """Dense weights in the layout that the kernels stream (``csrc/float_linear_kernels.h``).
+
+    Attributes:
+        outputs, columns: of the matrix.
+        bfloat16: whether values are bfloat16, or float32.
+        values: uint8, flat, ``[panels, steps, 256]``.
+    """
+
+    outputs: int
+    columns: int
+    bfloat16: bool
+    values: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.values.numel()
+
+
+def pack_floats(weight: torch.Tensor, *, bfloat16: bool = False) -> PackedFloats:
+    """Pack ``[out, in]``, float32, float16 or bfloat16.
+
+    Args:
+        weight: stored weights.
+        bfloat16: round values to bfloat16.
+    """
+    from graphwright.backends.cpu import _native  # not at the top: it may be absent
+
+    outputs, columns = weight.shape
+    panels, steps = -(-outputs // PANEL), -(-columns // 2) if bfloat16 else columns
+    values = torch.empty(panels * steps * STEP_BYTES, dtype=torch.uint8)
+    stored, threads = weight.detach().contiguous(), torch.get_num_threads()
+    if bfloat16 and stored.dtype == torch.bfloat16:
+        _native.pack_bfloat16(stored.view(torch.int16).numpy().view(np.uint16), values.numpy(), threads)
+    else:
+        _native.pack_floats(stored.to(torch.float32).numpy(), bfloat16, values.numpy(), threads)
+    return PackedFloats(outputs, columns, bfloat16, values)
+
+
+class FloatLinear(Linear):
+    """``x Wᵀ + b`` on dense weights, with float32 sums.
+
+    Args:
+        packed: the weights. Where they are bfloat16, activations are rounded to it.
+        isa: instruction set of the kernel.
+        bias: ``[out]`` or ``None``.
+        note: what to say of the weights' rounding.
+    """
+
+    inputs = ("input",)
+
+    def __init__(self, packed: PackedFloats, isa: str, bias: torch.Tensor | None = None, note: str = "") -> None:
+        from graphwright.backends.cpu import _native  # not at the top: it may be absent
+
+        kernel = _native.FloatLinear(
+            isa, packed.outputs, packed.columns, packed.bfloat16, packed.values.numpy(), stored_floats(bias)
+        )
+        label = f"float_linear {kernel.isa}, {note or ('bfloat16' if packed.bfloat16 else 'float32')}"
+        super().__init__(kernel, packed.columns, packed.outputs, label)
+        self.packed = packed
+
+
+class NbitsLinear(Linear):
+    """``linear_nbits`` in floats: the weights stay packed.
+
+    Args:
+        packed: the weights.
+        group_size: columns of a group.
+        isa: instruction set of the kernel.
+        bias: ``[out]`` or ``None``.
+        bfloat16: weights and activations may be rounded to bfloat16. They are where that is faster: with enough rows,
+            on instruction sets that multiply it.
+    """
+
+    def __init__(
+        self,
+        packed: PackedLinear,
+        group_size: int,
+        isa: str,
+        bias: torch.Tensor | None = None,
+        *,
+        bfloat16: bool = False,
+    ) -> None:
+        from graphwright.backends.cpu import _native  # not at the top: it may be absent
+
+        kernel = _native.NbitsLinear(
+            isa,
+            packed.outputs,
+            packed.columns,
+            packed.bits,
+            group_size,
+            bfloat16,
+            packed.codes.numpy(),
+            packed.scales.numpy(),
+            packed.zeros.numpy() if packed.zeros is not None else None,
+            stored_floats(bias),
+        )
+        rounds = "float32"
+        if kernel.exact_rows is not None:
+            rounds = f"weights and activations rounded to bfloat16 beyond {kernel.exact_rows} rows"
+        label = f"nbits_linear {kernel.isa}, {packed.bits}-bit weights, {rounds}"
+        super().__init__(kernel, packed.columns, packed.outputs, label)
+        self.packed = packed
+
+
+def _dense(site: Site) -> Kernel | str:
+    refusal = unsuitable(site, ("weight", "bias"), "input")
+    if refusal:
+        return refusal
+    weight, bias = site.stored("weight"), site.maybe_stored("bias")
+    if weight.dtype not in _STORED or weight.dim() != 2 or weight.numel() == 0:
+        return f"the kernels have no {weight.dtype} weights of shape {list(weight.shape)}"
+    note = ""
+    if weight.dtype == torch.bfloat16:
+        note = "bfloat16 weights and activations"
+    elif site.compute == "bfloat16":
+        note = "weights and activations rounded to bfloat16"
+    packed = site.packed_once(("weight",), lambda: pack_floats(weight, bfloat16=bool(note)))
+    return FloatLinear(packed, site.isa, bias, note)
+
+
+LOWERINGS: dict[str, Lowering] = {"aten.linear": _dense}

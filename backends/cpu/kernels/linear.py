@@ -1,0 +1,89 @@
+"""What linear kernels have in common: rows in, rows out, and an epilogue before they are written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from graphwright.backends.cpu.kernels.base import Kernel, Site, floats, tensor_like
+from graphwright.ir.errors import BackendError
+
+
+class Linear(Kernel):
+    """``activation(x Wᵀ + b) * factor + residual``, each part but the product optional.
+
+    Attributes:
+        columns: input features.
+        outputs: output features.
+        activation: empty, or a name of ``_native``'s ``run``; set by the lowering when it takes an activation in.
+    """
+
+    inputs = ("x",)
+    settings = ("activation",)
+
+    def __init__(self, kernel: Any, columns: int, outputs: int, label: str) -> None:
+        super().__init__()
+        self._kernel = kernel
+        self.columns, self.outputs, self.label, self.activation = columns, outputs, label, ""
+
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel: one that has none of its own takes its parent's."""
+        isa: str = self._kernel.isa
+        return isa
+
+    def forward(
+        self, x: torch.Tensor, factor: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[..., in]``, floating, of any strides, to ``[..., out]`` of the same dtype; without a gradient.
+
+        Args:
+            x: the input.
+            factor: of the output's shape.
+            residual: of the output's shape.
+
+        Raises:
+            BackendError: the input is not a floating tensor on the CPU with that many features, or ``factor`` or
+                ``residual`` has another shape.
+        """
+        if not x.is_floating_point() or x.device.type != "cpu" or x.dim() == 0 or x.shape[-1] != self.columns:
+            raise BackendError(
+                f"takes floating CPU tensors of {self.columns} features, not {x.dtype} {list(x.shape)} on {x.device}",
+                where="linear kernel",
+            )
+        rows = np.ascontiguousarray(floats(x)).reshape(-1, self.columns)
+        result = np.empty((len(rows), self.outputs), np.float32)
+        if factor is None and residual is None:
+            self._kernel.run(rows, result, torch.get_num_threads(), self.activation)
+        else:
+            extra = self._rows(factor, x), self._rows(residual, x)
+            self._kernel.run(rows, result, torch.get_num_threads(), self.activation, *extra)
+        return tensor_like(result.reshape(*x.shape[:-1], self.outputs), x)
+
+    def _rows(self, other: torch.Tensor | None, x: torch.Tensor) -> npt.NDArray[np.float32] | None:
+        if other is None:
+            return None
+        if other.shape[:-1] != x.shape[:-1] or other.shape[-1] != self.outputs or not other.is_floating_point():
+            raise BackendError(
+                f"gives {[*x.shape[:-1], self.outputs]}, which {other.dtype} {list(other.shape)} does not fit",
+                where="linear kernel",
+            )
+        values = floats(other)
+        rows = values.reshape(-1, self.outputs) if values.size else np.empty((x.shape[:-1].numel(), self.outputs), "f4")
+        return rows if rows.strides[-1] == rows.itemsize else np.ascontiguousarray(rows)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of it."""
+        return f"{self.columns} -> {self.outputs}, {self.label}"
+
+
+def unsuitable(site: Site, weights: tuple[str, ...], x: str = "x") -> str:
+    """Why a linear cannot be packed, or an empty string."""
+    if any(not site.is_stored(name) for name in weights if site.arguments[name] is not None):
+        return "its weights are computed, not stored"
+    if site.value(x).dtype == torch.float64:
+        return "the kernels compute in float32"
+    return ""

@@ -1,0 +1,116 @@
+"""Lowering a program to the C++ kernels; what has none runs in PyTorch, and ``explain()`` says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphwright.backends.cpu.epilogues import epilogue_of
+from graphwright.backends.cpu.kernels import LOWERINGS, Kernel, Site
+from graphwright.backends.cpu.kernels.linear import Linear
+from graphwright.backends.executable import KernelUse
+from graphwright.ir import ops
+from graphwright.ir.arguments import arguments_of
+from graphwright.ir.names import op_name
+from graphwright.ir.program import Program
+from graphwright.ir.provenance import path_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel and what it is called with: nodes of the program, numbers or ``None``."""
+
+    kernel: Kernel
+    inputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What was decided for a program.
+
+    Attributes:
+        calls: kernels, by the node whose value they give.
+        absorbed: nodes that are not computed, because a kernel that comes later does their work.
+        uses: the kernel of every call, for ``explain()``.
+    """
+
+    calls: dict[fx.Node, Call]
+    absorbed: frozenset[fx.Node]
+    uses: tuple[KernelUse, ...]
+
+
+def lower(program: Program, isa: str | None, compute: str) -> Lowered:
+    """Choose the kernels of a program and pack their weights.
+
+    Args:
+        program: what to run; stays as it is.
+        isa: instruction set of the kernels, ``None`` where there are none.
+        compute: see :class:`graphwright.backends.cpu.CpuBackend`.
+    """
+    calls: dict[fx.Node, Call] = {}
+    absorbed: set[fx.Node] = set()
+    uses: dict[fx.Node, KernelUse] = {}
+    packed: dict[tuple[str, ...], Any] = {}
+    for node in program.nodes:
+        if node.op != "call_function" or node in absorbed:
+            continue
+        found = _kernel(Site(program, node, isa or "", compute, packed))
+        uses[node] = _use(node, found)
+        if not isinstance(found, Kernel):
+            continue
+        given = arguments_of(node)
+        inputs = tuple(given[name] for name in found.inputs)
+        if not isinstance(found, Linear):
+            calls[node] = Call(found, inputs)
+            continue
+        epilogue = epilogue_of(program, node, absorbed)
+        found.activation = epilogue.activation
+        if epilogue.factor is not None or epilogue.residual is not None:
+            inputs = (*inputs, epilogue.factor, epilogue.residual)
+        calls[epilogue.last] = Call(found, inputs)
+        absorbed.update((node, *epilogue.absorbed))
+        for each in epilogue.absorbed:
+            uses[each] = KernelUse(each.name, path_of(each), op_name(each), f"epilogue of {found.label}")
+    ordered = tuple(uses[node] for node in program.nodes if node in uses)
+    return Lowered(calls, frozenset(absorbed - calls.keys()), ordered)
+
+
+def assemble(program: Program, lowered: Lowered) -> fx.GraphModule:
+    """The program with its kernels in it; weights that only kernels have used are left out."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    parts: dict[str, nn.Module | torch.Tensor] = {}
+    for node in program.nodes:
+        call = lowered.calls.get(node)
+        if call is not None:
+            name = f"kernel_{len(parts)}"
+            parts[name] = call.kernel
+            made[node] = graph.call_module(name, fx.node.map_arg(call.inputs, made.__getitem__))
+        elif node not in lowered.absorbed:
+            made[node] = graph.node_copy(node, made.__getitem__)
+    tensors = program.tensors()
+    for copy in list(graph.nodes):
+        if copy.op == "get_attr" and copy.users:
+            parts[str(copy.target)] = tensors[str(copy.target)]
+        elif copy.op == "get_attr":  # it has been packed
+            graph.erase_node(copy)
+    return fx.GraphModule(parts, graph, class_name=program.title)
+
+
+def _kernel(site: Site) -> Kernel | str | None:
+    """The kernel of a node, why it has none, or ``None`` when no kernel of ours computes such operators."""
+    make = LOWERINGS.get(op_name(site.node))
+    if make is None:
+        return None
+    return make(site) if site.isa else "the C++ kernels are not in this installation"
+
+
+def _use(node: fx.Node, found: Kernel | str | None) -> KernelUse:
+    name, path, op = node.name, path_of(node), op_name(node)
+    if isinstance(found, Kernel):
+        return KernelUse(name, path, op, found.label)
+    kernel = "reference" if ops.is_dialect(node.target) else "torch"
+    return KernelUse(name, path, op, kernel, found or "")
