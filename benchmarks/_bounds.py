@@ -1,4 +1,4 @@
-"""The machine's own limits, measured beside the kernels: reading memory, and INT8 dot products in registers."""
+"""The machine's own limits, measured beside the kernels: reading memory, and products of INT8 or fp32 in registers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 _READ = 128 << 20
 _STEPS = 2_000_000
 _OPERATIONS = 24 * 64 * 2
+_FLOAT_OPERATIONS = 24 * 16 * 2
 
 
 class Bounds:
@@ -44,6 +45,15 @@ class Bounds:
         dots.argtypes = [ctypes.c_size_t]
         seconds = self._together(lambda rank: dots(_STEPS))
         return self.threads * _STEPS * _OPERATIONS / seconds / 1e12
+
+    def float32_tflops(self) -> float | None:
+        """Multiplications and additions of ``vfmadd231ps``, all threads together."""
+        if self._library is None:
+            return None
+        multiply_adds = self._library.multiply_adds
+        multiply_adds.argtypes = [ctypes.c_size_t]
+        seconds = self._together(lambda rank: multiply_adds(_STEPS))
+        return self.threads * _STEPS * _FLOAT_OPERATIONS / seconds / 1e12
 
     def _together(self, work: Callable[[int], object]) -> float:
         workers = [threading.Thread(target=work, args=(rank,)) for rank in range(self.threads)]

@@ -1,0 +1,21 @@
+"""DeepSparse, in its own process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from _rival_worker import Call, serve
+from deepsparse import Engine
+
+
+def load(request: dict[str, Any]) -> Call:
+    """``model`` (ONNX), ``inputs`` (npz, in the model's order), ``threads``."""
+    inputs = [np.ascontiguousarray(value) for value in np.load(request["inputs"]).values()]
+    shapes = [list(value.shape) for value in inputs]
+    engine = Engine(request["model"], batch_size=len(inputs[0]), num_cores=request["threads"], input_shapes=shapes)
+    return lambda: engine.run(inputs, val_inp=False)[0]
+
+
+if __name__ == "__main__":
+    serve(load)

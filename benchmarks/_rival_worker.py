@@ -1,0 +1,66 @@
+"""What a rival's process does: load systems and time them when it is asked to, one line of JSON for each request.
+
+Runs on the Python of the rival's own virtual environment: nothing but the standard library and numpy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], Any]
+
+
+def timed(call: Call, warm: float, seconds: float) -> list[float]:
+    """Seconds of calls made one after another for so long, once others have warmed it up."""
+    until = time.perf_counter() + warm
+    call()
+    while time.perf_counter() < until:
+        call()
+    found: list[float] = []
+    until = time.perf_counter() + seconds
+    while not found or time.perf_counter() < until:
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def serve(load: Callable[[dict[str, Any]], Call]) -> None:
+    """Answer requests until there are no more.
+
+    Args:
+        load: from a request to a call that gives the system's output.
+    """
+    # Libraries print to standard output as they please: the answers go to a copy of it, the rest to the log.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    systems: dict[str, Call] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = _answer(request, systems, load)
+        except Exception as error:  # any error of a rival is an answer
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _answer(request: dict[str, Any], systems: dict[str, Call], load: Callable[[dict[str, Any]], Call]) -> Any:
+    system = request["system"]
+    if request["do"] == "load":
+        systems[system] = load(request)
+    elif request["do"] == "drop":
+        systems.pop(system, None)
+    elif request["do"] == "time":
+        return timed(systems[system], request["warm"], request["seconds"])
+    elif request["do"] == "answer":
+        np.save(request["to"], np.asarray(systems[system]()))
+    return None

@@ -1,0 +1,125 @@
+"""Rivals in a virtual environment and a process of their own: nothing of theirs gets in the way of ours.
+
+The environments are made under build/rivals when first asked for, and again when what they hold changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _rows import REPOSITORY
+
+FOLDER: Path = REPOSITORY / "build" / "rivals"
+
+
+class RivalError(RuntimeError):
+    """A rival that cannot be installed, started or run; the message is the last line it gave."""
+
+
+class Rival:
+    """A worker process on an environment of its own.
+
+    Args:
+        name: of the environment's folder.
+        requirements: what pip installs.
+        worker: script beside this file that calls ``_rival_worker.serve``.
+        environment: variables it needs besides ours.
+
+    Raises:
+        RivalError: it cannot be installed or started.
+    """
+
+    def __init__(
+        self, name: str, requirements: Sequence[str], worker: str, environment: dict[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self._log = FOLDER / f"{name}.log"
+        python = _environment(name, requirements)
+        with open(self._log, "w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [str(python), str(Path(__file__).with_name(worker))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **(environment or {})},
+            )
+
+    def ask(self, do: str, system: str, **what: Any) -> Any:
+        """Send a request and wait for its answer.
+
+        Raises:
+            RivalError: it failed, or the process is gone.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, "system": system, **what}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._process.wait()
+            raise RivalError(f"exit code {self._process.returncode}: {_last_line(self._log.read_text())}")
+        answer = json.loads(line)
+        if isinstance(answer, dict) and "error" in answer:
+            raise RivalError(_last_line(answer["error"]))
+        return answer
+
+    def times(self, system: str, warm: float, seconds: float) -> list[float]:
+        """Seconds of each call of a system that was loaded."""
+        found: list[float] = self.ask("time", system, warm=warm, seconds=seconds)
+        return found
+
+    def answer(self, system: str) -> np.ndarray:
+        """What a system gives."""
+        target = FOLDER / f"{self.name}.npy"
+        self.ask("answer", system, to=str(target))
+        found: np.ndarray = np.load(target)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Arrays for a worker, as npz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named: dict[str, Any] = dict(arrays)
+    np.savez(path, **named)
+
+
+def _environment(name: str, requirements: Sequence[str]) -> Path:
+    folder: Path = FOLDER / name
+    python, stamp = folder / "bin" / "python", folder / "installed.txt"
+    wanted = "\n".join([sys.version, *requirements])
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    print(f"installing {' '.join(requirements)} into {folder}", flush=True)
+    venv.EnvBuilder(clear=True, with_pip=True).create(folder)
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RivalError(f"cannot be installed: {_last_line(done.stderr)}")
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it says nothing"
