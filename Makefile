@@ -58,7 +58,7 @@ sanitize: setup ## the tests of the C++ kernels under AddressSanitizer and Undef
 		--no-build-isolation --no-deps --target build/sanitize --config-settings=cmake.define.GRAPHWRIGHT_SANITIZE=ON \
 		--config-settings=build-dir=build/sanitize-objects .
 	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/sanitized.py -q -s tests/backends/test_cpu_byte_linears.py
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/sanitized.py -q -s $(wildcard tests/backends/test_cpu_*.py)
 
 demo: setup ## make a real model small and fast, and prove that it still gives the same answers
 	@$(BIN)/python examples/minilm_demo.py
