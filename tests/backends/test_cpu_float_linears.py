@@ -156,8 +156,9 @@ def some_kernels(isa: str, outputs: int = 200, columns: int = 300) -> list[Kerne
 def test_the_number_of_threads_changes_nothing() -> None:
     before = torch.get_num_threads()
     try:
-        for kernel in some_kernels(isas()[-1]):
-            for count in (1, 3, 50, 500):
+        # So many that panels take turns, more of them on one thread than on several.
+        for kernel in some_kernels(isas()[-1], 700):
+            for count in (1, 3, 50, 1000):
                 x, results = rows_of(count, 300), []
                 for threads in (1, 2, 3, 8):
                     torch.set_num_threads(threads)

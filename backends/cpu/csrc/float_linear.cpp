@@ -93,7 +93,9 @@ void for_blocks(std::size_t panels, std::size_t rows, std::size_t threads, bool 
   std::size_t parts = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
   while (threads > 1 && parts * panels < 4 * threads && rows / (parts + 1) >= kLeastRows) ++parts;
   const std::size_t together = (rows + parts - 1) / parts;
-  const std::size_t run = std::max<std::size_t>(1, panels / (threads * 8)), runs = (panels + run - 1) / run;
+  // Several tasks for each thread, so that none waits long for another.
+  const std::size_t run = std::clamp<std::size_t>(parts * panels / (threads * 8), 1, panels);
+  const std::size_t runs = (panels + run - 1) / run;
   parallel_for(parts * runs, threads, [&](std::size_t index) {
     static thread_local Scratch<float> sums, weights;
     FloatBlock block{};
@@ -101,7 +103,7 @@ void for_blocks(std::size_t panels, std::size_t rows, std::size_t threads, bool 
     block.panel_end = std::min(block.panel_begin + run, panels);
     block.row_begin = std::min(rows, index % parts * together);
     block.row_end = std::min(rows, block.row_begin + together);
-    block.sums = sums.of(together * kPanel);
+    block.sums = sums.of(kPanelsAtOnce * together * kPanel);
     if (unpacks) block.weights = reinterpret_cast<std::uint8_t*>(weights.of(kBlockSteps * kStepBytes / 4));
     work(block);
   });

@@ -34,13 +34,15 @@ struct GroupedRows {
 // A part of a product, the work of one thread.
 struct FloatBlock {
   std::size_t panel_begin, panel_end, row_begin, row_end;
-  float* sums;            // room for [rows][64]
+  float* sums;            // room for [kPanelsAtOnce][rows][64]
   std::uint8_t* weights;  // room for kBlockSteps * 256 bytes where codes are unpacked
 };
 
 // So many steps of a panel are multiplied with all rows before the next: 32 KiB, which stay in the first cache meanwhile.
 // Sums of such blocks are added up from left to right.
 inline constexpr std::size_t kBlockSteps = 128;
+// Panels that take turns with many rows.
+inline constexpr std::size_t kPanelsAtOnce = 4;
 // Up to so many rows codes are made floats in registers, four rows at a time; with more, a block is made dense weights
 // first. Products of bfloat16 need those, and are twice as fast.
 inline constexpr std::size_t kFewRows = 32, kFewRowsBfloat16 = 8;
