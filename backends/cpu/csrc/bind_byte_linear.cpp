@@ -1,5 +1,6 @@
 // Linears on integer weights, for Python.
 #include <string_view>
+#include <vector>
 
 #include "bindings.h"
 #include "byte_linear.h"
@@ -53,6 +54,15 @@ class HeldByteLinear {
     if (grid_.rounding != Rounding::kSymmetric) expect(groups == 1 && sums_.has_value(), "one group, and sums, are needed");
     grid_.steps = data_of(steps_, columns, "steps has the wrong size");
     grid_.zero = zero;
+    for (std::size_t column = 0; steps_ && column < columns; ++column) {
+      const float inverse = 1.0F / grid_.steps[column];
+      if (!(inverse > 1e-36F && inverse < 1e36F)) {
+        inverses_.clear();
+        break;
+      }
+      inverses_.push_back(inverse);
+    }
+    grid_.inverses = inverses_.empty() ? nullptr : inverses_.data();
     expect(grid_.rounding != Rounding::kFixed || (steps_.has_value() && zero >= 0 && zero <= 255), "a grid is needed");
   }
 
@@ -77,6 +87,7 @@ class HeldByteLinear {
   std::optional<Array<const std::uint8_t>> zeros_;
   std::optional<Array<const std::int32_t>> sums_;
   std::optional<Array<const float>> bias_, steps_;
+  std::vector<float> inverses_;
 };
 
 }  // namespace

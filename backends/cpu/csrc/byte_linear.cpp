@@ -43,7 +43,7 @@ void round_rows(const ByteRowsKernels& kernels, const ActivationGrid& grid, cons
         kernels.shifted(from, part, codes, scales, const_cast<std::int32_t*>(to.shifts) + first, sums);
         break;
       case Rounding::kFixed:
-        kernels.fixed(from, part, grid.steps, grid.zero, codes, scales, sums);
+        kernels.fixed(from, part, grid.steps, grid.inverses, grid.zero, codes, scales, sums);
         std::fill_n(const_cast<std::int32_t*>(to.shifts) + first, part.rows, grid.zero - 128);
         break;
     }

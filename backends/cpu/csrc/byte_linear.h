@@ -19,8 +19,9 @@ enum class Rounding {
 
 struct ActivationGrid {
   Rounding rounding;
-  const float* steps;  // kFixed: [columns]
-  std::int32_t zero;   // kFixed: the code of 0, in 0..255
+  const float* steps;     // kFixed: [columns]
+  const float* inverses;  // kFixed: their reciprocals, or null where one is no normal number
+  std::int32_t zero;      // kFixed: the code of 0, in 0..255
 };
 
 // `codes` in the layout of linear.h from codes as they are stored: [outputs][groups][group_bytes], 4-bit codes with the

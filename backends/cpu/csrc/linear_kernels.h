@@ -24,9 +24,9 @@ struct ByteRowsKernels {
   void (*shifted)(const float* x, const RowShape& shape, std::int8_t* codes, float* scales, std::int32_t* shifts,
                   std::int32_t* sums);
   // A grid given beforehand: code = nearest(x / steps[column]) + zero - 128, clipped. Scales are 1, or NaN for a row
-  // that holds NaN.
-  void (*fixed)(const float* x, const RowShape& shape, const float* steps, std::int32_t zero, std::int8_t* codes,
-                float* scales, std::int32_t* sums);
+  // that holds NaN. `inverses` are the steps' reciprocals, or null where one is no normal number.
+  void (*fixed)(const float* x, const RowShape& shape, const float* steps, const float* inverses, std::int32_t zero,
+                std::int8_t* codes, float* scales, std::int32_t* sums);
 };
 
 }  // namespace graphwright

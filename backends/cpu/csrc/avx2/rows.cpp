@@ -1,9 +1,16 @@
-// Activations to bytes, as this instruction set's vectors.
+// Activations to bytes.
+#include <immintrin.h>
+
 #include "linear_kernels.h"
 
 namespace graphwright::avx2 {
 namespace {
 
+#include "floats_256.inc"
+
+struct V : Floats {};
+
+#include "row_loads.inc"
 #include "rows.inc"
 
 }  // namespace

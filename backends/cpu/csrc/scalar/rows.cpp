@@ -1,9 +1,14 @@
-// Activations to bytes, as this instruction set's vectors.
+// Activations to bytes.
 #include "linear_kernels.h"
 
 namespace graphwright::scalar {
 namespace {
 
+#include "floats_1.inc"
+
+struct V : Floats {};
+
+#include "row_loads.inc"
 #include "rows.inc"
 
 }  // namespace
