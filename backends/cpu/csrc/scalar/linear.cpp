@@ -40,6 +40,7 @@ void linear_bytes(const PackedLinear& w, const ByteRows& x, const LinearOutput& 
           sum = __builtin_fmaf(static_cast<float>(acc), scale * own, sum);
         }
         write(sum, y, row, output, 1);
+        after_writing(y, {row, 1, output, 1});
       }
     }
   }
