@@ -10,6 +10,8 @@ namespace {
 
 // Rows that are taken together for each panel: their codes stay in the second cache.
 constexpr std::size_t kRowsAtOnce = 192;
+// From so many rows on they are shared out among the threads, not the weights.
+constexpr std::size_t kManyRows = 64;
 // Up to so many rows the weights are read once (linear_bytes.inc).
 constexpr std::size_t kFewRows = 4;
 
@@ -97,7 +99,9 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
   round_rows(*kernels.byte_rows, grid, x, shape, weights.groups, bytes, threads);
 
   const bool few = rows <= kFewRows;
-  const std::size_t together = few ? rows : kRowsAtOnce, parts = (rows + together - 1) / together;
+  // Each thread has rows of its own where there are many: those that it wrote before, and that it will read next.
+  const std::size_t at_least = rows >= kManyRows ? threads : 1;
+  const std::size_t parts = few ? 1 : std::max(at_least, (rows + kRowsAtOnce - 1) / kRowsAtOnce);
   // Whole runs of panels, so that each thread streams; more of them than threads, so that none waits long for another.
   const std::size_t run = std::max<std::size_t>(1, weights.panels / (threads * (few ? 4 : 8)));
   const std::size_t runs = (weights.panels + run - 1) / run;
@@ -105,8 +109,8 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
     LinearBlock block{};
     block.panel_begin = index % runs * run;
     block.panel_end = std::min(block.panel_begin + run, weights.panels);
-    block.row_begin = index / runs * together;
-    block.row_end = std::min(block.row_begin + together, rows);
+    block.row_begin = rows * (index / runs) / parts;
+    block.row_end = rows * (index / runs + 1) / parts;
     kernels.byte_linear->run(weights, bytes, y, block);
   });
 }

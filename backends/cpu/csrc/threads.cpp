@@ -30,19 +30,40 @@ void relax() {
 #endif
 }
 
+// Every thread begins with a share of its own, the same for every job of as many pieces: what it wrote in one job it
+// finds in its cache in the next. A thread that is done takes what is left of the others' shares.
 struct Job {
+  static constexpr std::size_t kMost = 64;  // threads with a share of their own
+  struct alignas(64) Share {
+    std::atomic<std::size_t> next{0};
+    std::size_t end = 0;
+  };
+
   void (*task)(void*, std::size_t);
   void* context;
-  std::size_t count;
-  std::atomic<std::size_t> next{0};
+  std::size_t shares;
+  Share share[kMost]{};
   std::atomic<bool> failed{false};
   std::exception_ptr error{};  // the first one, once `failed`
 
-  void work() noexcept {
+  Job(void (*task)(void*, std::size_t), void* context, std::size_t count, std::size_t threads)
+      : task(task), context(context), shares(threads < kMost ? threads : kMost) {
+    for (std::size_t i = 0; i < shares; ++i) {
+      share[i].next.store(count * i / shares, std::memory_order_relaxed);
+      share[i].end = count * (i + 1) / shares;
+    }
+  }
+
+  void work(std::size_t thread) noexcept {
     try {
-      for (std::size_t index = next.fetch_add(1); index < count; index = next.fetch_add(1)) task(context, index);
+      for (std::size_t i = 0; i < shares; ++i) {
+        Share& from = share[(thread + i) % shares];
+        for (std::size_t index = from.next.fetch_add(1); index < from.end; index = from.next.fetch_add(1)) {
+          task(context, index);
+        }
+      }
     } catch (...) {
-      next.store(count);  // nobody begins more of it
+      for (std::size_t i = 0; i < shares; ++i) share[i].next.store(share[i].end);  // nobody begins more of it
       if (!failed.exchange(true)) error = std::current_exception();
     }
   }
@@ -76,7 +97,7 @@ class Pool {
       round_.fetch_add(1);
     }
     wake_.notify_all();
-    job.work();
+    job.work(0);
     {
       // All of it has been begun: who has not come yet (waking up takes long) need not come any more.
       const std::lock_guard lock(mutex_);
@@ -106,7 +127,7 @@ class Pool {
       }
       if (job == nullptr) continue;
       inside = true;
-      job->work();
+      job->work(rank + 1);
       if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_all();
     }
   }
@@ -149,7 +170,7 @@ void parallel_for(std::size_t count, std::size_t threads, void (*task)(void*, st
     for (std::size_t index = 0; index < count; ++index) task(context, index);
     return;
   }
-  Job job{task, context, count};
+  Job job(task, context, count, used);
   Pool::inside = true;
   pool()->run(job, used - 1);
   Pool::inside = false;
