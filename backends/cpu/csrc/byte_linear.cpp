@@ -1,6 +1,7 @@
 #include "byte_linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "threads.h"
@@ -112,6 +113,8 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
     block.row_begin = rows * (index / runs) / parts;
     block.row_end = rows * (index / runs + 1) / parts;
     kernels.byte_linear->run(weights, bytes, y, block);
+    // What went past the caches is seen by other threads only after this.
+    if (y.past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
   });
 }
 

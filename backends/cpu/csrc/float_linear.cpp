@@ -1,6 +1,7 @@
 #include "float_linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -89,7 +90,8 @@ std::size_t worthwhile(std::size_t panels, std::size_t columns, std::size_t rows
 // Calls `work(block)` for parts of the product. The parts of one panel's rows follow one another: its weights are in the
 // cache then.
 template <typename Work>
-void for_blocks(std::size_t panels, std::size_t rows, std::size_t threads, bool unpacks, const Work& work) {
+void for_blocks(std::size_t panels, std::size_t rows, std::size_t threads, bool unpacks, const LinearOutput& y,
+                const Work& work) {
   std::size_t parts = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
   while (threads > 1 && parts * panels < 4 * threads && rows / (parts + 1) >= kLeastRows) ++parts;
   const std::size_t together = (rows + parts - 1) / parts;
@@ -106,6 +108,8 @@ void for_blocks(std::size_t panels, std::size_t rows, std::size_t threads, bool 
     block.sums = sums.of(kPanelsAtOnce * together * kPanel);
     if (unpacks) block.weights = reinterpret_cast<std::uint8_t*>(weights.of(kBlockSteps * kStepBytes / 4));
     work(block);
+    // What went past the caches is seen by other threads only after this.
+    if (y.past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
   });
 }
 
@@ -170,7 +174,7 @@ void run_dense_linear(const KernelTable& kernels, const DenseWeights& weights, b
   threads = worthwhile(panels_of(weights.outputs), weights.columns, rows, threads);
   const FloatRows values =
       bfloat16 ? rounded_rows(own, x, rows, weights.columns, threads) : FloatRows{x, weights.columns};
-  for_blocks(panels_of(weights.outputs), rows, threads, false, [&](const FloatBlock& block) {
+  for_blocks(panels_of(weights.outputs), rows, threads, false, y, [&](const FloatBlock& block) {
     (bfloat16 ? own.bfloat16 : own.float32)(weights, values, y, block);
   });
 }
@@ -186,14 +190,14 @@ void run_coded_linear(const KernelTable& kernels, const CodedWeights& weights, b
     const GroupedRows few = grouped_rows(weights, x, rows);
     // Zero points are taken off sums: of an infinite sum that would leave NaN where there is infinity.
     if (few.sums == nullptr || all_finite(few.sums, rows * weights.packed.groups)) {
-      for_blocks(panels, rows, threads, false, [&](const FloatBlock& block) { own.coded_few(weights, few, y, block); });
+      for_blocks(panels, rows, threads, false, y, [&](const FloatBlock& block) { own.coded_few(weights, few, y, block); });
       return;
     }
     bfloat16 = false;
   }
   const FloatRows values =
       bfloat16 ? rounded_rows(own, x, rows, weights.columns, threads) : FloatRows{x, weights.columns};
-  for_blocks(panels, rows, threads, true, [&](const FloatBlock& block) {
+  for_blocks(panels, rows, threads, true, y, [&](const FloatBlock& block) {
     (bfloat16 ? own.coded_bfloat16 : own.coded_float32)(weights, values, y, block);
   });
 }

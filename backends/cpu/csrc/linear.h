@@ -47,6 +47,7 @@ struct LinearOutput {
   std::size_t factor_stride;
   const float* residual;          // [rows][residual_stride]
   std::size_t residual_stride;
+  bool past_caches;               // store past the caches; values and rows are then aligned to 64 bytes
 };
 
 // A part of a product, the work of one thread.

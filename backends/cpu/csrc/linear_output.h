@@ -1,6 +1,7 @@
 // What a linear does to its sums, as Python gives it.
 #pragma once
 
+#include <cstdint>
 #include <string_view>
 
 #include "bindings.h"
@@ -21,6 +22,9 @@ inline const float* rows_of(const std::optional<Rows>& rows, const Matrix<float>
   return rows->data();
 }
 
+// Results of so many bytes do not stay in a core's own caches until they are read.
+inline constexpr std::size_t kPastCaches = std::size_t{4} << 20;
+
 inline LinearOutput output_of(const Matrix<float>& y, const float* bias, std::string_view activation,
                               const std::optional<Rows>& factor, const std::optional<Rows>& residual) {
   LinearOutput output{};
@@ -30,6 +34,8 @@ inline LinearOutput output_of(const Matrix<float>& y, const float* bias, std::st
   output.activation = activation_named(activation);
   output.factor = rows_of(factor, y, "factor must have y's shape, and whole rows", output.factor_stride);
   output.residual = rows_of(residual, y, "residual must have y's shape, and whole rows", output.residual_stride);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(y.data()) % 64 == 0 && output.stride % 16 == 0;
+  output.past_caches = aligned && y.size() * sizeof(float) >= kPastCaches;
   return output;
 }
 

@@ -22,7 +22,7 @@ namespace graphwright {
 namespace {
 
 // A thread that has just worked looks for more for so long before it sleeps: waking one up takes about as long.
-constexpr std::chrono::microseconds kLook{20};
+constexpr std::chrono::microseconds kLook{60};
 
 void relax() {
 #if defined(__x86_64__)

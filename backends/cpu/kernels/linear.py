@@ -12,6 +12,10 @@ from graphwright.backends.cpu.kernels.base import Kernel, Site, floats, tensor_l
 from graphwright.ir.errors import BackendError
 
 
+# From so many values on results are aligned, as storing past the caches wants it (csrc/linear_output.h).
+_LARGE = 1 << 20
+
+
 class Linear(Kernel):
     """``activation(x Wᵀ + b) * factor + residual``, each part but the product optional.
 
@@ -55,7 +59,7 @@ class Linear(Kernel):
                 where="linear kernel",
             )
         rows = np.ascontiguousarray(floats(x)).reshape(-1, self.columns)
-        result = np.empty((len(rows), self.outputs), np.float32)
+        result = _result(len(rows), self.outputs)
         if factor is None and residual is None:
             self._kernel.run(rows, result, torch.get_num_threads(), self.activation)
         else:
@@ -78,6 +82,13 @@ class Linear(Kernel):
     def extra_repr(self) -> str:
         """What ``print`` shows of it."""
         return f"{self.columns} -> {self.outputs}, {self.label}"
+
+
+def _result(rows: int, outputs: int) -> npt.NDArray[np.float32]:
+    if rows * outputs < _LARGE:
+        return np.empty((rows, outputs), np.float32)
+    aligned: npt.NDArray[np.float32] = torch.empty(rows, outputs).numpy()
+    return aligned
 
 
 def unsuitable(site: Site, weights: tuple[str, ...], x: str = "x") -> str:

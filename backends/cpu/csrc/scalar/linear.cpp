@@ -39,8 +39,7 @@ void linear_bytes(const PackedLinear& w, const ByteRows& x, const LinearOutput& 
           const float own = x.scale_per_group ? x.scales[row * w.groups + g] : x.scales[row];
           sum = __builtin_fmaf(static_cast<float>(acc), scale * own, sum);
         }
-        write(sum, y, row, output, 1);
-        after_writing(y, {row, 1, output, 1});
+        write(y, {&sum, row, 1, output, 1});
       }
     }
   }
