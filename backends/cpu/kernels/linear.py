@@ -11,7 +11,6 @@ import torch
 from graphwright.backends.cpu.kernels.base import Kernel, Site, floats, tensor_like
 from graphwright.ir.errors import BackendError
 
-
 # From so many values on results are aligned, as storing past the caches wants it (csrc/linear_output.h).
 _LARGE = 1 << 20
 
