@@ -11,8 +11,11 @@ from torch import fx, nn
 
 from graphwright.backends.cpu.epilogues import epilogue_of, sum_before
 from graphwright.backends.cpu.kernels import LOWERINGS, Kernel, Site
+from graphwright.backends.cpu.kernels.attention import Attention
+from graphwright.backends.cpu.kernels.heads import HeadsAttention
 from graphwright.backends.cpu.kernels.linear import Linear
 from graphwright.backends.cpu.kernels.norms import LayerNorm, RmsNorm
+from graphwright.backends.cpu.views import VIEWS, heads_around
 from graphwright.backends.executable import KernelUse
 from graphwright.ir import ops
 from graphwright.ir.arguments import arguments_of
@@ -64,7 +67,8 @@ def lower(program: Program, isa: str | None, compute: str) -> Lowered:
     for node in program.nodes:
         if node.op != "call_function" or node in absorbed:
             continue
-        found = _kernel(Site(program, node, isa or "", compute, packed))
+        site = Site(program, node, isa or "", compute, packed)
+        found = _kernel(site)
         uses[node] = _use(node, found)
         if not isinstance(found, Kernel):
             continue
@@ -76,7 +80,15 @@ def lower(program: Program, isa: str | None, compute: str) -> Lowered:
             calls[node] = Call(summed, (terms["self"], terms["other"]), (node, total))
             absorbed.add(total)
             uses[node] = _use(node, summed)
-            uses[total] = replace(uses[total], kernel=f"part of {summed.label}", reason="")
+            uses[total] = _part(total, summed)
+            continue
+        view = heads_around(program, node) if type(found) is Attention else None
+        if view is not None and isinstance(found, Attention):
+            joint = HeadsAttention(site.isa, found.scale, found.causal, found.window, view.places, bool(view.after))
+            last = view.after[-1] if view.after else node
+            calls[last] = Call(joint, (*view.sources, *inputs[3:]))
+            absorbed.update((node, *view.after))
+            uses.update((each, _part(each, joint)) for each in view.after)
             continue
         if not isinstance(found, Linear):
             calls[node] = Call(found, inputs)
@@ -89,6 +101,9 @@ def lower(program: Program, isa: str | None, compute: str) -> Lowered:
         absorbed.update((node, *epilogue.absorbed))
         for each in epilogue.absorbed:
             uses[each] = KernelUse(each.name, path_of(each), op_name(each), f"epilogue of {found.label}")
+    for node in unused_views(program, calls, absorbed):
+        absorbed.add(node)
+        uses[node] = replace(uses[node], kernel="within attention")
     ordered = tuple(uses[node] for node in program.nodes if node in uses)
     return Lowered(calls, frozenset(absorbed - calls.keys()), ordered)
 
@@ -124,6 +139,21 @@ def _kernel(site: Site) -> Kernel | str | None:
     if make is None:
         return None
     return make(site) if site.isa else "the C++ kernels are not in this installation"
+
+
+def unused_views(program: Program, calls: dict[fx.Node, Call], absorbed: set[fx.Node]) -> list[fx.Node]:
+    """Views that only fed nodes whose kernels now read what lies before them."""
+    read = {each for call in calls.values() for each in call.inputs if isinstance(each, fx.Node)}
+    unused: dict[fx.Node, None] = {}
+    for node in reversed(program.nodes):
+        if node.op == "call_function" and op_name(node) in VIEWS and node not in read and node not in absorbed:
+            if all(user in calls or user in absorbed or user in unused for user in node.users):
+                unused[node] = None
+    return list(unused)
+
+
+def _part(node: fx.Node, kernel: Kernel) -> KernelUse:
+    return KernelUse(node.name, path_of(node), op_name(node), f"part of {kernel.label}")
 
 
 def _use(node: fx.Node, found: Kernel | str | None) -> KernelUse:

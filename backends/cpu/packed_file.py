@@ -118,6 +118,8 @@ class _Store:
         if dataclasses.is_dataclass(value):
             fields = {field.name: self.put(getattr(value, field.name)) for field in dataclasses.fields(value)}
             return {"packed": type(value).__name__, "fields": fields}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, tuple | list):
             return [self.put(item) for item in value]
         return value
@@ -229,6 +231,8 @@ class _Reader:
             return tuple(self.get(item) for item in value)
         if not isinstance(value, dict):
             return value
+        if "dtype" in value:
+            return getattr(torch, value["dtype"])
         if "tensor" in value:
             return self._file[value["tensor"]]
         return PACKED[value["packed"]](**{name: self.get(item) for name, item in value["fields"].items()})

@@ -2,7 +2,16 @@
 
 from typing import Any
 
-from graphwright.backends.cpu.kernels import attention, byte_linear, embedding, float_linear, norms, pointwise, rotary
+from graphwright.backends.cpu.kernels import (
+    attention,
+    byte_linear,
+    embedding,
+    float_linear,
+    heads,
+    norms,
+    pointwise,
+    rotary,
+)
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site
 from graphwright.backends.cpu.kernels.byte_packing import PackedLinear
 from graphwright.backends.cpu.kernels.float_linear import PackedFloats
@@ -25,6 +34,7 @@ KERNELS: dict[str, type[Kernel]] = {
         embedding.PackedEmbedding,
         float_linear.FloatLinear,
         float_linear.NbitsLinear,
+        heads.HeadsAttention,
         norms.LayerNorm,
         norms.RmsNorm,
         pointwise.Activation,

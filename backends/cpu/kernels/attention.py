@@ -50,13 +50,13 @@ class Attention(Kernel):
 
         self.scale, self.causal, self.window = scale, causal, window
         self.is_from_end, self.is_by_position = is_from_end, is_by_position
-        self._kernel = _native.Attention(isa, scale, causal, window)
+        self.kernel = _native.Attention(isa, scale, causal, window)
         self.label = f"attention {self.isa} (float32, flash)"
 
     @property
     def isa(self) -> str:
         """The instruction set of the kernel: one that has none of its own takes its parent's."""
-        return self._kernel.isa
+        return self.kernel.isa
 
     def forward(
         self,
@@ -99,7 +99,7 @@ class Attention(Kernel):
             BackendError: shapes or dtypes do not fit, or a tensor is not on the CPU.
         """
         try:
-            queries, (keys, values) = _rows(query), _stored(key, value)
+            queries, (keys, values) = rows(query), _stored(key, value)
             if queries.ndim != 4 or values.ndim != 4:
                 raise ValueError("query, key and value must be [batch, heads, length, width]")
             (batch, heads, length, _), width = queries.shape, values.shape[3]
@@ -107,13 +107,13 @@ class Attention(Kernel):
                 result = torch.empty((batch, length, heads, width)).transpose(1, 2)
             else:
                 result = torch.empty((batch, heads, length, width))
-            self._kernel.run(
+            self.kernel.run(
                 queries,
                 keys,
                 values,
                 result.numpy(),
-                None if key_mask is None else _booleans(key_mask),
-                None if bias is None else _booleans(bias) if bias.dtype == torch.bool else floats(bias),
+                None if key_mask is None else booleans(key_mask),
+                None if bias is None else booleans(bias) if bias.dtype == torch.bool else floats(bias),
                 None if key_scales is None else floats(key_scales),
                 None if value_scales is None else floats(value_scales),
                 self.is_from_end,
@@ -179,7 +179,8 @@ class Softmax(Kernel):
         return result if dtype == torch.float32 else result.to(dtype)
 
 
-def _rows(x: torch.Tensor) -> npt.NDArray[np.float32]:
+def rows(x: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Floats whose last axis is contiguous."""
     if not x.dtype.is_floating_point:
         raise ValueError("takes floating tensors, and keys and values that are both int8")
     return floats(x if x.stride(-1) == 1 else x.contiguous())
@@ -190,7 +191,7 @@ def _stored(key: torch.Tensor, value: torch.Tensor) -> tuple[npt.NDArray[Any], n
     dtype = key.dtype
     if dtype != torch.float32 and dtype == value.dtype and dtype in (torch.bfloat16, torch.int8):
         return _words(key), _words(value)
-    return _rows(key), _rows(value)
+    return rows(key), rows(value)
 
 
 def _words(x: torch.Tensor) -> npt.NDArray[Any]:
@@ -199,7 +200,8 @@ def _words(x: torch.Tensor) -> npt.NDArray[Any]:
     return words
 
 
-def _booleans(x: torch.Tensor) -> npt.NDArray[np.bool_]:
+def booleans(x: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """A mask as numpy has it."""
     booleans: npt.NDArray[np.bool_] = (x if x.dtype == torch.bool else x.to(torch.bool)).numpy()
     return booleans
 
