@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import graphwright as gw
 from graphwright.backends.cpu import native_status
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not native_status().available, reason=native_sta
 
 # What a lowered transformer must not leave to PyTorch.
 KERNELS = {
+    "aten.addmm",
     "aten.embedding",
     "aten.gelu",
     "aten.layer_norm",
@@ -38,6 +39,7 @@ KERNELS = {
 IDS = torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[1, 17:] = 0
+BATCH = {"input_ids": IDS, "attention_mask": MASK}
 FUSED: list[gw.Pass] = [gw.Cleanup(), gw.FuseAll()]
 
 
@@ -66,8 +68,7 @@ def llama() -> nn.Module:
 
 
 def lowered(model: nn.Module, passes: list[gw.Pass], backend: gw.CpuBackend | None = None) -> gw.OptimizedModel:
-    batch = {"input_ids": IDS, "attention_mask": MASK}
-    return gw.optimize(model, passes, example_inputs=batch, target=backend or "cpu", verify=False)
+    return gw.optimize(model, passes, example_inputs=BATCH, target=backend or "cpu", verify=False)
 
 
 def result(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
@@ -76,15 +77,23 @@ def result(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=100, bos_token_id=0, eos_token_id=0, use_cache=False)
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model.eval()
+
+
 CASES: dict[str, tuple[Any, list[gw.Pass], str]] = {
     "BERT": (bert, [], "float32"),
     "BERT bfloat16": (bert, [], "bfloat16"),
     "BERT INT8": (bert, [gw.QuantizeLinears(bits=8, activations="int8"), gw.QuantizeEmbeddings()], "float32"),
     "BERT INT8 static": (
         bert,
-        [gw.QuantizeLinears(bits=8, activations="int8", calibration=[{"input_ids": IDS, "attention_mask": MASK}])],
+        [gw.QuantizeLinears(bits=8, activations="int8", calibration=[BATCH])],
         "float32",
     ),
+    "GPT-2": (gpt2, [], "float32"),
     "Llama": (llama, [], "float32"),
     "Llama INT4": (llama, [gw.QuantizeLinears(bits=4, group_size=32)], "float32"),
     "Llama INT4 bfloat16": (llama, [gw.QuantizeLinears(bits=4, group_size=32)], "bfloat16"),
@@ -100,7 +109,7 @@ def test_models_run_on_kernels(case: str, tmp_path: Path) -> None:
     left = [use for use in small.explain() if use.op in KERNELS and use.kernel in ("torch", "reference")]
     assert not left, left
     # The same program in PyTorch: what differs is how kernels round.
-    reference = gw.optimize(small, [], example_inputs=small.examples, target="reference", verify=False)
+    reference = gw.optimize(small, [], example_inputs=BATCH, target="reference", verify=False)
     tolerance = {"float32": 2e-5, "bfloat16": 3e-2, "int8": 3e-2}[compute]
     for rows, length in ((2, 24), (1, 1), (3, 9)):
         ids, mask = IDS[:1, :length].expand(rows, -1), MASK[:1, :length].expand(rows, -1)
@@ -125,7 +134,7 @@ def test_models_run_on_kernels(case: str, tmp_path: Path) -> None:
 
 
 def test_float_models_stay_exact() -> None:
-    for make in (bert, llama):
+    for make in (bert, gpt2, llama):
         model = make()
         small = lowered(model, FUSED)
         found, wanted = (result(each, input_ids=IDS, attention_mask=MASK) for each in (small, model))

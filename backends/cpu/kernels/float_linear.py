@@ -123,9 +123,25 @@ class NbitsLinear(Linear):
 
 def _dense(site: Site) -> Kernel | str:
     refusal = unsuitable(site, ("weight", "bias"), "input")
+    return refusal or _packed(site, "weight", site.maybe_stored("bias"), transposed=False)
+
+
+def _addmm(site: Site) -> Kernel | str:
+    """``bias + x W``, as GPT-2's ``Conv1D`` writes it."""
+    refusal = unsuitable(site, ("mat2", "self"), "mat1")
     if refusal:
         return refusal
-    weight, bias = site.stored("weight"), site.maybe_stored("bias")
+    bias = site.stored("self")
+    if bias.shape != site.stored("mat2").shape[1:] or (site.arguments["beta"], site.arguments["alpha"]) != (1, 1):
+        return "it is not a product and a bias for each output"
+    kernel = _packed(site, "mat2", bias, transposed=True)
+    if isinstance(kernel, FloatLinear):
+        kernel.inputs = ("mat1",)
+    return kernel
+
+
+def _packed(site: Site, name: str, bias: torch.Tensor | None, *, transposed: bool) -> FloatLinear | str:
+    weight = site.stored(name)
     if weight.dtype not in _STORED or weight.dim() != 2 or weight.numel() == 0:
         return f"the kernels have no {weight.dtype} weights of shape {list(weight.shape)}"
     note = ""
@@ -133,8 +149,9 @@ def _dense(site: Site) -> Kernel | str:
         note = "bfloat16 weights and activations"
     elif site.compute == "bfloat16":
         note = "weights and activations rounded to bfloat16"
-    packed = site.packed_once(("weight",), lambda: pack_floats(weight, bfloat16=bool(note)))
+    rows = weight.t() if transposed else weight
+    packed = site.packed_once((name,), lambda: pack_floats(rows, bfloat16=bool(note)))
     return FloatLinear(packed, site.isa, bias, note)
 
 
-LOWERINGS: dict[str, Lowering] = {"aten.linear": _dense}
+LOWERINGS: dict[str, Lowering] = {"aten.addmm": _addmm, "aten.linear": _dense}
