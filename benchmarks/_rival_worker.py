@@ -33,16 +33,17 @@ def timed(call: Call, warm: float, seconds: float) -> list[float]:
     return found
 
 
-def serve(load: Callable[[dict[str, Any]], Call]) -> None:
+def serve(load: Callable[[dict[str, Any]], Any]) -> None:
     """Answer requests until there are no more.
 
     Args:
-        load: from a request to a call that gives the system's output.
+        load: from a request to a call that gives the system's output; for requests that will name a number of
+            ``rows``, to what makes such a call of that number.
     """
     # Libraries print to standard output as they please: the answers go to a copy of it, the rest to the log.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    systems: dict[str, Call] = {}
+    systems: dict[str, Any] = {}
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -53,14 +54,19 @@ def serve(load: Callable[[dict[str, Any]], Call]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(request: dict[str, Any], systems: dict[str, Call], load: Callable[[dict[str, Any]], Call]) -> Any:
+def _answer(request: dict[str, Any], systems: dict[str, Any], load: Callable[[dict[str, Any]], Any]) -> Any:
     system = request["system"]
     if request["do"] == "load":
         systems[system] = load(request)
     elif request["do"] == "drop":
         systems.pop(system, None)
     elif request["do"] == "time":
-        return timed(systems[system], request["warm"], request["seconds"])
+        return timed(_call(request, systems[system]), request["warm"], request["seconds"])
     elif request["do"] == "answer":
-        np.save(request["to"], np.asarray(systems[system]()))
+        np.save(request["to"], np.asarray(_call(request, systems[system])()))
     return None
+
+
+def _call(request: dict[str, Any], loaded: Any) -> Call:
+    call: Call = loaded(request["rows"]) if "rows" in request else loaded
+    return call

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,15 @@ class Rival:
             raise RivalError(_last_line(answer["error"]))
         return answer
 
-    def times(self, system: str, warm: float, seconds: float) -> list[float]:
+    def times(self, system: str, warm: float, seconds: float, **what: Any) -> list[float]:
         """Seconds of each call of a system that was loaded."""
-        found: list[float] = self.ask("time", system, warm=warm, seconds=seconds)
+        found: list[float] = self.ask("time", system, warm=warm, seconds=seconds, **what)
         return found
 
-    def answer(self, system: str) -> np.ndarray:
+    def answer(self, system: str, **what: Any) -> np.ndarray:
         """What a system gives."""
         target = FOLDER / f"{self.name}.npy"
-        self.ask("answer", system, to=str(target))
+        self.ask("answer", system, to=str(target), **what)
         found: np.ndarray = np.load(target)
         return found
 
@@ -95,6 +95,25 @@ class Rival:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
+
+
+def when_needed(
+    name: str, requirements: Sequence[str], worker: str, environment: dict[str, str] | None = None
+) -> Callable[[], Rival]:
+    """What gives the rival, started when it is first asked for; if it cannot be, it says why each time."""
+    started: list[Rival | RivalError] = []
+
+    def get() -> Rival:
+        if not started:
+            try:
+                started.append(Rival(name, requirements, worker, environment))
+            except RivalError as error:
+                started.append(error)
+        if isinstance(started[0], RivalError):
+            raise started[0]
+        return started[0]
+
+    return get
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -1,24 +1,29 @@
-"""One linear on integer weights: our CPU kernels beside onnxruntime's and torch's, and beside the machine's limits.
+"""One linear on integer weights: our CPU kernels beside other runtimes' and the machine's limits.
 
-Weights are larger than the cache: several copies of them take turns. Systems take turns too, and the bounds (a plain
-read loop, a loop of dot products in registers) are measured between them, because what the machine gives changes with
-its neighbours. A pause before each lets the other's idle threads, which spin for a while, go to sleep. Exit code 1 when
-a target is missed.
+The rivals are onnxruntime and torch, in this process, and OpenVINO and torchao, each in one of its own; one that cannot
+be installed or run, or that gives another answer, is a row that says why. Weights are larger than the cache: several
+copies of them take turns. Systems take turns too, and the bounds (a plain read loop, a loop of dot products in
+registers) are measured between them, because what the machine gives changes with its neighbours. A pause before each
+lets the other's idle threads, which spin for a while, go to sleep. Exit code 1 when a target is missed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 from _bounds import Bounds
+from _rival_worker import timed
+from _rivals import FOLDER, Rival, RivalError, save, when_needed
 from _rows import Rows, parser
 from onnx import TensorProto, helper, numpy_helper
 
@@ -33,18 +38,36 @@ COLD_BYTES = 160 << 20
 PAUSE, WARM, TIMED = 0.1, 0.05, 0.08
 ORT = f"onnxruntime {version('onnxruntime')}"
 TORCH = f"torch {version('torch')}"
+OPENVINO = ["openvino==2026.4.1", "nncf==3.4.0"]
+TORCHAO = ["torch==2.13.0", "torchao==0.18.0", "numpy"]
 SHAPES = [(2048, 2048), (4096, 4096), (11008, 4096), (4096, 11008)]
 ROWS = [1, 4, 32, 128, 512]
+# Relative, against the product in float64 of what the weights stand for: activations in 7 bits stay within it.
+CHECKED_ROWS, ERROR = 4, 0.04
 
 
 @dataclass
 class System:
-    """Something that multiplies: one callable for each copy of its weights."""
+    """Something that multiplies some of the prepared rows: ``time`` gives the seconds of each call.
+
+    ``fault`` says why it cannot be measured.
+    """
 
     name: str
-    calls: list[Callable[[np.ndarray], object]]
     bytes: int
+    time: Callable[[int, float, float], list[float]]
+    answer: Callable[[int], np.ndarray]
+    drop: Callable[[], None] = lambda: None
+    fault: str = ""
     times: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Process:
+    """Another process, a rival's, and its name."""
+
+    name: str
+    get: Callable[[], Rival]
 
 
 def main() -> int:
@@ -54,36 +77,51 @@ def main() -> int:
     onnxruntime.set_global_thread_pool_sizes(THREADS, 1)
     torch.manual_seed(0)
     rows, bounds = Rows(), Bounds(THREADS)
+    openvino = Process(OPENVINO[0], when_needed("openvino", OPENVINO, "_rival_openvino_linear.py"))
+    torchao = Process(TORCHAO[1], when_needed("torchao", TORCHAO, "_rival_torchao_linear.py"))
     for shape in [(4096, 4096)] if arguments.quick else SHAPES:
         for form in ("int4 g128", "int8") if arguments.quick else ("int4 g32", "int4 g128", "int8"):
-            ours, rivals = systems(*shape, form)
+            everyone = systems(*shape, form, openvino, torchao)
             for count in [1, 4, 128] if arguments.quick else ROWS:
-                measure(rows, bounds, shape, form, count, ours, rivals)
+                measure(rows, bounds, shape, form, count, everyone, rounds=4 if arguments.quick else 5)
+            for system in everyone:
+                system.drop()
+            everyone.clear()
     return int(rows.finish(arguments.json))
 
 
 def measure(
-    rows: Rows, bounds: Bounds, shape: tuple[int, int], form: str, count: int, ours: System, rivals: list[System]
+    rows: Rows,
+    bounds: Bounds,
+    shape: tuple[int, int],
+    form: str,
+    count: int,
+    everyone: Sequence[System],
+    rounds: int,
 ) -> None:
-    """Median milliseconds of every system, in turns, with a pause before each."""
-    x = np.random.default_rng(0).standard_normal((count, shape[1])).astype(np.float32)
+    """Median milliseconds of every system, ours first, in turns, with a pause before each."""
     read, dots = [], []
-    everyone = [ours, *rivals]
     for system in everyone:
         system.times.clear()
-    for _ in range(5):
+    for _ in range(rounds):
         time.sleep(PAUSE)
         read.append(bounds.read_gb_per_s() or float("nan"))
         dots.append(bounds.int8_tops() or float("nan"))
         for system in everyone:
+            if system.fault:
+                continue
             time.sleep(PAUSE)
-            block(system, x, WARM)
-            system.times.extend(block(system, x, TIMED))
+            try:
+                system.times.extend(system.time(count, WARM, TIMED))
+            except RivalError as error:
+                system.fault = str(error)
     case = f"{shape[0]}x{shape[1]} {form}, {count} rows"
     bandwidth, peak = statistics.median(read), statistics.median(dots)
     operations = 2.0 * count * shape[0] * shape[1]
-    mine = statistics.median(ours.times)
     for system in everyone:
+        if system.fault:
+            rows.add(case, system.name, error=system.fault)
+            continue
         seconds = statistics.median(system.times)
         rows.add(
             case,
@@ -95,7 +133,9 @@ def measure(
             read_gb_per_s=bandwidth,
             peak_tops=peak,
         )
-    fastest = min(statistics.median(system.times) for system in rivals)
+    ours, *rivals = everyone
+    mine = statistics.median(ours.times)
+    fastest = min(statistics.median(system.times) for system in rivals if not system.fault)
     if count == 1:
         share = ours.bytes / mine / 1e9 / bandwidth
         rows.require(share >= 0.92, f"{case}: {share:.0%} of the read bandwidth, 92 % wanted")
@@ -110,38 +150,108 @@ def measure(
         )
 
 
-def block(system: System, x: np.ndarray, seconds: float) -> list[float]:
-    """Seconds of calls made one after another, each on the next copy of the weights, for so long."""
-    found: list[float] = []
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(found) < 3:
-        call = system.calls[len(found) % len(system.calls)]
-        start = time.perf_counter()
-        call(x)
-        found.append(time.perf_counter() - start)
-    return found
-
-
-def systems(outputs: int, columns: int, form: str) -> tuple[System, list[System]]:
-    """Ours and the rivals on random weights of a format."""
+def systems(outputs: int, columns: int, form: str, openvino: Process, torchao: Process) -> list[System]:
+    """Ours and the rivals on the same random weights of a format, all of them checked."""
+    x = np.random.default_rng(0).standard_normal((max(ROWS), columns)).astype(np.float32)
+    given = FOLDER / "linear.npz"
     if form == "int8":
         weight = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8)
         scales = torch.rand(outputs) * 0.01
-        copies = max(2, COLD_BYTES // (outputs * columns))
+        meant = weight.double() * scales.double()[:, None]
+        size, copies = weight.numel(), max(2, COLD_BYTES // weight.numel())
+        save(given, {"x": x, "codes": weight.numpy(), "scales": scales.numpy()})
         kernels = [ByteLinear(pack_int8(weight, scales), isa(), "shifted") for _ in range(copies)]
-        ours = System(f"graphwright {kernels[0].isa}", [_ours(kernel) for kernel in kernels], kernels[0].packed.nbytes)
         dynamic = [onnx_session(dynamic_model(weight, scales)) for _ in range(copies)]
-        rivals = [System(f"{ORT} DynamicQuantizeMatMul", dynamic, weight.numel())]
-        return ours, [*rivals, System(f"{TORCH} dynamic", torch_dynamic(weight, scales, copies), weight.numel())]
-    group = int(form.removeprefix("int4 g"))
-    codes = torch.randint(0, 16, (outputs, columns), dtype=torch.uint8)
-    scales = (torch.rand(outputs, columns // group) * 0.01 + 0.001).half()
-    packed = pack(codes, 4, group, None)
-    copies = max(2, COLD_BYTES // packed.numel())
-    kernels = [ByteLinear(pack_nbits(packed, scales, None, 4, columns), isa(), "symmetric") for _ in range(copies)]
-    ours = System(f"graphwright {kernels[0].isa}", [_ours(kernel) for kernel in kernels], kernels[0].packed.nbytes)
-    sessions = [onnx_session(nbits_model(packed, scales, columns, group)) for _ in range(copies)]
-    return ours, [System(f"{ORT} MatMulNBits accuracy 4", sessions, packed.numel() + 4 * scales.numel())]
+        made = [
+            here(f"graphwright {isa()}", kernels[0].packed.nbytes, x, [_ours(kernel) for kernel in kernels]),
+            here(f"{ORT} DynamicQuantizeMatMul", size, x, dynamic),
+            here(f"{TORCH} dynamic", size, x, torch_dynamic(weight, scales, copies)),
+            there(openvino, ", a scale to a row", size, copies, group=columns),
+            # With many rows it takes two thirds of the time with such groups.
+            there(openvino, ", a scale to 128 columns", size, copies, group=128),
+        ]
+    else:
+        group = int(form.removeprefix("int4 g"))
+        codes = torch.randint(0, 16, (outputs, columns), dtype=torch.uint8)
+        scales = (torch.rand(outputs, columns // group) * 0.01 + 0.001).half()
+        meant = (codes.double() - 8) * scales.double().repeat_interleave(group, 1)
+        packed = pack(codes, 4, group, None)
+        size, copies = packed.numel() + 4 * scales.numel(), max(2, COLD_BYTES // packed.numel())
+        save(given, {"x": x, "codes": packed.numpy(), "scales": scales.numpy()})
+        kernels = [ByteLinear(pack_nbits(packed, scales, None, 4, columns), isa(), "symmetric") for _ in range(copies)]
+        sessions = [onnx_session(nbits_model(packed, scales, columns, group)) for _ in range(copies)]
+        made = [
+            here(f"graphwright {isa()}", kernels[0].packed.nbytes, x, [_ours(kernel) for kernel in kernels]),
+            here(f"{ORT} MatMulNBits accuracy 4", size, x, sessions),
+            there(openvino, "", size, copies, group=group),
+            there(torchao, " bfloat16 activations", size, copies, dynamic=False),
+            there(torchao, " int8 activations", size, copies, dynamic=True),
+        ]
+    check(made, x[:CHECKED_ROWS].astype(np.float64) @ meant.numpy().T)
+    return made
+
+
+def check(made: Sequence[System], expected: np.ndarray) -> None:
+    """That all compute the same linear: a rival that does not has a fault.
+
+    Raises:
+        ValueError: it is ours.
+    """
+    for system in made:
+        if system.fault:
+            continue
+        try:
+            error = np.linalg.norm(system.answer(CHECKED_ROWS) - expected) / np.linalg.norm(expected)
+        except RivalError as raised:
+            system.fault = str(raised)
+            continue
+        if not error <= ERROR:
+            system.fault = f"its answer is off by {error:.2%}"
+    if made[0].fault:
+        raise ValueError(f"{made[0].name}: {made[0].fault}")
+
+
+def here(name: str, size: int, x: np.ndarray, calls: list[Callable[[np.ndarray], Any]]) -> System:
+    """A system in this process: a callable for each copy of its weights."""
+
+    def time_it(rows: int, warm: float, seconds: float) -> list[float]:
+        given, turn = x[:rows], 0
+
+        def call() -> object:
+            nonlocal turn
+            turn = (turn + 1) % len(calls)
+            return calls[turn](given)
+
+        found: list[float] = timed(call, warm, seconds)
+        return found
+
+    return System(name, size, time_it, lambda rows: np.asarray(calls[0](x[:rows])))
+
+
+def there(process: Process, what: str, size: int, copies: int, **settings: Any) -> System:
+    """A system in a rival's process, on the weights last saved."""
+    name = process.name + what
+    try:
+        rival = process.get()
+        rival.ask("load", name, weights=str(FOLDER / "linear.npz"), copies=copies, threads=THREADS, **settings)
+    except RivalError as error:
+        fault = str(error)
+        return System(name, size, lambda *_: [], lambda _: np.empty(0), fault=fault)
+
+    def time_it(rows: int, warm: float, seconds: float) -> list[float]:
+        found: list[float] = rival.times(name, warm, seconds, rows=rows)
+        return found
+
+    def answer(rows: int) -> np.ndarray:
+        found: np.ndarray = rival.answer(name, rows=rows)
+        return found
+
+    return System(name, size, time_it, answer, lambda: _drop(rival, name))
+
+
+def _drop(rival: Rival, name: str) -> None:
+    with contextlib.suppress(RivalError):  # a process that is gone holds nothing
+        rival.ask("drop", name)
 
 
 def isa() -> str:
@@ -151,16 +261,16 @@ def isa() -> str:
     return found
 
 
-def _ours(kernel: ByteLinear) -> Callable[[np.ndarray], object]:
+def _ours(kernel: ByteLinear) -> Callable[[np.ndarray], Any]:
     return lambda x: kernel(torch.from_numpy(x))
 
 
-def onnx_session(model: onnx.ModelProto) -> Callable[[np.ndarray], object]:
+def onnx_session(model: onnx.ModelProto) -> Callable[[np.ndarray], Any]:
     """A call of an onnxruntime session."""
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False  # one pool for all copies, as one model would have
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"x": x})
+    return lambda x: session.run(None, {"x": x})[0]
 
 
 def nbits_model(packed: torch.Tensor, scales: torch.Tensor, columns: int, group: int) -> onnx.ModelProto:
@@ -200,14 +310,14 @@ def _model(nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], columns:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def torch_dynamic(weight: torch.Tensor, scales: torch.Tensor, copies: int) -> list[Callable[[np.ndarray], object]]:
+def torch_dynamic(weight: torch.Tensor, scales: torch.Tensor, copies: int) -> list[Callable[[np.ndarray], Any]]:
     """torch's own dynamic INT8 linear (fbgemm), one scale per output channel."""
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     quantized = torch._make_per_channel_quantized_tensor(weight, scales.double(), zeros, 0)
     return [_torch_call(torch.ops.quantized.linear_prepack(quantized, None)) for _ in range(copies)]
 
 
-def _torch_call(held: object) -> Callable[[np.ndarray], object]:
+def _torch_call(held: object) -> Callable[[np.ndarray], Any]:
     return lambda x: torch.ops.quantized.linear_dynamic(torch.from_numpy(x), held, True)
 
 

@@ -22,7 +22,7 @@ import torch
 import transformers
 from _bounds import Bounds
 from _rival_worker import timed
-from _rivals import FOLDER, Rival, RivalError, save
+from _rivals import FOLDER, save, when_needed
 from _rows import Rows, parser
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.transformers import optimizer
@@ -245,17 +245,10 @@ def _compiled(model: torch.nn.Module) -> Any:
 
 def _process(name: str, requirements: list[str], worker: str, environment: dict[str, str] | None = None) -> Any:
     """What opens systems in a rival's process, which is started when it is first needed."""
-    started: list[Rival | RivalError] = []
+    get = when_needed(name, requirements, worker, environment)
 
     def start(what: dict[str, Any], inputs: Inputs) -> Any:
-        if not started:
-            try:
-                started.append(Rival(name, requirements, worker, environment))
-            except RivalError as error:
-                started.append(error)
-        rival = started[0]
-        if isinstance(rival, RivalError):
-            raise rival
+        rival = get()
         given = FOLDER / f"{name}-inputs.npz"
         save(given, inputs)
         key = str(sorted(what.items()))
