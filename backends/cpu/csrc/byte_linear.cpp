@@ -11,8 +11,8 @@ namespace {
 
 // Rows that are taken together for each panel: their codes stay in the second cache.
 constexpr std::size_t kRowsAtOnce = 192;
-// From so many rows on they are shared out among the threads, not the weights.
-constexpr std::size_t kManyRows = 64;
+// Rows are shared out among the threads, not the weights, where each has so many at least.
+constexpr std::size_t kRowsOfThread = 32;
 // Up to so many rows the weights are read once (linear_bytes.inc).
 constexpr std::size_t kFewRows = 4;
 
@@ -101,7 +101,7 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
 
   const bool few = rows <= kFewRows;
   // Each thread has rows of its own where there are many: those that it wrote before, and that it will read next.
-  const std::size_t at_least = rows >= kManyRows ? threads : 1;
+  const std::size_t at_least = std::clamp<std::size_t>(rows / kRowsOfThread, 1, threads);
   const std::size_t parts = few ? 1 : std::max(at_least, (rows + kRowsAtOnce - 1) / kRowsAtOnce);
   // Whole runs of panels, so that each thread streams; more of them than threads, so that none waits long for another.
   const std::size_t run = std::max<std::size_t>(1, weights.panels / (threads * (few ? 4 : 8)));

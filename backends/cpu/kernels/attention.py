@@ -107,22 +107,40 @@ class Attention(Kernel):
                 result = torch.empty((batch, length, heads, width)).transpose(1, 2)
             else:
                 result = torch.empty((batch, heads, length, width))
-            self.kernel.run(
-                queries,
-                keys,
-                values,
-                result.numpy(),
-                None if key_mask is None else booleans(key_mask),
-                None if bias is None else booleans(bias) if bias.dtype == torch.bool else floats(bias),
-                None if key_scales is None else floats(key_scales),
-                None if value_scales is None else floats(value_scales),
-                self.is_from_end,
-                torch.get_num_threads(),
-            )
+            self.compute(queries, keys, values, result.numpy(), key_mask, bias, key_scales, value_scales)
         except (TypeError, ValueError) as error:  # numpy's, of tensors that are not on the CPU, and the kernel's
             given = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (query, key, value))
             raise BackendError(f"{error} (query, key and value are {given})", where="attention kernel") from None
         return result if query.dtype == torch.float32 else result.to(query.dtype)
+
+    def compute(
+        self,
+        queries: npt.NDArray[np.float32],
+        keys: npt.NDArray[Any],
+        values: npt.NDArray[Any],
+        result: npt.NDArray[np.float32],
+        key_mask: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
+    ) -> None:
+        """The same on arrays of any strides whose last axis is contiguous; ``result`` is ``[B, Hq, S, Dv]``.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit.
+        """
+        self.kernel.run(
+            queries,
+            keys,
+            values,
+            result,
+            None if key_mask is None else _booleans(key_mask),
+            None if bias is None else _booleans(bias) if bias.dtype == torch.bool else floats(bias),
+            None if key_scales is None else floats(key_scales),
+            None if value_scales is None else floats(value_scales),
+            self.is_from_end,
+            torch.get_num_threads(),
+        )
 
     def extra_repr(self) -> str:
         """What ``print`` shows of it."""
@@ -200,7 +218,7 @@ def _words(x: torch.Tensor) -> npt.NDArray[Any]:
     return words
 
 
-def booleans(x: torch.Tensor) -> npt.NDArray[np.bool_]:
+def _booleans(x: torch.Tensor) -> npt.NDArray[np.bool_]:
     """A mask as numpy has it."""
     booleans: npt.NDArray[np.bool_] = (x if x.dtype == torch.bool else x.to(torch.bool)).numpy()
     return booleans

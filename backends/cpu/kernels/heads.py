@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from graphwright.backends.cpu.kernels.attention import Attention, booleans, rows
-from graphwright.backends.cpu.kernels.base import Kernel, floats
+from graphwright.backends.cpu.kernels.attention import Attention, rows
+from graphwright.backends.cpu.kernels.base import Kernel
 from graphwright.ir.errors import BackendError
 
 # Where heads lie in a tensor [B, S, features]: the first feature, how many heads, the head dim.
@@ -58,18 +58,7 @@ class HeadsAttention(Kernel):
         try:
             q, k, v = (_heads(x, place) for x, place in zip(sources, self.places, strict=True))
             result = np.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), np.float32)
-            self.attention.kernel.run(
-                q,
-                k,
-                v,
-                result.transpose(0, 2, 1, 3),
-                None if key_mask is None else booleans(key_mask),
-                None if bias is None else booleans(bias) if bias.dtype == torch.bool else floats(bias),
-                None,
-                None,
-                True,
-                torch.get_num_threads(),
-            )
+            self.attention.compute(q, k, v, result.transpose(0, 2, 1, 3), key_mask, bias)
         except ValueError as error:
             shapes = ", ".join(str(list(x.shape)) for x in sources)
             raise BackendError(f"{error} (query, key and value are {shapes})", where="attention kernel") from None
