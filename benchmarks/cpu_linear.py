@@ -100,7 +100,7 @@ def measure(
     rounds: int,
 ) -> None:
     """Median milliseconds of every system, ours first, in turns, with a pause before each."""
-    read, dots = [], []
+    read, dots, one_row = [], [], list[float]()
     for system in everyone:
         system.times.clear()
     for _ in range(rounds):
@@ -115,6 +115,9 @@ def measure(
                 system.times.extend(system.time(count, WARM, TIMED))
             except RivalError as error:
                 system.fault = str(error)
+        if count == 4:
+            time.sleep(PAUSE)
+            one_row.extend(everyone[0].time(1, WARM, TIMED))
     case = f"{shape[0]}x{shape[1]} {form}, {count} rows"
     bandwidth, peak = statistics.median(read), statistics.median(dots)
     operations = 2.0 * count * shape[0] * shape[1]
@@ -140,6 +143,10 @@ def measure(
         share = ours.bytes / mine / 1e9 / bandwidth
         rows.require(share >= 0.92, f"{case}: {share:.0%} of the read bandwidth, 92 % wanted")
         rows.require(fastest >= 1.3 * mine, f"{case}: {fastest / mine:.2f} x the fastest rival here, 1.3 wanted")
+    elif count == 4:
+        ratio = mine / statistics.median(one_row)
+        rows.add(case, f"{ours.name} over its time of one row", ratio=ratio)
+        rows.require(ratio <= 1.15, f"{case}: {ratio:.2f} x the time of one row, 1.15 allowed")
     elif count >= 32:
         least = 0.75 if form == "int8" else 0.65
         share = operations / mine / 1e12 / peak
@@ -163,7 +170,7 @@ def systems(outputs: int, columns: int, form: str, openvino: Process, torchao: P
         kernels = [ByteLinear(pack_int8(weight, scales), isa(), "shifted") for _ in range(copies)]
         dynamic = [onnx_session(dynamic_model(weight, scales)) for _ in range(copies)]
         made = [
-            here(f"graphwright {isa()}", kernels[0].packed.nbytes, x, [_ours(kernel) for kernel in kernels]),
+            here(f"graphwright {kernels[0].isa}", kernels[0].packed.nbytes, x, [_ours(kernel) for kernel in kernels]),
             here(f"{ORT} DynamicQuantizeMatMul", size, x, dynamic),
             here(f"{TORCH} dynamic", size, x, torch_dynamic(weight, scales, copies)),
             there(openvino, ", a scale to a row", size, copies, group=columns),
@@ -181,7 +188,7 @@ def systems(outputs: int, columns: int, form: str, openvino: Process, torchao: P
         kernels = [ByteLinear(pack_nbits(packed, scales, None, 4, columns), isa(), "symmetric") for _ in range(copies)]
         sessions = [onnx_session(nbits_model(packed, scales, columns, group)) for _ in range(copies)]
         made = [
-            here(f"graphwright {isa()}", kernels[0].packed.nbytes, x, [_ours(kernel) for kernel in kernels]),
+            here(f"graphwright {kernels[0].isa}", kernels[0].packed.nbytes, x, [_ours(kernel) for kernel in kernels]),
             here(f"{ORT} MatMulNBits accuracy 4", size, x, sessions),
             there(openvino, "", size, copies, group=group),
             there(torchao, " bfloat16 activations", size, copies, dynamic=False),

@@ -57,6 +57,18 @@ class OptimizedModel(Program):
         """Which kernel runs for every node."""
         return self._executable.explain()
 
+    def lowering_error(self) -> list[float]:
+        """What the target's rounding costs, on the example inputs.
+
+        Returns:
+            for each floating output, the root mean square of its difference from the same program in PyTorch, relative
+            to the root mean square of the latter.
+        """
+        with torch.no_grad():
+            found, wanted = self._executable(*self.examples), self.body(*self.examples)
+        pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True) if torch.is_floating_point(b)]
+        return [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs]
+
     def save_packed(self, path: str | os.PathLike[str]) -> None:
         """Write what runs on the ``cpu`` target, packed weights included, into one file for :func:`load_packed`.
 

@@ -51,7 +51,8 @@ class CpuBackend(Backend):
             - ``"int8"`` rounds the activations of weight-only linears to 8 bits, one scale for each row and group of
               columns. Float linears compute in float32.
 
-            A model whose weights are bfloat16 computes in bfloat16 anyway.
+            A model whose weights are bfloat16 computes in bfloat16 anyway. ``lowering_error()`` of the optimised model
+            says what the choice costs on its example inputs.
 
     Raises:
         InputError: there is no such ``compute``.

@@ -15,6 +15,8 @@ import graphwright as gw
 from graphwright.backends.cpu import features, native_status
 from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
 from graphwright.backends.cpu.kernels.byte_packing import pack_int8
+from graphwright.backends.cpu.kernels.float_linear import FloatLinear, pack_floats
+from graphwright.backends.cpu.kernels.linear import Linear
 from graphwright.ir.errors import BackendError
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason=native_status().message)
@@ -74,6 +76,19 @@ def test_not_a_number_and_infinity_go_through_activations() -> None:
             kernel.activation = name
             found = kernel(torch.zeros(1, 4))[0].double()
             torch.testing.assert_close(found, function(values.double()), rtol=1e-6, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("outputs", [1040, 1041])
+def test_large_results_are_those_of_small_ones(outputs: int) -> None:
+    """They go past the caches where rows are aligned (1040 outputs), and not where they are not."""
+    x, residual = torch.randn(1100, 8), torch.randn(1100, outputs)
+    weight = torch.randn(outputs, 8)
+    for isa in isas():
+        kernels: list[Linear] = [linear(isa, outputs, 8), FloatLinear(pack_floats(weight), isa, torch.randn(outputs))]
+        for kernel in kernels:
+            kernel.activation = "gelu"
+            parts = [kernel(x[i : i + 100], None, residual[i : i + 100]) for i in range(0, 1100, 100)]
+            assert torch.equal(kernel(x, None, residual), torch.cat(parts)), kernel.label
 
 
 def test_operands_of_another_shape_are_refused() -> None:

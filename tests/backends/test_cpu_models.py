@@ -108,6 +108,9 @@ def test_models_run_on_kernels(case: str, tmp_path: Path) -> None:
     small = lowered(model, [*FUSED, *passes], gw.CpuBackend(compute=compute))
     left = [use for use in small.explain() if use.op in KERNELS and use.kernel in ("torch", "reference")]
     assert not left, left
+    least = {"float32": 0.0, "bfloat16": 1e-4, "int8": 1e-4}[compute]
+    most = {"float32": 2e-5, "bfloat16": 3e-2, "int8": 3e-2}[compute]
+    assert all(least <= error <= most for error in small.lowering_error())
     # The same program in PyTorch: what differs is how kernels round.
     reference = gw.optimize(small, [], example_inputs=BATCH, target="reference", verify=False)
     tolerance = {"float32": 2e-5, "bfloat16": 3e-2, "int8": 3e-2}[compute]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import numpy as np
 import torch
 
@@ -33,8 +35,8 @@ class _Lookup(Kernel):
             raise BackendError(str(error), where=self.label) from None
         return result
 
-    def _run(self, indices: np.ndarray, result: torch.Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _run(self, indices: np.ndarray, result: torch.Tensor) -> None: ...
 
 
 class Embedding(_Lookup):
