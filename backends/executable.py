@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from graphwright.backends.session import Session
+from graphwright.ir.errors import BackendError
 from graphwright.ir.program import Program
 
 
@@ -41,6 +43,21 @@ class Executable(ABC):
     @abstractmethod
     def explain(self) -> list[KernelUse]:
         """Which kernel runs for every node."""
+
+    def session(self, *, slots: int = 1, capacity: int = 2048, cache: str = "float32") -> Session:
+        """Caches, and steps on them, where the program is a decoding step.
+
+        Args:
+            slots: sequences held at a time.
+            capacity: tokens that each can hold.
+            cache: how keys and values are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+
+        Raises:
+            ProgramError: the program is not a decoding step.
+            InputError: there are no slots or no capacity, or caches are not stored so.
+            BackendError: this backend runs no decoding steps.
+        """
+        raise BackendError("runs no decoding steps", where=f"session of {type(self).__name__}", hint="use target='cpu'")
 
 
 class Backend(ABC):

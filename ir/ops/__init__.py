@@ -18,6 +18,8 @@ __all__ = ["DIALECT", "Cost", "OpDefinition", "definition_of", "get", "is_dialec
 # operator -> module under graphwright.ir.ops that holds its definition, as an upper-case constant of the same name
 DIALECT: dict[str, str] = {
     "attention": "attention",
+    "cache_append": "cache",
+    "cached_attention": "cache",
     "embedding_nbits": "quantization",
     "gated_activation": "activation",
     "linear_int8_dynamic": "quantization",
@@ -25,6 +27,7 @@ DIALECT: dict[str, str] = {
     "linear_nbits": "quantization",
     "rms_norm": "normalization",
     "rotary_embedding": "position",
+    "select_rows": "cache",
 }
 
 

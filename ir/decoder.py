@@ -1,0 +1,81 @@
+"""What makes a program a decoding step: its inputs and outputs by name, and the caches between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphwright.ir.errors import ProgramError
+from graphwright.ir.program import Program
+from graphwright.ir.types import TensorType
+
+_FIRST = ("input_ids", "slots", "starts", "rows")
+
+
+@dataclass(frozen=True)
+class DecoderLayout:
+    """A step takes ``input_ids`` int64 ``[B, S]``, ``slots`` and ``starts`` int64 ``[B]``, ``rows`` int64 ``[B, K]``,
+    the keys and then the values of every layer, each ``[N, Hkv, C, D]`` (see :mod:`graphwright.ir.ops.cache`); it gives
+    logits ``[B, K, V]`` and the caches in the same order.
+
+    Attributes:
+        keys: heads and head dim of every layer's keys.
+        values: the same of its values.
+        vocabulary: V.
+    """
+
+    keys: tuple[tuple[int, int], ...]
+    values: tuple[tuple[int, int], ...]
+    vocabulary: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers have a cache."""
+        return len(self.keys)
+
+    @staticmethod
+    def find(program: Program) -> DecoderLayout | None:
+        """The layout of a decoding step, or ``None`` for any other program."""
+        inputs = program.inputs
+        names = tuple(str(node.target) for node in inputs)
+        caches = inputs[len(_FIRST) :]
+        if names[: len(_FIRST)] != _FIRST or len(caches) % 2 or len(caches) == 0:
+            return None
+        layers = len(caches) // 2
+        wanted = tuple(f"{kind}_{layer}" for kind in ("keys", "values") for layer in range(layers))
+        if names[len(_FIRST) :] != wanted:
+            return None
+        shapes: list[tuple[int, int]] = []
+        for node in caches:
+            kind = program.type_of(node)
+            if not isinstance(kind, TensorType) or len(kind.shape) != 4:
+                return None
+            heads, width = kind.shape[1], kind.shape[3]
+            if not isinstance(heads, int) or not isinstance(width, int):
+                return None
+            shapes.append((heads, width))
+        results = program.output.args[0]
+        logits = program.type_of(results[0]) if isinstance(results, tuple | list) and results else None  # type: ignore[arg-type]
+        if not isinstance(logits, TensorType) or not isinstance(logits.shape[-1], int):
+            return None
+        return DecoderLayout(tuple(shapes[:layers]), tuple(shapes[layers:]), logits.shape[-1])
+
+    @staticmethod
+    def of(program: Program) -> DecoderLayout:
+        """The layout of a decoding step.
+
+        Raises:
+            ProgramError: the program is not one.
+        """
+        found = DecoderLayout.find(program)
+        if found is None:
+            raise ProgramError(
+                "is not a decoding step",
+                where=f"program {program.title!r}",
+                hint="trace a causal language model with load_decoder",
+            )
+        return found
+
+    def cache_bytes(self, slots: int, capacity: int, element_bytes: int) -> int:
+        """Bytes of all caches."""
+        per_position = sum(heads * width for heads, width in (*self.keys, *self.values))
+        return per_position * slots * capacity * element_bytes
