@@ -26,6 +26,9 @@ def dot_u8s8(isa: str, a: npt.NDArray[np.uint8], b: npt.NDArray[np.int8]) -> int
         ValueError: lengths differ or exceed 65536, or the instruction set is unknown or cannot run here.
     """
 
+class Instruction:
+    """A kernel with its constants, which the executor calls on tensors."""
+
 def pack_codes(stored: npt.NDArray[np.uint8], bits: int, codes: npt.NDArray[np.uint8], threads: int) -> None:
     """Stored codes, ``[outputs, groups, bytes]``, into the flat layout that the kernels stream.
 
