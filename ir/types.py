@@ -22,6 +22,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from graphwright.ir.errors import ProgramError, TypeMismatch
 
 VAL = "val"
+# The type that a program's text declares for a value, where types were not inferred.
+DECLARED = "declared"
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "f64",

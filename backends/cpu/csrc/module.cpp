@@ -41,4 +41,6 @@ NB_MODULE(_native, m) {
   graphwright::bind_byte_linear(m);
   graphwright::bind_float_linear(m);
   graphwright::bind_rows(m);
+  graphwright::bind_small(m);
+  graphwright::bind_executor(m);
 }
