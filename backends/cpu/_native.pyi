@@ -68,8 +68,8 @@ class SelectRows(Instruction):
 class Executor:
     """A program as instructions on values.
 
-    Values are numbers, a negative one is absent; sizes are instructions of a stack machine (``csrc/plan.h``). The dtypes
-    are ``float32``, ``bfloat16``, ``int8``, ``int64``, ``bool`` and ``uint8``.
+    Values are numbers, a negative one is absent; sizes are instructions of a stack machine (``csrc/plan.h``).
+    The dtypes are ``float32``, ``bfloat16``, ``int8``, ``int64``, ``bool`` and ``uint8``.
 
     Raises:
         ValueError: there is no such value or dtype, or a tensor has more than six axes.
@@ -305,6 +305,51 @@ class Attention:
 
         Raises:
             ValueError: shapes, dtypes or strides do not fit.
+        """
+
+class DecoderAttention(Instruction):
+    """A decoding step: queries and keys are turned, keys and values go into the caches, queries attend.
+
+    ``window`` and ``softcap`` 0 are none; ``slopes`` are ``[Hq]``.
+
+    Raises:
+        ValueError: the instruction set is unknown or cannot run here, or window or softcap is negative.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        scale: float,
+        window: int,
+        softcap: float,
+        slopes: npt.NDArray[np.float32] | None,
+        interleaved: bool,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        query: npt.NDArray[np.float32],
+        key: npt.NDArray[np.float32],
+        value: npt.NDArray[np.float32],
+        cos: npt.NDArray[np.float32] | None,
+        sin: npt.NDArray[np.float32] | None,
+        keys: npt.NDArray[np.float32] | npt.NDArray[np.int16] | npt.NDArray[np.int8],
+        values: npt.NDArray[np.float32] | npt.NDArray[np.int16] | npt.NDArray[np.int8],
+        key_scales: npt.NDArray[np.float32] | None,
+        value_scales: npt.NDArray[np.float32] | None,
+        slots: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
+        out: npt.NDArray[np.float32],
+        threads: int,
+    ) -> None:
+        """From ``[B, Hq, S, D]``, ``[B, Hkv, S, D]``, ``[B, Hkv, S, Dv]`` to ``[B, Hq, S, Dv]``; features contiguous.
+
+        ``keys``, ``values`` ``[N, Hkv, C, D]`` and their scales ``[N, Hkv, C]`` are written; 16 bits are bfloat16.
+
+        Raises:
+            ValueError: shapes, dtypes or strides do not fit, or a slot or position is not in the caches.
         """
 
 class Softmax:
