@@ -102,8 +102,8 @@ class _Assembly:
                 self._input(node)
             elif node.op == "call_function" and node not in self.absorbed and node not in self.values:
                 self._call(node)
-        logits = self.program.output.args[0][0]  # type: ignore[index]
-        self.executor.output(self._value(logits))
+        results: Any = self.program.output.args[0]
+        self.executor.output(self._value(results[0]))
         ordered = tuple(self.uses[node.name] for node in self.program.nodes if node.name in self.uses)
         return Assembled(self.executor, tuple(self.inputs), self.bound, tuple(self.steps), ordered)
 
@@ -172,7 +172,7 @@ class _Assembly:
         self.steps.append(node.name)
 
     def _kernel(self, node: fx.Node, kernel: Kernel, inputs: Sequence[Any], gives: Sequence[fx.Node]) -> None:
-        made = kernel.instruction(tuple(self._shape_of(each) for each in inputs), self._shape_of(gives[0]))
+        made = kernel.step(tuple(self._shape_of(each) for each in inputs), self._kind(gives[0]).shape)
         if made is None:
             self._python(node, kernel, inputs, {}, gives)
             return

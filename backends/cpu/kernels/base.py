@@ -63,7 +63,7 @@ class Kernel(nn.Module):
         """``forward``, without the hooks that modules look for: they take as long as a small kernel."""
         return self.forward(*inputs)
 
-    def instruction(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
         """What the executor runs in its place, or ``None``: then it calls this from Python.
 
         Args:

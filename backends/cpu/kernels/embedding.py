@@ -36,7 +36,7 @@ class _Lookup(Kernel):
             raise BackendError(str(error), where=self.label) from None
         return result
 
-    def instruction(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
         """Operands: the indices."""
         return Step(self._kernel, (0,)) if self._dtype in (torch.float32, torch.bfloat16) else None
 

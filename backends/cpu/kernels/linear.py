@@ -67,7 +67,7 @@ class Linear(Kernel):
             self._kernel.run(rows, result, torch.get_num_threads(), self.activation, *extra)
         return tensor_like(result.reshape(*x.shape[:-1], self.outputs), x)
 
-    def instruction(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
         """Operands: the rows, factor and residual."""
         self._kernel.activation = self.activation
         return Step(self._kernel, (0, 1, 2))

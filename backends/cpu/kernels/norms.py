@@ -84,7 +84,7 @@ class _Norm(Kernel):
             self._kernel.run(rows, added, target, sums, torch.get_num_threads())
         return tensor_like(result, x) if total is None else (tensor_like(result, x), tensor_like(total, x))
 
-    def instruction(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
         """Operands: the rows and what is added to them; the norm, and the sum."""
         return None if self._shape is not None and len(self._shape) > 1 else Step(self._kernel, (0, 1), 2)
 

@@ -50,7 +50,7 @@ class Activation(Kernel):
             self._kernel.run(rows, factor, target, torch.get_num_threads())
         return tensor_like(result, x)
 
-    def instruction(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
         """Operands: the values, and what their activation is multiplied by."""
         return Step(self._kernel, (0, 1))
 
@@ -101,7 +101,7 @@ class Combination(Kernel):
             self._kernel.run(rows, second, target, torch.get_num_threads())
         return tensor_like(result, x)
 
-    def instruction(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
         """Operands: one of the result's shape, and one of that shape or that is one row of it."""
         for x, other in ((0, 1), (1, 0)):
             shape = inputs[other]

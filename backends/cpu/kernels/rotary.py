@@ -44,7 +44,7 @@ class Rotary(Kernel):
             raise BackendError(f"cannot take x, cos and sin of {shapes}", where=self.label) from error
         return tensor_like(result, x)
 
-    def instruction(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
         """Operands: x, cos, sin."""
         return Step(self._kernel, (0, 1, 2))
 
