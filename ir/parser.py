@@ -215,7 +215,10 @@ class _Parser:
             declared = self._written_type()
             if not isinstance(declared, TensorType):
                 raise lexer.error("an input needs a type, such as ': f32[batch, 16]'", at=place)
-            node.meta[VAL] = self._at(place, functools.partial(self.symbols.fake, declared))
+            if self.types:
+                node.meta[VAL] = self._at(place, functools.partial(self.symbols.fake, declared))
+            else:
+                node.meta[DECLARED] = declared
         elif word.text in ("weight", "buffer"):
             self._weight(start, name, is_parameter=word.text == "weight")
             return
