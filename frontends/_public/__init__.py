@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from graphwright.frontends.generation.result import Generation as Generation
     from graphwright.frontends.generation.sampling import Sampling as Sampling
     from graphwright.frontends.generation.stream import Stream as Stream
+    from graphwright.frontends.huggingface import load_decoder as load_decoder
     from graphwright.frontends.huggingface import load_huggingface as load_huggingface
     from graphwright.frontends.recipes import load_recipe as load_recipe
     from graphwright.frontends.recipes import save_recipe as save_recipe
@@ -186,6 +187,7 @@ _EXPORTS: dict[str, str] = {
     "diff": "graphwright.ir.diff",
     "either": "graphwright.ir.pattern",
     "export_onnx": "graphwright.backends.onnx",
+    "load_decoder": "graphwright.frontends.huggingface",
     "load_huggingface": "graphwright.frontends.huggingface",
     "load_packed": "graphwright.frontends.generation.packed",
     "load_recipe": "graphwright.frontends.recipes",

@@ -106,7 +106,7 @@ def keep_top_k(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def keep_top_p(scores: torch.Tensor, mass: float) -> torch.Tensor:
-    """``TopPLogitsWarper`` on ``[V]``. Of equal scores the last by number are kept."""
+    """``TopPLogitsWarper`` on ``[V]``. Of equal scores the last by number are kept; there it is left open."""
     # numpy sorts values alone many times faster than torch, which brings the indices along.
     ordered = torch.from_numpy(scores.numpy().copy())
     ordered.numpy().sort()
