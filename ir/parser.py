@@ -39,8 +39,8 @@ def parse(text: str, tensors: Mapping[str, torch.Tensor] | None = None, *, types
             everything in the header but the name and the dimensions may be left out.
         tensors: the weights by name, shared and not copied, except where the text gives strides that differ. Without
             them, weights are tensors of the written type on the meta device: a program to look at, not to run.
-        types: infer types. Without, which is many times faster, calls have none: the program can only be run, and
-            weights that are not given are on the meta device.
+        types: infer types. Without, which is many times faster, only inputs and what is returned have any, as
+            written: the program can only be run, and weights that are not given are on the meta device.
 
     Raises:
         ProgramError: the text is not such a program; with line, column and the line itself.
@@ -57,6 +57,7 @@ class _Parser:
         self.lexer = Lexer(text)
         self.tensors = tensors
         self.types = types
+        self.written: dict[fx.Node, ValueType | None] = {}  # of calls, where types are not inferred
         self.graph = fx.Graph()
         self.values: dict[str, fx.Node] = {}
         self.aliases: dict[str, str] = {}
@@ -99,6 +100,10 @@ class _Parser:
             if name not in self.weights or alias in self.weights:
                 raise ProgramError(f"the alias {alias!r} stands for {name!r}: one must be a weight, the other not")
         self.built.body.graph = self.graph
+        for node in self.graph.output_node().all_input_nodes:
+            kind = self.written.get(node)
+            if isinstance(kind, TensorType):
+                node.meta[VAL] = self._at(start, functools.partial(self.symbols.fake, kind))
         return self.built
 
     def _dims(self) -> list[Dim]:
@@ -230,6 +235,8 @@ class _Parser:
                 place, written = lexer.place(), read_type(lexer)
                 if self.types:
                     self._check_type(node, place, written)
+                else:
+                    self.written[node] = written
         self._provenance(node)
 
     def _create(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 # Why an answer ended: a stop token came; a stop string came; it has as many tokens as were asked for; it was cancelled;
 # the cache, or the longest context that the model takes, is full.
@@ -77,12 +78,28 @@ class Generation:
         """Prompt and answer of each, as transformers' ``generate`` gives them."""
         return [[*prompt, *new] for prompt, new in zip(self.prompts, self.tokens, strict=True)]
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """Counts and speeds in one line."""
         counts = self.counts
-        lines = list(self.texts) if self.texts is not None else [str(list(new)) for new in self.tokens]
         speed = f"{counts.new_tokens} tokens, {counts.rate:.1f} tokens/s"
         prompt = (
             f"prompts {counts.prompt_tokens} tokens, {counts.reused_tokens} reused, {counts.prompt_rate:.0f} tokens/s"
         )
         drafts = f", {counts.accepted_tokens} of {counts.drafted_tokens} drafted" if counts.drafted_tokens else ""
-        return "\n".join([*lines, f"[{speed}{drafts}; {prompt}; {', '.join(self.stopped)}]"])
+        return f"[{speed}{drafts}; {prompt}; {', '.join(self.stopped)}]"
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        answers = [
+            {"text": text, "tokens": list(new), "stopped": stopped}
+            for text, new, stopped in zip(
+                self.texts or [None] * len(self.tokens), self.tokens, self.stopped, strict=True
+            )
+        ]
+        rates = {"prompt_tokens_per_s": self.counts.prompt_rate, "tokens_per_s": self.counts.rate}
+        return {"answers": answers, "seed": self.seed, "counts": {**asdict(self.counts), **rates}}
+
+    def __str__(self) -> str:
+        lines = list(self.texts) if self.texts is not None else [str(list(new)) for new in self.tokens]
+        return "\n".join([*lines, self.summary])
