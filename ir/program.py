@@ -67,6 +67,7 @@ class Program(nn.Module):
         aliases: further names of tied weights: alias name -> name in the graph.
         replacements: since the last pass began, name of a replaced node -> name of the node that stands for it.
         notes: what the running pass wants its report entry to say.
+        origin: what the frontend that made the program knows of the model besides its graph; not saved.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Program(nn.Module):
         self.aliases: dict[str, str] = dict(aliases or {})
         self.replacements: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
+        self.origin: Any = None
         self.training = False
 
     # -- the graph ---------------------------------------------------------------------------------------------------
@@ -356,6 +358,7 @@ class Program(nn.Module):
             journal=tuple(self.journal),
         )
         other.restore(snapshot)
+        other.origin = self.origin
         return other
 
     def clone(self, *, copy_weights: bool = False) -> Program:
