@@ -1,4 +1,4 @@
-"""Decoders on the executor: the reference's tokens for every family, with every kind of cache, and no Python between."""
+"""Decoders on the executor: the tokens that transformers gives, for every family and every kind of cache."""
 
 from __future__ import annotations
 
