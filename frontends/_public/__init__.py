@@ -66,9 +66,14 @@ if TYPE_CHECKING:
     from graphwright.passes.cleanup import FoldConstants as FoldConstants
     from graphwright.passes.cleanup import RemoveDeadCode as RemoveDeadCode
     from graphwright.passes.cleanup import RemoveNoOps as RemoveNoOps
+    from graphwright.passes.cleanup import TransposeLinears as TransposeLinears
     from graphwright.passes.contract import Approximate as Approximate
     from graphwright.passes.contract import Exact as Exact
     from graphwright.passes.contract import Retrain as Retrain
+    from graphwright.passes.decoding import HoistRowSelection as HoistRowSelection
+    from graphwright.passes.decoding import PrepareDecoder as PrepareDecoder
+    from graphwright.passes.decoding import TabulatePositions as TabulatePositions
+    from graphwright.passes.decoding import UnflattenRows as UnflattenRows
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
     from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
@@ -116,6 +121,7 @@ _EXPORTS: dict[str, str] = {
     "FuseRMSNorm": "graphwright.passes.fusion",
     "FuseRotaryEmbedding": "graphwright.passes.fusion",
     "GraphwrightError": "graphwright.ir.errors",
+    "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
     "InputError": "graphwright.ir.errors",
     "Match": "graphwright.ir.pattern",
@@ -127,6 +133,7 @@ _EXPORTS: dict[str, str] = {
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
     "ProgramError": "graphwright.ir.errors",
     "QuantizeEmbeddings": "graphwright.passes.quantization",
@@ -143,9 +150,12 @@ _EXPORTS: dict[str, str] = {
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
     "SerializationError": "graphwright.ir.errors",
+    "TabulatePositions": "graphwright.passes.decoding",
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
+    "TransposeLinears": "graphwright.passes.cleanup",
     "TypeMismatch": "graphwright.ir.errors",
+    "UnflattenRows": "graphwright.passes.decoding",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "any_": "graphwright.ir.pattern",
