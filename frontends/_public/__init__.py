@@ -92,8 +92,8 @@ if TYPE_CHECKING:
     from graphwright.passes.decoding import UnflattenRows as UnflattenRows
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
-    from graphwright.passes.fusion import FuseGateUp as FuseGateUp
     from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
+    from graphwright.passes.fusion import FuseGateUp as FuseGateUp
     from graphwright.passes.fusion import FuseGelu as FuseGelu
     from graphwright.passes.fusion import FuseLayerNorm as FuseLayerNorm
     from graphwright.passes.fusion import FuseQKV as FuseQKV
