@@ -98,7 +98,7 @@ class UnflattenRows(Pass):
                     leads[node] = lead
             for node in wrong:
                 del region[node]
-            gone = {node for node in exits if leads.get(node.args[0]) != _shape(program, node)[:2]}  # type: ignore[call-overload]
+            gone = {node for node in exits if leads.get(node.all_input_nodes[0]) != _shape(program, node)[:2]}
             gone |= {node for node in exits if node.args[0] not in region}
             exits -= gone
             refusals += [Refusal(self.name, node.name, path_of(node), why, 2) for node, why in wrong.items()]

@@ -114,7 +114,7 @@ def test_selection_moves_over_the_last_block() -> None:
     small = verified(program, gw.HoistRowSelection())
     names = operators(small)
     chosen = [node for node in small.nodes if op_name(node) == "graphwright.select_rows"]
-    assert {op_name(node.args[0]) for node in chosen} == {"aten.embedding", "aten.reshape"}  # type: ignore[arg-type]
+    assert {op_name(node.args[0]) for node in chosen} == {"aten.embedding", "aten.reshape"}
     assert len(chosen) == 2
     behind = names[names.index("graphwright.select_rows") :]
     assert behind.count("aten.linear") == 4
@@ -208,7 +208,9 @@ def test_a_position_behind_the_table_raises() -> None:
 def test_tables_of_the_same_content_are_one() -> None:
     def twice(m: Any, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         column = positions.unsqueeze(-1)
-        return (column * m.frequencies[0]).cos() * x + (column.float() * m.frequencies[:1]).cos() * x * 2
+        first: torch.Tensor = (column * m.frequencies[0]).cos() * x
+        second: torch.Tensor = (column.float() * m.frequencies[:1]).cos() * x * 2
+        return first + second
 
     program = step(twice)
     small = verified(program, gw.TabulatePositions(length=20))
