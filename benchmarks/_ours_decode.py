@@ -64,8 +64,8 @@ def make(request: dict[str, Any]) -> None:
     # A search for the best clip takes minutes, and nothing here depends on it.
     quantize = gw.QuantizeLinears(bits=4, group_size=request["group"], lm_head=True, clip_search=False)
     backend = gw.CpuBackend(compute="int8")
-    program = gw.load_huggingface(request["source"], dtype="float32", check=False)
-    gw.optimize(program, [gw.FuseAll(), quantize], target=backend, verify=False).save_packed(request["target"])
+    passes = [gw.PrepareDecoder(length=request["positions"]), quantize]
+    gw.optimize(request["source"], passes, target=backend, verify=False).save_packed(request["target"])
 
 
 if __name__ == "__main__":
