@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,9 @@ def optimize(
         example_inputs: keyword arguments, positional arguments or one tensor. Without them a transformers model that
             generates text, or the folder of one, becomes a decoding step (:func:`graphwright.load_decoder`); they are
             needed for any other module.
-        target: what runs the result: ``"reference"`` (plain PyTorch), ``"cpu"`` (C++ kernels; inference only),
-            ``"onnx"`` (onnxruntime; inference only), or a backend with options, such as ``CpuBackend(compute="int8")``.
+        target: what runs the result: ``"reference"`` (plain PyTorch), ``"cpu"`` (C++ kernels; inference only), the same
+            computing otherwise (``"cpu:int8"``, ``"cpu:bfloat16"``, see :class:`CpuBackend`), ``"onnx"`` (onnxruntime;
+            inference only), or a backend, such as ``CpuBackend(compute="int8")``.
         dynamic: which sizes may vary, see :func:`graphwright.trace`.
         verify: ``False`` to check structure only, or how thoroughly to verify.
         hooks: called around each pass, such as ``DumpIR(folder)``.
@@ -190,10 +192,10 @@ def _reference() -> Backend:
     return ReferenceBackend()
 
 
-def _cpu() -> Backend:
+def _cpu(compute: str = "float32") -> Backend:
     from graphwright.backends.cpu import CpuBackend
 
-    return CpuBackend()
+    return CpuBackend(compute=compute)
 
 
 def _onnx() -> Backend:
@@ -203,7 +205,13 @@ def _onnx() -> Backend:
 
 
 # target name -> how to make its backend
-BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _reference, "cpu": _cpu, "onnx": _onnx}
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "reference": _reference,
+    "cpu": _cpu,
+    "cpu:bfloat16": partial(_cpu, "bfloat16"),
+    "cpu:int8": partial(_cpu, "int8"),
+    "onnx": _onnx,
+}
 
 
 def find_backend(target: str | Backend) -> Backend:

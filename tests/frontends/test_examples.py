@@ -16,6 +16,7 @@ from graphwright.ir.program import Program
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "quickstart": ("quantize-linears", "torch.Size([5, 7, 64])"),
     "custom_pass": ("aten.mul.Tensor(%x, 0.125)", "3 is no power of two", "caught: the pass 'multiply-wrongly'"),
+    "generate": ("tabulate-positions", "quantize-linears", "the same tokens", "tokens/s"),
     "optimize_llama": ("quantize-linears", "graphwright.linear_nbits", "it gives the same logits"),
 }
 # `make demo` runs the long one, and a test of its own its short form
@@ -30,7 +31,7 @@ def test_every_example_is_run(repository: Path) -> None:
 def test_an_example(
     name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "optimize_llama":
+    if name in ("generate", "optimize_llama"):
         pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
@@ -38,6 +39,16 @@ def test_an_example(
     out = capsys.readouterr().out
     for words in EXAMPLES[name]:
         assert words in out
+
+
+def test_the_recipe_of_decoders(
+    repository: Path, tinylm_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = repository / "examples" / "decoder.toml", str(tmp_path / "out")
+    assert main(["optimize", str(tinylm_dir), "--recipe", str(recipe), "-o", out]) == 0
+    capsys.readouterr()
+    assert main(["generate", out, "The government said", "--max-new-tokens", "8"]) == 0
+    assert len(capsys.readouterr().out.split()) > 2
 
 
 def test_the_recipe(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
