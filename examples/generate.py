@@ -1,7 +1,7 @@
 """A language model to INT4, and text from it on the CPU kernels: greedy, sampled, streamed, and drafted.
 
-Give a folder to do the same with a model of yours: ``python examples/generate.py FOLDER "Once upon a time"``. Without, a
-small random Llama says small random things.
+Give a folder to do the same with a model of yours: ``python examples/generate.py FOLDER "Once upon a time"``. Without a
+folder, a small random Llama says small random things.
 """
 
 from __future__ import annotations
