@@ -114,7 +114,7 @@ def test_selection_moves_over_the_last_block() -> None:
     small = verified(program, gw.HoistRowSelection())
     names = operators(small)
     chosen = [node for node in small.nodes if op_name(node) == "graphwright.select_rows"]
-    assert {op_name(node.args[0]) for node in chosen} == {"aten.embedding", "aten.reshape"}  # type: ignore[arg-type]
+    assert {op_name(node.args[0]) for node in chosen} == {"aten.embedding", "aten.reshape"}
     assert len(chosen) == 2
     behind = names[names.index("graphwright.select_rows") :]
     assert behind.count("aten.linear") == 4
@@ -174,13 +174,63 @@ def test_rows_respects_where() -> None:
     assert any("not selected" in refusal.reason for refusal in item.refusals(program))
 
 
+# -- flattened rows --------------------------------------------------------------------------------------------------
+
+
+def _flattened(m: Any, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    flat = (x + mixed).reshape(-1, WIDTH)
+    hidden = m.down(nn.functional.relu(m.up(nn.functional.layer_norm(flat, (WIDTH,)))))
+    result: torch.Tensor = (flat + hidden * m.scale).view(x.shape)
+    return result
+
+
+def test_flattened_rows_are_told_apart() -> None:
+    program = step(tail=_flattened)
+    count = operators(program).count("aten.reshape")
+    small = verified(program, gw.UnflattenRows())
+    assert operators(small).count("aten.reshape") == count - 2
+    given = inputs(program)
+    for a, b in zip(small.body(*given), program.body(*given), strict=True):
+        torch.testing.assert_close(a, b)
+    assert gw.HoistRowSelection()(small)
+    assert len([node for node in small.nodes if op_name(node) == "graphwright.select_rows"]) == 2
+
+
+def _exit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A tail that flattens, does something, and tells rows apart again."""
+    return lambda m, x, mixed: function(m, (x + mixed).reshape(-1, WIDTH)).view(x.shape)
+
+
+FLAT_STAYS: dict[str, tuple[Callable[..., Any], str]] = {
+    "mixes rows": (_exit(lambda m, flat: m.down(m.up(flat)).cumsum(0)), "none of the known operators"),
+    "mixes rows first": (_exit(lambda m, flat: torch.relu(flat.cumsum(0))), "does not come from [batch"),
+    "along rows": (_exit(lambda m, flat: torch.softmax(flat, 0)), "along the rows"),
+    "read flat too": (
+        _exit(lambda m, flat: (lambda y: y + y.sum())(torch.relu(flat))),
+        "reads it without batch and tokens",
+    ),
+    "other rows": (lambda m, x, mixed: torch.relu(mixed.reshape(-1, 4)).view(x.shape), ""),
+}
+
+
+@pytest.mark.parametrize("name", FLAT_STAYS)
+def test_what_needs_flat_rows_stays(name: str) -> None:
+    tail, reason = FLAT_STAYS[name]
+    program = step(tail=tail)
+    item = gw.UnflattenRows()
+    refusals = item.refusals(program)
+    assert not item(program)
+    assert any(reason in refusal.reason for refusal in refusals) if reason else not refusals
+
+
 # -- positions -------------------------------------------------------------------------------------------------------
 
 
 def _rotary(m: Any, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     angles = positions[..., None].float() * m.frequencies
     angles = torch.cat([angles, angles], dim=-1)
-    return (angles.cos() * x).sin() + (angles.cos() * 1.25).to(torch.float32) * x + angles.sin() * x
+    result: torch.Tensor = (angles.cos() * x).sin() + (angles.cos() * 1.25).to(torch.float32) * x + angles.sin() * x
+    return result
 
 
 def test_rotary_values_become_tables() -> None:
@@ -208,7 +258,9 @@ def test_a_position_behind_the_table_raises() -> None:
 def test_tables_of_the_same_content_are_one() -> None:
     def twice(m: Any, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         column = positions.unsqueeze(-1)
-        return (column * m.frequencies[0]).cos() * x + (column.float() * m.frequencies[:1]).cos() * x * 2
+        first = (column * m.frequencies[0]).cos()
+        result: torch.Tensor = first * x + (column.float() * m.frequencies[:1]).cos() * x * 2
+        return result
 
     program = step(twice)
     small = verified(program, gw.TabulatePositions(length=20))

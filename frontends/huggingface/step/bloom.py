@@ -13,7 +13,7 @@ def forward(
     self: Any, hidden_states: torch.Tensor, residual: torch.Tensor, alibi: Any, attention_mask: Any, **_: Any
 ) -> tuple[torch.Tensor, None]:
     """Replaces ``BloomAttention.forward``."""
-    batch, tokens, _ = hidden_states.shape
+    batch, tokens = hidden_states.shape[:2]
     joint = self.query_key_value(hidden_states).view(batch, tokens, self.num_heads, 3 * self.head_dim)
     query, key, value = (part.transpose(1, 2) for part in joint.chunk(3, dim=3))
     mixed = RUNNING.get().attend(self, query, key, value, attention_mask, scale=self.inv_norm_factor)
