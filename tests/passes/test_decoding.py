@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -274,6 +275,26 @@ def test_learned_positions_lose_their_offset() -> None:
     assert torch.equal(small.tensor(name), program.tensor("learned.weight")[2:])
     assert isinstance(small.tensor(name), nn.Parameter)
     assert "learned.weight" not in small.tensors()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SpoiltTable(gw.TabulatePositions):
+    """Gets one row wrong that no probe reaches."""
+
+    name: ClassVar[str] = "spoilt-table"
+
+    def run(self, program: gw.Program) -> bool:
+        changed = super().run(program)
+        name = next(name for name in program.tensors() if name.endswith("_table"))
+        table = program.tensor(name).clone()
+        table[900] += 1e-3
+        program.set_tensor(name, table)
+        return changed
+
+
+def test_every_row_of_a_table_is_verified() -> None:
+    with pytest.raises(gw.ContractViolation, match="spoilt-table"):
+        gw.optimize(step(_rotary), [_SpoiltTable()])
 
 
 POSITIONS_STAY: dict[str, tuple[Callable[..., Any], str]] = {
