@@ -247,8 +247,8 @@ def test_other_models_do_not_generate() -> None:
 
 def test_memory_that_cannot_be_had_is_an_error() -> None:
     _, decoder = model_and_decoder()
-    with pytest.raises(gw.InputError, match="65536.0 GiB, which cannot be had"):
-        decoder.session(capacity=2**37)
+    with pytest.raises(gw.InputError, match="4194304.0 GiB, which cannot be had"):
+        decoder.session(capacity=2**44)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
