@@ -15,7 +15,7 @@ from graphwright.ir.conditions import holds
 from graphwright.ir.errors import InputError, ProgramError
 from graphwright.ir.names import check_weight_name
 from graphwright.ir.signature import Signature
-from graphwright.ir.types import VAL, Dim, SymbolTable, TensorType, ValueType
+from graphwright.ir.types import DECLARED, VAL, Dim, SymbolTable, TensorType, ValueType
 
 if TYPE_CHECKING:
     from graphwright.ir.rewriter import Rewriter
@@ -132,8 +132,9 @@ class Program(nn.Module):
         raise ProgramError(f"no node is named {name!r}")
 
     def type_of(self, node: fx.Node) -> ValueType | None:
-        """The type of a node's value."""
-        return self.symbols.type_of_value(node.meta.get(VAL))
+        """The type of a node's value; where types were not inferred the one that its text declares."""
+        found: ValueType | None = self.symbols.type_of_value(node.meta.get(VAL))
+        return node.meta.get(DECLARED) if found is None else found
 
     def edit(self) -> Rewriter:
         """A context manager in which the graph may be rewritten; everything is undone when it raises."""

@@ -82,9 +82,14 @@ if TYPE_CHECKING:
     from graphwright.passes.cleanup import FoldConstants as FoldConstants
     from graphwright.passes.cleanup import RemoveDeadCode as RemoveDeadCode
     from graphwright.passes.cleanup import RemoveNoOps as RemoveNoOps
+    from graphwright.passes.cleanup import TransposeLinears as TransposeLinears
     from graphwright.passes.contract import Approximate as Approximate
     from graphwright.passes.contract import Exact as Exact
     from graphwright.passes.contract import Retrain as Retrain
+    from graphwright.passes.decoding import HoistRowSelection as HoistRowSelection
+    from graphwright.passes.decoding import PrepareDecoder as PrepareDecoder
+    from graphwright.passes.decoding import TabulatePositions as TabulatePositions
+    from graphwright.passes.decoding import UnflattenRows as UnflattenRows
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
     from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
@@ -139,6 +144,7 @@ _EXPORTS: dict[str, str] = {
     "Generation": "graphwright.frontends.generation.result",
     "GenerationError": "graphwright.ir.errors",
     "GraphwrightError": "graphwright.ir.errors",
+    "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
     "InputError": "graphwright.ir.errors",
     "Match": "graphwright.ir.pattern",
@@ -152,6 +158,7 @@ _EXPORTS: dict[str, str] = {
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
     "ProgramError": "graphwright.ir.errors",
     "PromptCache": "graphwright.frontends.generation.prompt_cache",
@@ -174,9 +181,12 @@ _EXPORTS: dict[str, str] = {
     "SelectionError": "graphwright.ir.errors",
     "SerializationError": "graphwright.ir.errors",
     "Stream": "graphwright.frontends.generation.stream",
+    "TabulatePositions": "graphwright.passes.decoding",
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
+    "TransposeLinears": "graphwright.passes.cleanup",
     "TypeMismatch": "graphwright.ir.errors",
+    "UnflattenRows": "graphwright.passes.decoding",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "Wanted": "graphwright.frontends.generation.drafts",
