@@ -85,6 +85,16 @@ def compare(
         for name, one, other, limit in zip(session.output_names, wanted, results, limits, strict=True):
             scale = float(one.double().pow(2).mean().sqrt()) if isinstance(one, torch.Tensor) and one.numel() else 0.0
             found.append(Difference(name, sizes, difference(_tensor(one), other), limit, scale))
+    refuse_unexplained(found)
+    return found
+
+
+def refuse_unexplained(found: Sequence[Difference]) -> None:
+    """Refuse a file one of whose outputs is further from the program's than is explained.
+
+    Raises:
+        ExportError: names the first such output.
+    """
     for each in found:
         if not each.is_within:
             raise ExportError(
@@ -94,7 +104,22 @@ def compare(
                 where=f"output {each.output!r}, {each.sizes or 'fixed sizes'}",
                 hint="this is a fault of the export or of the runtime; nothing was written",
             )
-    return found
+
+
+def tolerance_of(rounding: Gap, activations: Gap | None) -> Gap:
+    """What disturbed rounding, and int8 activations if they were chosen, explain.
+
+    Args:
+        rounding: what disturbed rounding did to the program's output.
+        activations: what int8 activations did to it.
+    """
+    limit = Gap(_LARGEST_MARGIN * rounding.largest, _SPREAD_MARGIN * rounding.spread)
+    if activations is None:
+        return limit
+    return Gap(
+        limit.largest + _ACTIVATION_MARGIN * activations.largest,
+        limit.spread + _ACTIVATION_MARGIN * activations.spread,
+    )
 
 
 def _limits(
@@ -106,16 +131,9 @@ def _limits(
 ) -> list[Gap]:
     if tolerance is not None:
         return [Gap(tolerance, tolerance)] * len(wanted)
-    limits = [
-        Gap(_LARGEST_MARGIN * error.largest, _SPREAD_MARGIN * error.spread)
-        for error in rounding_error(program, inputs, wanted)
-    ]
-    if int8_activations:
-        limits = [
-            Gap(limit.largest + _ACTIVATION_MARGIN * error.largest, limit.spread + _ACTIVATION_MARGIN * error.spread)
-            for limit, error in zip(limits, activation_error(program, inputs, wanted), strict=True)
-        ]
-    return limits
+    rounding = rounding_error(program, inputs, wanted)
+    rounded = activation_error(program, inputs, wanted) if int8_activations else [None] * len(wanted)
+    return [tolerance_of(one, other) for one, other in zip(rounding, rounded, strict=True)]
 
 
 def _tensor(value: Any) -> torch.Tensor:
@@ -138,7 +156,7 @@ def check_calls(program: Program, examples: ExampleInputs | None) -> list[list[t
     Raises:
         InputError: the examples do not fit the program.
     """
-    first = _made_up(program) if examples is None else _flat(program, examples)
+    first = _made_up(program) if examples is None else flat_examples(program, examples)
     program.check_inputs(first)
     sizes = sizes_of_call(program, first)
     for offset in _OFFSETS if sizes else ():
@@ -152,7 +170,12 @@ def check_calls(program: Program, examples: ExampleInputs | None) -> list[list[t
     return [first]
 
 
-def _flat(program: Program, examples: ExampleInputs) -> list[torch.Tensor]:
+def flat_examples(program: Program, examples: ExampleInputs) -> list[torch.Tensor]:
+    """Examples as flat tensors in the program's order.
+
+    Raises:
+        InputError: they do not fit the program.
+    """
     if isinstance(examples, torch.Tensor):
         return program.signature.flatten((examples,), {})
     if isinstance(examples, Mapping):
@@ -196,7 +219,7 @@ def _made_up(program: Program) -> list[torch.Tensor]:
         if not isinstance(kind, TensorType):
             raise InputError("is not a tensor", where=f"input {node.target!r}")
         shape = [size if isinstance(size, int) else sizes[size] for size in kind.shape]
-        rows = _table_rows(program, node)
+        rows = table_rows(program, node)
         if kind.dtype.is_floating_point:
             inputs.append(torch.randn(shape, generator=generator).to(kind.dtype))
         elif rows is not None:
@@ -211,7 +234,8 @@ def _admitted(dim: Dim, size: int) -> int:
     return size if dim.max is None else min(size, dim.max)
 
 
-def _table_rows(program: Program, node: fx.Node) -> int | None:
+def table_rows(program: Program, node: fx.Node) -> int | None:
+    """Rows of the smallest embedding table that an input is looked up in; ``None`` when it is looked up in none."""
     rows: list[int] = []
     for user in node.users:
         table = {"aten.embedding": "weight", "graphwright.embedding_nbits": "qweight"}.get(op_name(user))

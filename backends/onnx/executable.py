@@ -14,19 +14,23 @@ from graphwright.backends.executable import Backend, Executable, KernelUse
 from graphwright.backends.onnx.export import export_onnx
 from graphwright.backends.onnx.kernels import label, note_of, unpacked_weights
 from graphwright.backends.onnx.runtime import Session, open_session
+from graphwright.backends.onnx.session import OnnxSession, run_step
+from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.ir.types import ScalarType
 
 
 class OnnxExecutable(Executable):
-    """A program exported, checked and opened in onnxruntime.
+    """A program exported, checked and opened in onnxruntime; a decoding step is called like any other program.
 
     Attributes:
         optimized: the graph that runs, without weights.
     """
 
     def __init__(self, program: Program, session: Session, optimized: onnx.ModelProto) -> None:
-        self._session = session
+        self._session, self._program = session, program
+        self._is_decoder = DecoderLayout.find(program) is not None
         self._numbers = [_is_number(program, item) for item in _results(program)]
         self.optimized = optimized
 
@@ -36,6 +40,11 @@ class OnnxExecutable(Executable):
         Raises:
             BackendError: onnxruntime fails on them.
         """
+        if self._is_decoder:
+            tokens, slots, starts, rows, *caches = inputs
+            written = [cache.clone() for cache in caches]
+            logits = run_step(self._session, tokens, slots, starts, rows, written)
+            return (logits, *written)
         results = self._session.run(inputs)
         return tuple(value.item() if number else value for value, number in zip(results, self._numbers, strict=True))
 
@@ -46,6 +55,12 @@ class OnnxExecutable(Executable):
             KernelUse(node.name, node.name.rpartition("/")[0], node.op_type, label(node), note_of(node, unpacked))
             for node in self.optimized.graph.node
         ]
+
+    def session(self, *, slots: int = 1, capacity: int = 2048, cache: str = "float32") -> OnnxSession:
+        """Decoding in onnxruntime; caches have the model's dtype."""
+        if cache != "float32":
+            raise InputError(f"onnxruntime keeps no caches in {cache!r}", where="session", hint="use target='cpu'")
+        return OnnxSession(self._program, self._session, slots=slots, capacity=capacity)
 
 
 class OnnxBackend(Backend):
@@ -69,7 +84,7 @@ class OnnxBackend(Backend):
         """
         with tempfile.TemporaryDirectory(prefix="graphwright-") as folder:
             path = Path(folder) / "program.onnx"
-            export_onnx(program, path, accuracy_level=self.accuracy_level)
+            export_onnx(program, path, accuracy_level=self.accuracy_level, logits="rows")
             session = open_session(path, keep_optimized=True)
         assert session.optimized is not None
         return OnnxExecutable(program, session, session.optimized)

@@ -10,12 +10,13 @@ from pathlib import Path
 import onnx
 
 from graphwright.backends.onnx.comparison import Difference, ExampleInputs, check_calls, compare
-from graphwright.backends.onnx.kernels import KernelTable, kernels_of
+from graphwright.backends.onnx.kernels import ATTENTION, KernelTable, kernels_of
 from graphwright.backends.onnx.model import BuiltModel, build
 from graphwright.backends.onnx.options import DEFAULT_OPSET, ExportOptions
-from graphwright.backends.onnx.proof import prove_quantized
+from graphwright.backends.onnx.proof import prove_attention, prove_quantized
 from graphwright.backends.onnx.report import OnnxExport
 from graphwright.backends.onnx.runtime import open_session
+from graphwright.backends.onnx.steps import compare_steps, make_conversations
 from graphwright.backends.onnx.writing import check_target, publish, staged, write
 from graphwright.ir.errors import ExportError
 from graphwright.ir.program import Program
@@ -46,6 +47,8 @@ def export_onnx(
     check: bool = True,
     example_inputs: ExampleInputs | None = None,
     tolerance: float | None = None,
+    logits: str = "last",
+    context_length: int | None = None,
 ) -> OnnxExport:
     """Write a program as an ONNX file.
 
@@ -55,6 +58,11 @@ def export_onnx(
 
     Initialisers keep the names of the weights (rearranged ones with a suffix such as ``.transposed``), tied weights
     are stored once, and dynamic axes carry the names of the program's dimensions.
+
+    A decoding step is written with the signature that generation libraries feed (``input_ids``, ``attention_mask``,
+    ``past_key_values.{i}.key``, … to ``logits``, ``present.{i}.key``, …; see :mod:`graphwright.backends.onnx.decoder`),
+    its attention as ``GroupQueryAttention``. It is compared with the program step by step: prompts of different
+    lengths together, single tokens after them, and a prompt in two pieces.
 
     Args:
         program: what to export; it is not changed.
@@ -69,6 +77,11 @@ def export_onnx(
         example_inputs: keyword arguments of the model, one tensor, or flat tensors in the program's order; made up from
             the types when left out.
         tolerance: largest absolute difference from the program; measured from its own rounding error when left out.
+        logits: of a decoding step: ``"last"`` gives ``[batch, 1, V]``, the logits of each row's last token, and
+            saves the others' time; ``"all"`` gives ``[batch, sequence, V]``; ``"rows"`` gives ``[batch, selected, V]``
+            and has a further input ``rows`` int64 ``[batch, selected]``: the tokens whose logits are wanted.
+        context_length: of a decoding step: tokens that a row can hold. Rotary embedding then happens inside of the
+            attention, with stored angles; when left out, angles are computed at each step, and there is no limit.
 
     Raises:
         InputError: an option or the example inputs are unusable.
@@ -76,7 +89,7 @@ def export_onnx(
             linear would run in float; each names the node and module path, or the file.
         BackendError: onnxruntime is not installed, or fails on the inputs.
     """
-    options = ExportOptions(mode, opset, accuracy_level)
+    options = ExportOptions(mode, opset, accuracy_level, logits, context_length)
     target = Path(path).absolute()
     check_target(target)
     built = build(program, options)
@@ -108,12 +121,31 @@ def _check(
     examples: ExampleInputs | None,
     tolerance: float | None,
 ) -> _Findings:
+    if built.decoder is not None:
+        return _check_decoder(program, built, path, options, examples, tolerance)
     calls = check_calls(program, examples)
     session = open_session(path, accuracy_level=options.accuracy_level, keep_optimized=True)
     assert session.optimized is not None
     hint = "" if options.has_contrib else _PORTABLE_HINT
     quantized = prove_quantized(session.optimized, built.quantized, hint=hint)
     differences = compare(program, session, calls, int8_activations=options.accuracy_level == 4, tolerance=tolerance)
+    return _Findings(quantized, kernels_of(session.optimized), tuple(differences))
+
+
+def _check_decoder(
+    program: Program,
+    built: BuiltModel,
+    path: Path,
+    options: ExportOptions,
+    examples: ExampleInputs | None,
+    tolerance: float | None,
+) -> _Findings:
+    talks = make_conversations(program, examples)
+    session = open_session(path, accuracy_level=options.accuracy_level, keep_optimized=True)
+    assert session.optimized is not None
+    prove_attention(session.optimized, built.output_names[1:], ATTENTION)
+    quantized = prove_quantized(session.optimized, built.quantized)
+    differences = compare_steps(program, session, talks, options, tolerance=tolerance)
     return _Findings(quantized, kernels_of(session.optimized), tuple(differences))
 
 

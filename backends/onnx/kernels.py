@@ -28,8 +28,11 @@ QUANTIZED_PRODUCTS = frozenset(
         "QAttention",
     }
 )
+# Attention that appends to its cache.
+ATTENTION = "GroupQueryAttention"
 # What tells kernels of one operator apart.
 _SHOWN = ("bits", "block_size", "accuracy_level")
+_SHOWN_OF_ATTENTION = {"do_rotary": 0, "local_window_size": -1, "softcap": 0.0}
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,10 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 def label(node: onnx.NodeProto) -> str:
     """The operator and what tells its kernels apart."""
     shown = [(key, attribute(node, key)) for key in _SHOWN] if node.op_type.endswith(("NBits", "Quantized")) else []
-    words = [f"{key.replace('_size', '')}={value}" for key, value in shown if value is not None]
+    if node.op_type == ATTENTION:
+        given = [(key, attribute(node, key, plain)) for key, plain in _SHOWN_OF_ATTENTION.items()]
+        shown = [(key, value) for key, value in given if value != _SHOWN_OF_ATTENTION[key]]
+    words = [f"{key.removesuffix('_size')}={value}" for key, value in shown if value is not None]
     return " ".join([node.op_type, *words])
 
 

@@ -76,12 +76,21 @@ class Lowering:
         Raises:
             ExportError: an operator has no translation, or not for these operands; names node and module path.
         """
-        for node in self.program.inputs:
-            self._add_input(node)
+        self.add_inputs()
+        needed = _needed(self.program)
         for node in self.program.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node in needed:
                 self._translate(node)
         self.graph.scope = ""
+        return self.outputs(output_names)
+
+    def add_inputs(self) -> None:
+        """Make the graph's inputs, and what stands for the program's."""
+        for node in self.program.inputs:
+            self._add_input(node)
+
+    def outputs(self, output_names: Sequence[str]) -> list[ir.Value]:
+        """The graph's outputs, under the given names."""
         outputs: list[ir.Value] = []
         for name, item in zip(output_names, _results(self.program), strict=True):
             value = self._output(item)
@@ -111,7 +120,7 @@ class Lowering:
         self.set(node, value)
 
     def _translate(self, node: fx.Node) -> None:
-        if not node.users or not isinstance(node.meta.get(VAL), torch.Tensor | tuple | list):
+        if not isinstance(node.meta.get(VAL), torch.Tensor | tuple | list):
             return  # sizes are computed from the input shapes where they are needed
         name = op_name(node)
         if name == "py.getitem":
@@ -250,6 +259,18 @@ class Lowering:
                 self.graph.scope = outer
 
         return Elements(self.graph, self.sizes, make=make_in_scope, swapped=swapped)
+
+
+def _needed(program: Program) -> set[fx.Node]:
+    """The nodes that an output depends on."""
+    waiting = list(program.output.all_input_nodes)
+    needed: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting.extend(node.all_input_nodes)
+    return needed
 
 
 def _results(program: Program) -> tuple[Any, ...]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graphwright.backends.onnx.decoder import DecoderLowering
 from graphwright.backends.onnx.graph import CONTRIB
 from graphwright.backends.onnx.lowering import Lowering, QuantizedLinear
 from graphwright.backends.onnx.options import ExportOptions
+from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.program import Program
 
 # IR version by opset: the oldest that allows it, so that older runtimes take the file.
@@ -25,12 +27,15 @@ class BuiltModel:
         quantized: the linears that must run on quantised weights.
         input_names: graph inputs in the program's order.
         output_names: graph outputs in the program's order.
+        decoder: its layout where the program is a decoding step; inputs and outputs are those of
+            :mod:`graphwright.backends.onnx.decoder` then.
     """
 
     model: ir.Model
     quantized: tuple[QuantizedLinear, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    decoder: DecoderLayout | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -48,7 +53,8 @@ def build(program: Program, options: ExportOptions) -> BuiltModel:
     Raises:
         ExportError: the program holds something that has no ONNX translation; names operator and module path.
     """
-    lowering = Lowering(program, options)
+    decoder = DecoderLayout.find(program)
+    lowering = Lowering(program, options) if decoder is None else DecoderLowering(program, options, decoder)
     outputs = lowering.run(_output_names(program))
     nodes = _live(lowering.graph.nodes, outputs)
     used = {value for node in nodes for value in node.inputs if value is not None} | set(outputs)
@@ -71,6 +77,7 @@ def build(program: Program, options: ExportOptions) -> BuiltModel:
         quantized,
         tuple(str(value.name) for value in lowering.inputs),
         tuple(str(value.name) for value in outputs),
+        decoder,
     )
 
 

@@ -22,7 +22,7 @@ from graphwright.ir.program import Program
 
 # Size of the disturbance in units of the rounding step.
 _STEPS = 1.0
-_TRIALS = 2
+TRIALS = 2
 # Fraction of the dtype's range in which values are taken for results of arithmetic.
 _ORDINARY = 0.01
 
@@ -77,22 +77,38 @@ class Gap:
         return Gap(max(self.largest, other.largest), max(self.spread, other.spread))
 
 
+def disturbed(program: Program, generator: torch.Generator) -> Callable[..., tuple[Any, ...]]:
+    """The program with its rounding disturbed, as a function of its flat inputs."""
+    return _without_gradients(_Disturbed(program.body, generator).run)
+
+
+def with_rounded_activations(program: Program) -> Callable[..., tuple[Any, ...]]:
+    """The program with int8 activations in weight-only linears, as a function of its flat inputs."""
+    return _without_gradients(_RoundedActivations(program.body).run)
+
+
+def _without_gradients(function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    def call(*inputs: torch.Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return tuple(function(*inputs))
+
+    return call
+
+
 def rounding_error(program: Program, inputs: Sequence[torch.Tensor], plain: Sequence[Any]) -> list[Gap]:
     """The largest change that disturbed rounding makes to each of the program's plain outputs, over a few trials."""
     errors = [Gap(0.0, 0.0)] * len(plain)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(_TRIALS):
-        with torch.no_grad():
-            disturbed = _Disturbed(program.body, generator).run(*inputs)
-        errors = [error | difference(one, other) for error, one, other in zip(errors, plain, disturbed, strict=True)]
+    for _ in range(TRIALS):
+        results = disturbed(program, generator)(*inputs)
+        errors = [error | difference(one, other) for error, one, other in zip(errors, plain, results, strict=True)]
     return errors
 
 
 def activation_error(program: Program, inputs: Sequence[torch.Tensor], plain: Sequence[Any]) -> list[Gap]:
     """The largest change that int8 activations in weight-only linears make to each of the program's plain outputs."""
-    with torch.no_grad():
-        rounded = _RoundedActivations(program.body).run(*inputs)
-    return [difference(one, other) for one, other in zip(plain, rounded, strict=True)]
+    results = with_rounded_activations(program)(*inputs)
+    return [difference(one, other) for one, other in zip(plain, results, strict=True)]
 
 
 def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:

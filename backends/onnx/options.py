@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from graphwright.ir.errors import InputError
 
 MODES = ("runtime", "portable")
+# Enough for the conversations that a decoder is checked on.
+MIN_CONTEXT = 16
+LOGITS = ("last", "all", "rows")
 MIN_OPSET = 21
 # onnxruntime loads opset 26 at most; the operators used here have not changed since 23.
 MAX_OPSET = 26
@@ -25,15 +28,26 @@ class ExportOptions:
         opset: ONNX opset, 21 to 26. Below 23 attention, RMS norm and rotary embedding are written out.
         accuracy_level: for weight-only quantised linears: 1 computes on float activations, exactly as the program
             says; 4 lets the runtime round activations to int8, which is faster on few rows and adds an error.
+        logits: of a decoder: ``"last"`` for each row's last token, ``"all"`` for every token of the step, ``"rows"``
+            for those that a further input ``rows`` names.
+        context_length: of a decoder: positions for which rotary angles are stored; ``None`` computes them at each step.
     """
 
     mode: str = "runtime"
     opset: int = DEFAULT_OPSET
     accuracy_level: int = 1
+    logits: str = "last"
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"must be {' or '.join(MODES)}, not {self.mode!r}", where="option 'mode'")
+        if self.logits not in LOGITS:
+            raise InputError(f"must be one of {', '.join(LOGITS)}, not {self.logits!r}", where="option 'logits'")
+        length = self.context_length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < MIN_CONTEXT):
+            what = f"must be a number of tokens, at least {MIN_CONTEXT}, not {length!r}"
+            raise InputError(what, where="option 'context_length'")
         if isinstance(self.opset, bool) or not isinstance(self.opset, int):
             raise InputError(f"must be a number, not {self.opset!r}", where="option 'opset'")
         if not MIN_OPSET <= self.opset <= MAX_OPSET:

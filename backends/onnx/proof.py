@@ -71,6 +71,24 @@ def prove_quantized(optimized: onnx.ModelProto, linears: Iterable[Expected], *, 
     return found
 
 
+def prove_attention(optimized: onnx.ModelProto, outputs: Iterable[str], kernel: str) -> None:
+    """Check that one kernel makes the caches.
+
+    Args:
+        optimized: the graph the runtime runs.
+        outputs: names of the caches that come out.
+        kernel: operator that must give them.
+
+    Raises:
+        ExportError: another operator gives one.
+    """
+    producers = {name: str(node.op_type) for node in optimized.graph.node for name in node.output}
+    for name in outputs:
+        found = producers.get(name, "no operator")
+        if found != kernel:
+            raise ExportError(f"the cache is given by {found}, not by {kernel}", where=f"output {name!r}")
+
+
 def _product_behind(name: str, producers: dict[str, onnx.NodeProto], depth: int) -> str | None:
     """The operator whose product gives a value, through scaling and bias."""
     node = producers.get(name)

@@ -31,7 +31,29 @@ def check_target(path: Path) -> None:
     """
     if path.is_dir():
         raise ExportError("the path is a folder", where=str(path), hint=f"name a file in it: {path / 'model.onnx'}")
-    folder = path.parent
+    _check_parent(path.parent)
+
+
+def check_folder(path: Path, *, mark: str) -> None:
+    """Refuse a folder that cannot be written, or that holds anything but an earlier export.
+
+    Args:
+        path: folder to write.
+        mark: a file that every export has.
+
+    Raises:
+        ExportError: it is a file, or holds something else, or its own folder is missing or read-only.
+    """
+    _check_parent(path.parent)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ExportError("there is something that is not a folder", where=str(path), hint="choose another name")
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+        raise ExportError(
+            f"the folder holds other things: it has no {mark}", where=str(path), hint="choose an empty or a new folder"
+        )
+
+
+def _check_parent(folder: Path) -> None:
     if not folder.exists():
         raise ExportError("the folder does not exist", where=str(folder), hint="create it first")
     if not folder.is_dir():
@@ -50,7 +72,7 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise _failure(path, error) from error
+        raise write_failure(path, error) from error
     try:
         yield folder / path.name
     finally:
@@ -89,7 +111,7 @@ def write(built: BuiltModel, path: Path, *, external_data: bool | None) -> tuple
         for each in written:
             _flush(each)
     except OSError as error:
-        raise _failure(path, error) from error
+        raise write_failure(path, error) from error
     return written
 
 
@@ -114,11 +136,30 @@ def publish(staged_files: tuple[Path, ...], path: Path) -> tuple[Path, ...]:
                 target.unlink()
         for kept, target in aside:
             os.replace(kept, target)
-        raise _failure(path, error) from error
+        raise write_failure(path, error) from error
     stale = path.with_name(f"{path.name}.data")
     if stale not in targets and aside:
         stale.unlink(missing_ok=True)
     return targets
+
+
+def publish_folder(staged_folder: Path, path: Path) -> None:
+    """Put a finished folder where it belongs; one that stands there is replaced.
+
+    Raises:
+        ExportError: it cannot be moved; what stood there before stays.
+    """
+    aside = staged_folder.with_name(f"{staged_folder.name}.previous")
+    try:
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(staged_folder, path)
+    except BaseException as error:
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        if isinstance(error, OSError):
+            raise write_failure(path, error) from error
+        raise
 
 
 def _flush(path: Path) -> None:
@@ -127,7 +168,8 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _failure(path: Path, error: OSError) -> ExportError:
+def write_failure(path: Path, error: OSError) -> ExportError:
+    """The error for a file or folder that the system does not let us write."""
     reason = error.strerror or str(error)
     hint = "free some space or choose another disk" if error.errno in _FULL else None
     return ExportError(f"could not be written: {reason}", where=str(path), hint=hint)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from graphwright.backends.cpu import CpuBackend as CpuBackend
     from graphwright.backends.cpu import PackedModel as PackedModel
+    from graphwright.backends.onnx import export_genai as export_genai
     from graphwright.backends.onnx import export_onnx as export_onnx
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
@@ -196,6 +197,7 @@ _EXPORTS: dict[str, str] = {
     "cost_of": "graphwright.ir.cost",
     "diff": "graphwright.ir.diff",
     "either": "graphwright.ir.pattern",
+    "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
     "load_decoder": "graphwright.frontends.huggingface",
     "load_huggingface": "graphwright.frontends.huggingface",

@@ -9,9 +9,8 @@ import onnx_ir as ir
 from torch import fx
 
 from graphwright.backends.onnx.lowering import Lowering
-from graphwright.backends.onnx.sizes import Sizes
 from graphwright.backends.onnx.translations import mask
-from graphwright.backends.onnx.translations.position import set_from_joined
+from graphwright.backends.onnx.translations.heads import joined_shape, set_from_joined
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _attend(lower: Lowering, node: fx.Node, call: _Call) -> None:
     sources = [lower.elements(each).swapped for each in operands]
     if all(source is not None for source in sources) and all(isinstance(count, int) for count in heads):
         values = [
-            source.get(_joined(lower.shape(each)))
+            source.get(joined_shape(lower.shape(each)))
             for source, each in zip(sources, operands, strict=True)
             if source is not None
         ]
@@ -91,17 +90,10 @@ def _attend(lower: Lowering, node: fx.Node, call: _Call) -> None:
             scale=call.scale,
             is_causal=int(causal),
         )
-        set_from_joined(lower, node, _joined(lower.shape(node)), result)
+        set_from_joined(lower, node, joined_shape(lower.shape(node)), result)
         return
     values = [lower.tensor(each) for each in operands]
     lower.set(node, lower.graph.call("Attention", *values, allowed, scale=call.scale, is_causal=int(causal)))
-
-
-def _joined(shape: Sizes) -> Sizes:
-    """``[B, H, S, D]`` with the heads side by side: ``[B, S, H*D]``."""
-    batch, heads, length, width = shape
-    total = heads * width
-    return (batch, length, total)
 
 
 def _written_out(lower: Lowering, call: _Call) -> ir.Value:

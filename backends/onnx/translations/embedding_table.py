@@ -11,6 +11,7 @@ from torch import fx
 from graphwright.backends.onnx import encodings
 from graphwright.backends.onnx.graph import CONTRIB
 from graphwright.backends.onnx.lowering import Lowering
+from graphwright.backends.onnx.translations.weight_only import StoredWeights
 
 
 def embedding_nbits(
@@ -43,47 +44,32 @@ def _gather_block_quantized(
 ) -> None:
     width = lower.shape(node)[-1]
     assert isinstance(width, int)
-    table, factors, points = (lower.program.tensor(each).detach() if each is not None else None for each in stored)
-    assert table is not None
-    assert factors is not None
-    names = [str(each.target) if each is not None else "" for each in stored]
-    rows, blocks = int(table.shape[0]), width // block
-    graph = lower.graph
-    packed = graph.derived(
-        f"{names[0]}.rows",
-        torch.uint8,
-        (rows, width * bits // 8),
-        lambda: encodings.blocked(table, bits, group_size, width, block).flatten(1),
-    )
-    scales = graph.derived(
-        f"{names[1]}.blocked",
-        factors.dtype,
-        (rows, blocks),
-        lambda: encodings.per_block(factors, group_size, width, block),
-    )
-    # The kernel computes in the scales' dtype; they may be stored in half precision, and the runtime folds the cast.
-    scales = lower.cast(scales, factors.dtype, lower.dtype(node))
+    weights = StoredWeights(lower, stored, bits, group_size, width, block)
+    graph, last = lower.graph, lower.graph.integers(-1)
+    # Blocks of a row apart from each other, as MatMulNBits takes them: a tied head reads the same bytes.
+    packed, scales = weights.values(lower, lower.dtype(node))
     zero_points = None
-    if points is not None:
+    if weights.zero_points is not None:
+        points = weights.zero_points
         zero_points = graph.derived(
-            f"{names[2]}.packed",
+            f"{weights.names[2]}.blocked",
             torch.uint8,
-            (rows, blocks if bits == 8 else -(-blocks // 2)),
-            lambda: encodings.packed_zero_points(encodings.per_block(points, group_size, width, block), bits),
+            (weights.rows, weights.blocks, 1),
+            lambda: weights.per_block(points).unsqueeze(2),
         )
     value = graph.call(
         "GatherBlockQuantized",
         packed,
         lower.tensor(indices),
-        scales,
+        lower.once(("opened", scales), lambda: graph.call("Unsqueeze", scales, last)),
         zero_points,
         domain=CONTRIB,
         gather_axis=0,
-        quantize_axis=1,
+        quantize_axis=2,
         block_size=block,
         bits=bits,
     )
-    lower.set(node, value)
+    lower.set(node, value, (*lower.shape(indices), weights.blocks, block))
 
 
 def _gather_rows(

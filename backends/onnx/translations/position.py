@@ -7,9 +7,9 @@ from typing import Any
 import onnx_ir as ir
 from torch import fx
 
-from graphwright.backends.onnx.elements import Elements
 from graphwright.backends.onnx.lowering import Lowering
 from graphwright.backends.onnx.sizes import Size, Sizes
+from graphwright.backends.onnx.translations.heads import joined_shape, set_from_joined
 
 
 def rotary_embedding(lower: Lowering, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, interleaved: bool) -> None:
@@ -34,22 +34,9 @@ def rotary_embedding(lower: Lowering, node: fx.Node, x: fx.Node, cos: fx.Node, s
     if swapped is None:
         lower.set(node, lower.graph.call("RotaryEmbedding", lower.tensor(x), *angles, **attributes))
         return
-    joined: Sizes = (batch, length, heads * width)
+    joined = joined_shape(lower.shape(x))
     value = lower.graph.call("RotaryEmbedding", swapped.get(joined), *angles, num_heads=heads, **attributes)
     set_from_joined(lower, node, joined, value)
-
-
-def set_from_joined(lower: Lowering, node: fx.Node, joined: Sizes, value: ir.Value) -> None:
-    """Set a result of shape ``[B, H, S, D]`` that was computed as ``[B, S, H*D]``."""
-    shape = lower.shape(node)
-    batch, heads, length, width = shape
-    elements = Elements.of(lower.graph, lower.sizes, joined, value)
-
-    def make() -> tuple[Sizes, ir.Value]:
-        apart = elements.get((batch, length, heads, width))
-        return shape, lower.graph.call("Transpose", apart, perm=[0, 2, 1, 3])
-
-    lower.set_elements(node, lower.deferred(make, swapped=elements))
 
 
 def _half(lower: Lowering, angles: fx.Node, wanted: Sizes, interleaved: bool) -> ir.Value:

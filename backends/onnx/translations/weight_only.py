@@ -48,31 +48,29 @@ def linear_nbits(
     for each in (qweight, scales, zero_points):
         if each is not None and each.op != "get_attr":
             raise lower.refuse(node, "quantised weights must be stored, here they are computed")
-    weights = _Weights(lower, qweight, scales, zero_points, bits, group_size, columns, block)
+    weights = StoredWeights(lower, (qweight, scales, zero_points), bits, group_size, columns, block)
     emit = _matmul_nbits if lower.options.has_contrib else _dequantize_matmul
     results = emit(lower, node, x, weights, bias)
     lower.set_rows(node, results[-1])
     lower.expect(node, KERNEL, results)
 
 
-class _Weights:
-    """The stored tensors of one linear and how they are blocked."""
+class StoredWeights:
+    """The stored tensors of a quantised linear or table, and how they are blocked."""
 
     def __init__(
         self,
         lower: Lowering,
-        qweight: fx.Node,
-        scales: fx.Node,
-        zero_points: fx.Node | None,
+        stored: tuple[fx.Node, fx.Node, fx.Node | None],
         bits: int,
         group_size: int,
         columns: int,
         block: int,
     ) -> None:
-        self.names = [str(each.target) if each is not None else "" for each in (qweight, scales, zero_points)]
-        self.qweight = lower.program.tensor(qweight).detach()
-        self.scales = lower.program.tensor(scales).detach()
-        self.zero_points = lower.program.tensor(zero_points).detach() if zero_points is not None else None
+        self.names = [str(each.target) if each is not None else "" for each in stored]
+        self.qweight = lower.program.tensor(stored[0]).detach()
+        self.scales = lower.program.tensor(stored[1]).detach()
+        self.zero_points = lower.program.tensor(stored[2]).detach() if stored[2] is not None else None
         self.bits = bits
         self.group = group_size
         self.columns = columns
@@ -88,28 +86,33 @@ class _Weights:
         """``[N, blocks]``."""
         return encodings.per_block(values, self.group, self.columns, self.block)
 
+    def values(self, lower: Lowering, dtype: torch.dtype) -> tuple[ir.Value, ir.Value]:
+        """Initialisers of the packed weights ``[N, blocks, block bytes]`` and, as dtype, the scales ``[N, blocks]``.
+
+        A linear and a table that share their storage get the same ones.
+        """
+        graph = lower.graph
+        if self.blocked() is self.qweight:
+            packed = graph.weight(self.names[0], self.qweight)
+            scales = graph.weight(self.names[1], self.scales)
+        else:
+            shape = (self.rows, self.blocks, self.block * self.bits // 8)
+            packed = graph.derived(f"{self.names[0]}.blocked", torch.uint8, shape, self.blocked)
+            scales = graph.derived(
+                f"{self.names[1]}.blocked",
+                self.scales.dtype,
+                (self.rows, self.blocks),
+                lambda: self.per_block(self.scales),
+            )
+        # Scales may be stored in half precision; the runtime folds the cast when it opens the file.
+        return packed, lower.cast(scales, self.scales.dtype, dtype)
+
 
 def _matmul_nbits(
-    lower: Lowering, node: fx.Node, x: fx.Node, weights: _Weights, bias: fx.Node | None
+    lower: Lowering, node: fx.Node, x: fx.Node, weights: StoredWeights, bias: fx.Node | None
 ) -> list[ir.Value]:
     graph, names = lower.graph, weights.names
-    in_place = weights.blocked() is weights.qweight
-    if in_place:
-        packed = graph.weight(names[0], weights.qweight)
-        scales = graph.weight(names[1], weights.scales)
-    else:
-        size = weights.block * weights.bits // 8
-        packed = graph.derived(
-            f"{names[0]}.blocked", torch.uint8, (weights.rows, weights.blocks, size), weights.blocked
-        )
-        scales = graph.derived(
-            f"{names[1]}.blocked",
-            weights.scales.dtype,
-            (weights.rows, weights.blocks),
-            lambda: weights.per_block(weights.scales),
-        )
-    # Scales may be stored in half precision; the runtime folds the cast when it opens the file.
-    scales = lower.cast(scales, weights.scales.dtype, lower.dtype(node))
+    packed, scales = weights.values(lower, lower.dtype(node))
     zero_points = None
     if weights.zero_points is not None:
         points = weights.zero_points
@@ -139,7 +142,7 @@ def _matmul_nbits(
 
 
 def _dequantize_matmul(
-    lower: Lowering, node: fx.Node, x: fx.Node, weights: _Weights, bias: fx.Node | None
+    lower: Lowering, node: fx.Node, x: fx.Node, weights: StoredWeights, bias: fx.Node | None
 ) -> list[ir.Value]:
     graph, names, kind = lower.graph, weights.names, _KINDS[weights.bits]
     shape = (weights.columns, weights.rows)
