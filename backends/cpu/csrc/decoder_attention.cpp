@@ -18,8 +18,9 @@ namespace {
 constexpr std::size_t kFewRows = 64, kPart = 2 * kAttentionKeys, kMostParts = 32;
 // Beyond, rows are, in pieces of so many: keys are packed once for a piece, whose queries stay in the second cache.
 constexpr std::size_t kMostRows = 44 * kAttentionRows, kLeastRows = 4 * kAttentionRows;
-// Products that a thread must have to itself: with fewer, waking it takes longer.
-constexpr std::size_t kEnough = 1 << 18;
+// Products that a thread must have to itself: with fewer, waking it takes longer. To read a key takes as long as to
+// multiply it for so many rows.
+constexpr std::size_t kEnough = 1 << 18, kReading = 2;
 // Positions of one head that are appended at once.
 constexpr std::size_t kAppended = 64;
 
@@ -144,7 +145,7 @@ void DecoderAttention::run(const Tensor* operands, std::size_t threads) const {
   std::size_t keys = 0;
   for (std::size_t row = 0; row < step.rows; ++row) keys += step.end(row) - step.first(row, window_);
   const std::size_t rows = step.groups * step.length;
-  const std::size_t products = keys * step.key_heads * rows * (step.width + step.value_width);
+  const std::size_t products = keys * step.key_heads * (rows + kReading) * (step.width + step.value_width);
   threads = std::min(threads, 1 + products / kEnough);
   if (rows <= kFewRows) run_few(step, threads);
   else run_many(step, threads);
