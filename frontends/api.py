@@ -63,7 +63,11 @@ class OptimizedModel(Program):
         Returns:
             for each floating output, the root mean square of its difference from the same program in PyTorch, relative
             to the root mean square of the latter.
+
+        Raises:
+            ProgramError: the weights have been let go of.
         """
+        self.require_values()
         with torch.no_grad():
             found, wanted = self._executable(*self.examples), self.body(*self.examples)
         pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True) if torch.is_floating_point(b)]
@@ -90,6 +94,7 @@ class OptimizedModel(Program):
         """Write an ONNX file and check it in onnxruntime; see :func:`graphwright.backends.onnx.export_onnx`."""
         from graphwright.backends.onnx import export_onnx
 
+        self.require_values()
         options.setdefault("example_inputs", self.examples)
         return export_onnx(self, Path(path), **options)
 
@@ -126,6 +131,7 @@ def optimize(
     """
     backend = find_backend(target)
     if isinstance(model, Program):
+        model.require_values()
         program = model.clone()
         examples = flat_examples(program, example_inputs)
     else:

@@ -18,6 +18,7 @@ import safetensors
 import torch
 
 from graphwright.ir.errors import SerializationError
+from graphwright.ir.mapped import release
 
 _NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -79,6 +80,7 @@ def write_tensors(
         for piece in _bytes_of(tensors[name]):
             digest.update(piece)
             file.write(piece)
+        release(tensors[name])  # a model that is mapped from another file need not fit in memory
     file.seek(0)
     file.write(_header(entries, {**(metadata or {}), DIGEST: digest.hexdigest()}))
     return digest.hexdigest()
@@ -92,7 +94,9 @@ def _check(name: str, tensor: torch.Tensor) -> None:
     where = f"weight {name!r}"
     if tensor.is_meta:
         raise SerializationError(
-            "has no values", where=where, hint="the program was parsed without tensors; give parse() the weights"
+            "has no values",
+            where=where,
+            hint="it was let go of (CpuBackend(keep_weights=False)), or the program was parsed without tensors",
         )
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise SerializationError(f"has layout {tensor.layout}, which cannot be stored", where=where)
