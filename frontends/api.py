@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.frontends.huggingface.decoders import is_language_model, load_decoder
 from graphwright.frontends.torch import trace
 from graphwright.frontends.torch.dynamic import DynamicSpec
 from graphwright.frontends.torch.tracing import ExampleInputs, bind_examples
@@ -100,7 +101,7 @@ class OptimizedModel(Program):
 
 
 def optimize(
-    model: nn.Module | Program,
+    model: nn.Module | Program | str | os.PathLike[str],
     passes: Sequence[Pass] = (),
     *,
     example_inputs: ExampleInputs | None = None,
@@ -114,9 +115,11 @@ def optimize(
     The model passed in is left as it was. The result shares the weights no pass has replaced.
 
     Args:
-        model: an ``nn.Module``, or a Program (which is not changed either).
+        model: an ``nn.Module``, or a Program (which is not changed either), or the folder of a language model.
         passes: in the order in which they run.
-        example_inputs: keyword arguments, positional arguments or one tensor; needed unless the model is a Program.
+        example_inputs: keyword arguments, positional arguments or one tensor. Without them a transformers model that
+            generates text, or the folder of one, becomes a decoding step (:func:`graphwright.load_decoder`); they are
+            needed for any other module.
         target: what runs the result: ``"reference"`` (plain PyTorch), ``"cpu"`` (C++ kernels; inference only),
             ``"onnx"`` (onnxruntime; inference only), or a backend with options, such as ``CpuBackend(compute="int8")``.
         dynamic: which sizes may vary, see :func:`graphwright.trace`.
@@ -130,6 +133,16 @@ def optimize(
         ContractViolation: a pass changed what it promised to keep; it is named.
     """
     backend = find_backend(target)
+    if isinstance(model, str | os.PathLike):
+        if example_inputs is not None:
+            raise InputError(
+                "a folder is taken for a decoding step, whose inputs are made",
+                where="argument 'example_inputs'",
+                hint="use optimize(load_huggingface(folder), ...) for other models",
+            )
+        model = load_decoder(model)
+    elif example_inputs is None and not isinstance(model, Program) and is_language_model(model):
+        model = load_decoder(model)
     if isinstance(model, Program):
         model.require_values()
         program = model.clone()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from graphwright.ir.errors import ProgramError
+import torch
+
+from graphwright.ir.errors import InputError, ProgramError
 from graphwright.ir.program import Program
-from graphwright.ir.types import TensorType
+from graphwright.ir.types import VAL, TensorType
 
 _FIRST = ("input_ids", "slots", "starts", "rows")
 
@@ -79,3 +82,42 @@ class DecoderLayout:
         """Bytes of all caches."""
         per_position = sum(heads * width for heads, width in (*self.keys, *self.values))
         return per_position * slots * capacity * element_bytes
+
+
+def draw_step(
+    program: Program, sizes: Mapping[str, int], generator: torch.Generator, *, vocabulary: int | None = None
+) -> list[torch.Tensor]:
+    """Random inputs of a decoding step: distinct slots, positions within the capacity, rows within the tokens.
+
+    Args:
+        program: a decoding step.
+        sizes: of its dimensions by name.
+        generator: of the random numbers; caches are normal.
+        vocabulary: how many token ids there are; as many as logits by default.
+
+    Returns:
+        one tensor for each input, in their order.
+
+    Raises:
+        ProgramError: the program is not a decoding step.
+        InputError: fewer slots than rows of the batch, or less capacity than tokens.
+    """
+    layout = DecoderLayout.of(program)
+    shapes = [
+        [size if isinstance(size, int) else sizes[size] for size in program.type_of(node).shape]  # type: ignore[union-attr]
+        for node in program.inputs
+    ]
+    (batch, tokens), selected, (slots, _, capacity, _) = shapes[0], shapes[3][1], shapes[4]
+    if slots < batch or capacity < tokens:
+        raise InputError(
+            f"{slots} slots of {capacity} positions do not hold {batch} rows of {tokens} tokens", where="decoding step"
+        )
+    drawn = [
+        torch.randint(0, vocabulary or layout.vocabulary, (batch, tokens), generator=generator),
+        torch.randperm(slots, generator=generator)[:batch],
+        torch.randint(0, capacity - tokens + 1, (batch,), generator=generator),
+        torch.randint(0, tokens, (batch, selected), generator=generator),
+    ]
+    for node, shape in zip(program.inputs[4:], shapes[4:], strict=True):
+        drawn.append(torch.randn(shape, generator=generator).to(node.meta[VAL].dtype))
+    return drawn

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphwright.backends.onnx import export_onnx as export_onnx
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
+    from graphwright.frontends.huggingface import load_decoder as load_decoder
     from graphwright.frontends.huggingface import load_huggingface as load_huggingface
     from graphwright.frontends.recipes import load_recipe as load_recipe
     from graphwright.frontends.recipes import save_recipe as save_recipe
@@ -154,6 +155,7 @@ _EXPORTS: dict[str, str] = {
     "diff": "graphwright.ir.diff",
     "either": "graphwright.ir.pattern",
     "export_onnx": "graphwright.backends.onnx",
+    "load_decoder": "graphwright.frontends.huggingface",
     "load_huggingface": "graphwright.frontends.huggingface",
     "load_packed": "graphwright.backends.cpu",
     "load_recipe": "graphwright.frontends.recipes",

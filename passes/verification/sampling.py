@@ -11,6 +11,7 @@ from torch import fx
 
 from graphwright.ir.arguments import argument
 from graphwright.ir.conditions import holds
+from graphwright.ir.decoder import DecoderLayout, draw_step
 from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
@@ -31,6 +32,9 @@ _MOVES = (
     "transpose",
 )
 
+# Sizes of a decoding step: enough slots for the batch, enough capacity for the tokens.
+_STEP = {"batch": (2, 1, 3), "tokens": (9, 1, 5), "selected": (4, 1, 2), "slots": (5, 1, 4), "capacity": (17, 1, 13)}
+
 # How far from the wanted size of a dimension one that meets the program's conditions is looked for.
 _SEARCHED = 9
 
@@ -40,7 +44,7 @@ def small_sizes(program: Program, variant: int = 0) -> dict[str, int]:
 
     Variant 1 takes 1 for every dimension that may be 1: what a rewrite does to a single row or token shows only there.
     """
-    bases = {"batch": (2, 1, 3), "sequence": (9, 1, 13)}
+    bases = _STEP if DecoderLayout.find(program) is not None else {"batch": (2, 1, 3), "sequence": (9, 1, 13)}
     wanted: list[int] = []
     for index, dim in enumerate(program.dims.values()):
         choice = bases.get(dim.name, (5 + index, 1, 4 + index))[variant % 3]
@@ -66,8 +70,10 @@ def sample(
 
     Floats are normal with the example's mean and spread; token ids are drawn from the whole vocabulary; a 0/1 integer
     or boolean matrix is taken for a padding mask and gets a random number of valid positions per row, at least one;
-    other integers are drawn from the example's range.
+    other integers are drawn from the example's range. A decoding step gets slots, starts and rows that fit together.
     """
+    if DecoderLayout.find(program) is not None:
+        return draw_step(program, sizes, generator, vocabulary=vocabulary(program, program.inputs[0]))
     inputs: list[torch.Tensor] = []
     for node, example in zip(program.inputs, examples, strict=True):
         kind = program.type_of(node)

@@ -1,0 +1,1 @@
+"""How the attention of transformers' causal language models is led over a cache while a step is traced."""

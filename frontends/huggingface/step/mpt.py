@@ -1,0 +1,26 @@
+"""MPT's attention (MosaicML 2023): one joint linear, ALiBi."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphwright.frontends.huggingface.step.attention import RUNNING
+
+
+def forward(self: Any, hidden_states: torch.Tensor, *_: Any, attention_mask: Any, **__: Any) -> tuple[Any, None]:
+    """Replaces ``MptAttention.forward``."""
+    joint = self.Wqkv(hidden_states)
+    if self.clip_qkv:
+        joint = joint.clamp(min=-self.clip_qkv, max=self.clip_qkv)
+    parts = joint.chunk(3, dim=2)
+    query, key, value = (part.unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2) for part in parts)
+    mixed = RUNNING.get().attend(self, query, key, value, attention_mask, scale=self.softmax_scale)
+    return self.out_proj(mixed.flatten(2)), None
+
+
+def slopes(model: Any) -> torch.Tensor:
+    """``[Hq]``."""
+    biases: torch.Tensor = model.transformer.build_mpt_alibi_tensor(model.config.n_heads, 2)
+    return -biases[:, 0, 0]
