@@ -112,7 +112,8 @@ def optimize(
 ) -> OptimizedModel:
     """Trace a model, run passes on it, check each numerically, and lower the result.
 
-    The model passed in is left as it was. The result shares the weights no pass has replaced.
+    The model passed in is left as it was. The result shares the weights no pass has replaced. Weights that are mapped
+    from files, as those of a folder are, pass through memory a piece at a time.
 
     Args:
         model: an ``nn.Module``, or a Program (which is not changed either), or the folder of a language model.
@@ -122,6 +123,7 @@ def optimize(
             needed for any other module.
         target: what runs the result: ``"reference"`` (plain PyTorch), ``"cpu"`` (C++ kernels; inference only),
             ``"onnx"`` (onnxruntime; inference only), or a backend with options, such as ``CpuBackend(compute="int8")``.
+            For a folder ``"cpu"`` is ``CpuBackend(keep_weights=False)``: the folder still has what has been packed.
         dynamic: which sizes may vary, see :func:`graphwright.trace`.
         verify: ``False`` to check structure only, or how thoroughly to verify.
         hooks: called around each pass, such as ``DumpIR(folder)``.
@@ -140,6 +142,7 @@ def optimize(
                 where="argument 'example_inputs'",
                 hint="use optimize(load_huggingface(folder), ...) for other models",
             )
+        backend = find_backend(target, keep_weights=False)
         model = load_decoder(model)
     elif example_inputs is None and not isinstance(model, Program) and is_language_model(model):
         model = load_decoder(model)
@@ -190,10 +193,10 @@ def _reference() -> Backend:
     return ReferenceBackend()
 
 
-def _cpu() -> Backend:
+def _cpu(*, keep_weights: bool = True) -> Backend:
     from graphwright.backends.cpu import CpuBackend
 
-    return CpuBackend()
+    return CpuBackend(keep_weights=keep_weights)
 
 
 def _onnx() -> Backend:
@@ -206,8 +209,12 @@ def _onnx() -> Backend:
 BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _reference, "cpu": _cpu, "onnx": _onnx}
 
 
-def find_backend(target: str | Backend) -> Backend:
+def find_backend(target: str | Backend, *, keep_weights: bool = True) -> Backend:
     """The backend of a target.
+
+    Args:
+        target: its name, or a backend, which is taken as it is.
+        keep_weights: for ``cpu``, see :class:`graphwright.backends.cpu.CpuBackend`.
 
     Raises:
         InputError: there is none of that name.
@@ -218,4 +225,4 @@ def find_backend(target: str | Backend) -> Backend:
         raise InputError(
             f"there is no target {target!r}", where="argument 'target'", hint=f"targets: {', '.join(BACKENDS)}"
         )
-    return BACKENDS[target]()
+    return _cpu(keep_weights=keep_weights) if target == "cpu" else BACKENDS[target]()

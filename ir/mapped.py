@@ -91,7 +91,7 @@ def streaming(tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextMana
 
 class _Streaming(TorchDispatchMode):
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         ranges = sorted((tensor.data_ptr(), tensor.data_ptr() + extent(tensor)) for tensor in tensors)
         self._starts, self._ends = [start for start, _ in ranges], [end for _, end in ranges]
 
@@ -107,7 +107,7 @@ class _Streaming(TorchDispatchMode):
 
     def _is_weight(self, tensor: torch.Tensor) -> bool:
         index = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
-        return index >= 0 and tensor.data_ptr() < self._ends[index]
+        return index >= 0 and bool(tensor.data_ptr() < self._ends[index])
 
 
 @functools.cache
