@@ -120,7 +120,7 @@ def _has_address(item: Any) -> bool:
     # Fake tensors and other subclasses have none of their own.
     if type(item) not in (torch.Tensor, torch.nn.Parameter):
         return False
-    return item.layout == torch.strided and item.device.type == "cpu" and item.numel() > 0
+    return bool(item.layout == torch.strided and item.device.type == "cpu" and item.numel() > 0)
 
 
 def _file_ranges() -> list[tuple[int, int]]:
