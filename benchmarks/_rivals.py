@@ -29,20 +29,30 @@ class Rival:
 
     Args:
         name: of the environment's folder.
-        requirements: what pip installs.
+        requirements: what pip installs; without any, the worker runs on this Python and this environment.
         worker: script beside this file that calls ``_rival_worker.serve``.
         environment: variables it needs besides ours.
+        build: variables that pip needs where it compiles something.
+        label: tells processes of one environment apart.
 
     Raises:
         RivalError: it cannot be installed or started.
     """
 
     def __init__(
-        self, name: str, requirements: Sequence[str], worker: str, environment: dict[str, str] | None = None
+        self,
+        name: str,
+        requirements: Sequence[str],
+        worker: str,
+        environment: dict[str, str] | None = None,
+        *,
+        build: dict[str, str] | None = None,
+        label: str = "",
     ) -> None:
-        self.name = name
-        self._log = FOLDER / f"{name}.log"
-        python = _environment(name, requirements)
+        self.name = f"{name}-{label}" if label else name
+        self._log = FOLDER / f"{self.name}.log"
+        python = _environment(name, requirements, build or {}) if requirements else Path(sys.executable)
+        FOLDER.mkdir(parents=True, exist_ok=True)
         with open(self._log, "w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [str(python), str(Path(__file__).with_name(worker))],
@@ -123,16 +133,16 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     np.savez(path, **named)
 
 
-def _environment(name: str, requirements: Sequence[str]) -> Path:
+def _environment(name: str, requirements: Sequence[str], build: dict[str, str]) -> Path:
     folder: Path = FOLDER / name
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
-    wanted = "\n".join([sys.version, *requirements])
+    wanted = "\n".join([sys.version, *requirements, *(f"{key}={value}" for key, value in build.items())])
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     print(f"installing {' '.join(requirements)} into {folder}", flush=True)
     venv.EnvBuilder(clear=True, with_pip=True).create(folder)
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **build})
     if done.returncode != 0:
         raise RivalError(f"cannot be installed: {_last_line(done.stderr)}")
     stamp.write_text(wanted, encoding="utf-8")

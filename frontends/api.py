@@ -15,6 +15,7 @@ from graphwright.frontends.huggingface.decoders import is_language_model, load_d
 from graphwright.frontends.torch import trace
 from graphwright.frontends.torch.dynamic import DynamicSpec
 from graphwright.frontends.torch.tracing import ExampleInputs, bind_examples
+from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import BackendError, InputError
 from graphwright.ir.program import Program
 from graphwright.passes.base import Pass
@@ -112,8 +113,9 @@ def optimize(
 ) -> OptimizedModel:
     """Trace a model, run passes on it, check each numerically, and lower the result.
 
-    The model passed in is left as it was. The result shares the weights no pass has replaced. Weights that are mapped
-    from files, as those of a folder are, pass through memory a piece at a time.
+    The model passed in is left as it was. The result shares the weights no pass has replaced. Where the program is a
+    decoding step, it is an :class:`OptimizedDecoder`, which generates text. Weights that are mapped from files, as those
+    of a folder are, pass through memory a piece at a time.
 
     Args:
         model: an ``nn.Module``, or a Program (which is not changed either), or the folder of a language model.
@@ -160,7 +162,11 @@ def optimize(
     if verify is not False:
         all_hooks.insert(0, Verifier(examples, verify if isinstance(verify, Verification) else None))
     report = run_passes(program, list(passes), all_hooks)
-    return OptimizedModel(program, report, backend, examples)
+    if DecoderLayout.find(program) is None:
+        return OptimizedModel(program, report, backend, examples)
+    from graphwright.frontends.generation.optimized import OptimizedDecoder
+
+    return OptimizedDecoder(program, report, backend, examples)
 
 
 def flat_examples(program: Program, example_inputs: ExampleInputs | None) -> list[torch.Tensor]:

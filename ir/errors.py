@@ -91,3 +91,7 @@ class ExportError(GraphwrightError):
 
 class BackendError(GraphwrightError):
     """A backend cannot run here, or was asked for something it does not have."""
+
+
+class GenerationError(GraphwrightError):
+    """A decoder gave something that no token can be chosen from."""

@@ -21,7 +21,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
 from graphwright.ir.signature_text import Leaf, default_signature, read_tree
 from graphwright.ir.type_text import Agreement, read_type
-from graphwright.ir.types import DTYPES_BY_NAME, VAL, Dim, SymbolTable, TensorType, ValueType
+from graphwright.ir.types import DECLARED, DTYPES_BY_NAME, VAL, Dim, SymbolTable, TensorType, ValueType
 
 _CONSTANTS: dict[str, Any] = {"None": None, "True": True, "False": False}
 _FLOATS = ("inf", "nan")
@@ -39,8 +39,8 @@ def parse(text: str, tensors: Mapping[str, torch.Tensor] | None = None, *, types
             everything in the header but the name and the dimensions may be left out.
         tensors: the weights by name, shared and not copied, except where the text gives strides that differ. Without
             them, weights are tensors of the written type on the meta device: a program to look at, not to run.
-        types: infer types. Without, which is many times faster, calls have none: the program can only be run, and
-            weights that are not given are on the meta device.
+        types: infer types. Without, which is many times faster, calls have those that the text declares: the program
+            can only be run, and weights that are not given are on the meta device.
 
     Raises:
         ProgramError: the text is not such a program; with line, column and the line itself.
@@ -215,7 +215,10 @@ class _Parser:
             declared = self._written_type()
             if not isinstance(declared, TensorType):
                 raise lexer.error("an input needs a type, such as ': f32[batch, 16]'", at=place)
-            node.meta[VAL] = self._at(place, functools.partial(self.symbols.fake, declared))
+            if self.types:
+                node.meta[VAL] = self._at(place, functools.partial(self.symbols.fake, declared))
+            else:
+                node.meta[DECLARED] = declared
         elif word.text in ("weight", "buffer"):
             self._weight(start, name, is_parameter=word.text == "weight")
             return
@@ -230,6 +233,8 @@ class _Parser:
                 place, written = lexer.place(), read_type(lexer)
                 if self.types:
                     self._check_type(node, place, written)
+                else:
+                    node.meta[DECLARED] = written
         self._provenance(node)
 
     def _create(
@@ -264,6 +269,8 @@ class _Parser:
         self._at(place, lambda: self.built.set_tensor(target, _declared(tensor, is_parameter, requires_grad)))
         if self.types:
             self._at(place, lambda: self.symbols.infer(node, self.built.tensor))
+        else:
+            node.meta[DECLARED] = TensorType(tensor.dtype, tuple(tensor.shape))
 
     def _tensor(self, target: str, kind: ValueType | None, strides: tuple[int, ...] | None, place: int) -> torch.Tensor:
         if kind is not None and not isinstance(kind, TensorType):

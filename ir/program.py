@@ -15,7 +15,7 @@ from graphwright.ir.conditions import holds
 from graphwright.ir.errors import InputError, ProgramError
 from graphwright.ir.names import check_weight_name
 from graphwright.ir.signature import Signature
-from graphwright.ir.types import VAL, Dim, SymbolTable, TensorType, ValueType
+from graphwright.ir.types import DECLARED, VAL, Dim, SymbolTable, TensorType, ValueType
 
 if TYPE_CHECKING:
     from graphwright.ir.rewriter import Rewriter
@@ -67,6 +67,7 @@ class Program(nn.Module):
         aliases: further names of tied weights: alias name -> name in the graph.
         replacements: since the last pass began, name of a replaced node -> name of the node that stands for it.
         notes: what the running pass wants its report entry to say.
+        origin: what the frontend that made the program knows of the model besides its graph; not saved.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Program(nn.Module):
         self.aliases: dict[str, str] = dict(aliases or {})
         self.replacements: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
+        self.origin: Any = None
         self.training = False
 
     # -- the graph ---------------------------------------------------------------------------------------------------
@@ -130,8 +132,9 @@ class Program(nn.Module):
         raise ProgramError(f"no node is named {name!r}")
 
     def type_of(self, node: fx.Node) -> ValueType | None:
-        """The type of a node's value."""
-        return self.symbols.type_of_value(node.meta.get(VAL))
+        """The type of a node's value; where types were not inferred the one that its text declares."""
+        found: ValueType | None = self.symbols.type_of_value(node.meta.get(VAL))
+        return node.meta.get(DECLARED) if found is None else found
 
     def edit(self) -> Rewriter:
         """A context manager in which the graph may be rewritten; everything is undone when it raises."""
@@ -368,6 +371,7 @@ class Program(nn.Module):
             journal=tuple(self.journal),
         )
         other.restore(snapshot)
+        other.origin = self.origin
         return other
 
     def clone(self, *, copy_weights: bool = False) -> Program:

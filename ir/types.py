@@ -9,19 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphwright.ir.errors import ProgramError, TypeMismatch
 
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from graphwright.ir.symbols import Symbols
+
 VAL = "val"
+# The type that a program's text declares for a value, where types were not inferred.
+DECLARED = "declared"
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "f64",
@@ -106,38 +111,34 @@ class SymbolTable:
     def __init__(self, dims: Mapping[str, Dim], conditions: Sequence[str] = ()) -> None:
         self.dims = dict(dims)
         self.conditions = tuple(conditions)
-        self.shape_env = ShapeEnv()
-        self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
-        self._sizes: dict[str, torch.SymInt] = {}
-        self._names: dict[str, str] = {}
-        hints: set[int] = set()
-        for dim in self.dims.values():
-            # Different hints keep ShapeEnv's duck typing from merging two dimensions that were traced equal.
-            hint = max(dim.hint, 2)
-            while hint in hints:
-                hint += 1
-            hints.add(hint)
-            source = ConstantSource(dim.name)
-            symbol = self.shape_env.create_symbol(
-                hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
-            )
-            if dim.max is not None:
-                self.shape_env.var_to_range[symbol] = ValueRanges(2, max(dim.max, 2))
-            self._sizes[dim.name] = cast(
-                torch.SymInt, self.shape_env.create_symintnode(symbol, hint=hint, source=source)
-            )
-            self._names[str(symbol)] = dim.name
+
+    @cached_property
+    def _symbols(self) -> Symbols:
+        # Not before a type is computed: a program that is only run needs none, and torch's machinery for it is large.
+        from graphwright.ir.symbols import Symbols
+
+        return Symbols(self.dims)
+
+    @property
+    def shape_env(self) -> ShapeEnv:
+        """torch's record of the symbols."""
+        return self._symbols.shape_env
+
+    @property
+    def mode(self) -> FakeTensorMode:
+        """In which fake values are made."""
+        return self._symbols.mode
 
     def size(self, expression: int | str) -> int | torch.SymInt:
         """The (symbolic) integer for a size as written in a type; input types use plain dimension names only."""
         if isinstance(expression, int):
             return expression
-        if expression not in self._sizes:
+        if expression not in self._symbols.sizes:
             raise ProgramError(
                 f"unknown dimension {expression!r}",
                 hint=f"the program declares {', '.join(self.dims) or 'no dimensions'}",
             )
-        return self._sizes[expression]
+        return self._symbols.sizes[expression]
 
     def fake(self, kind: TensorType, strides: tuple[int, ...] | None = None) -> torch.Tensor:
         """A fake tensor of this type, contiguous unless strides are given."""
@@ -162,14 +163,16 @@ class SymbolTable:
         expression = size.node.expr
         if expression.is_number:
             return int(expression)
-        return re.sub(r"\b[suz]+\d+\b", lambda found: self._names.get(found.group(), found.group()), str(expression))
+        return re.sub(
+            r"\b[suz]+\d+\b", lambda found: self._symbols.names.get(found.group(), found.group()), str(expression)
+        )
 
     def concrete(self, size: int | torch.SymInt, sizes: Mapping[str, int]) -> int | None:
         """A size when every dimension has the given one; ``None`` if it depends on values."""
         if isinstance(size, int):
             return size
         expression = size.node.expr
-        names = {symbol: self._names.get(str(symbol)) for symbol in expression.free_symbols}
+        names = {symbol: self._symbols.names.get(str(symbol)) for symbol in expression.free_symbols}
         if any(name not in sizes for name in names.values()):
             return None
         return int(expression.subs({symbol: sizes[str(name)] for symbol, name in names.items()}))
@@ -191,7 +194,7 @@ class SymbolTable:
         return None
 
     def _rename(self, text: str) -> str:
-        return re.sub(r"\b[suz]+\d+\b", lambda found: self._names.get(found.group(), found.group()), text)
+        return re.sub(r"\b[suz]+\d+\b", lambda found: self._symbols.names.get(found.group(), found.group()), text)
 
     def infer(self, node: fx.Node, tensor_of: Callable[[str], torch.Tensor]) -> Any:
         """Compute and record the fake value of one node from those of its inputs.

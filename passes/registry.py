@@ -31,6 +31,11 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "fuse-attention": ("fusion", "FuseAttention"),
     "fuse-qkv": ("fusion", "FuseQKV"),
     "fuse-gate-up": ("fusion", "FuseGateUp"),
+    "transpose-linears": ("cleanup", "TransposeLinears"),
+    "prepare-decoder": ("decoding", "PrepareDecoder"),
+    "hoist-row-selection": ("decoding", "HoistRowSelection"),
+    "unflatten-rows": ("decoding", "UnflattenRows"),
+    "tabulate-positions": ("decoding", "TabulatePositions"),
     "quantize-linears": ("quantization", "QuantizeLinears"),
     "quantize-embeddings": ("quantization", "QuantizeEmbeddings"),
 }

@@ -1,3 +1,6 @@
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +29,96 @@ def dot_u8s8(isa: str, a: npt.NDArray[np.uint8], b: npt.NDArray[np.int8]) -> int
         ValueError: lengths differ or exceed 65536, or the instruction set is unknown or cannot run here.
     """
 
+class Instruction:
+    """A kernel with its constants, which the executor calls on tensors."""
+
+class LinearInstruction(Instruction):
+    """What linears have in common for the executor.
+
+    Attributes:
+        activation: what the executor applies to the product: a name, or empty. It can only be set.
+    """
+
+    activation: str
+
+class PythonCall(Instruction):
+    """Calls a function with its operands as arrays, the outputs among them; absent ones are ``None``."""
+
+    def __init__(self, function: Callable[[list[npt.NDArray[Any] | None]], None]) -> None: ...
+
+class Arange(Instruction):
+    """``y[i] = begin + i``, int64."""
+
+    def __init__(self, begin: int) -> None: ...
+
+class IntegerOperation(Instruction):
+    """``add`` or ``mul`` of two int64 tensors, or of one and a number.
+
+    Raises:
+        ValueError: there is no such operation.
+    """
+
+    def __init__(self, name: str, number: int = 0) -> None: ...
+
+class SelectRows(Instruction):
+    """``y[b, k] = x[b, rows[b, k]]``."""
+
+    def __init__(self) -> None: ...
+
+class Executor:
+    """A program as instructions on values.
+
+    Values are numbers, a negative one is absent; sizes are instructions of a stack machine (``csrc/plan.h``).
+    The dtypes are ``float32``, ``bfloat16``, ``int8``, ``int64``, ``bool`` and ``uint8``.
+
+    Raises:
+        ValueError: there is no such value or dtype, or a tensor has more than six axes.
+    """
+
+    def __init__(self, symbols: int) -> None: ...
+    def input(self, element: str, shape: Sequence[Sequence[int]]) -> int:
+        """A value that every call gives."""
+    def bound(self, element: str, shape: Sequence[Sequence[int]]) -> int:
+        """A value that a runner is bound to."""
+    def constant(self, array: npt.NDArray[Any]) -> int: ...
+    def buffer(self, element: str, shape: Sequence[Sequence[int]]) -> int:
+        """A value that the next instruction writes."""
+    def reshape(self, base: int, shape: Sequence[Sequence[int]]) -> int: ...
+    def permute(self, base: int, axes: Sequence[int]) -> int: ...
+    def narrow(self, base: int, axis: int, begin: Sequence[int], length: Sequence[int]) -> int: ...
+    def add_step(self, instruction: Instruction, operands: Sequence[int], inputs: int) -> None:
+        """The first ``inputs`` operands are read, the others written."""
+    def output(self, value: int) -> None: ...
+    @property
+    def steps(self) -> int:
+        """How many instructions there are."""
+
+class Cancelled(Exception):
+    """A call was ended by :meth:`Runner.cancel`."""
+
+class Runner:
+    """Memory and plans for calls of an executor, one at a time."""
+
+    def __init__(self, executor: Executor) -> None: ...
+    def bind(self, value: int, array: npt.NDArray[Any]) -> None: ...
+    def run(self, inputs: Sequence[npt.NDArray[Any]], threads: int) -> list[npt.NDArray[Any]]:
+        """The outputs: arrays that the next call overwrites.
+
+        Raises:
+            ValueError: inputs do not fit, or an instruction cannot use their values.
+            Cancelled: :meth:`cancel` was called meanwhile.
+        """
+    def profile(self, inputs: Sequence[npt.NDArray[Any]], threads: int) -> list[int]:
+        """Run, and give the nanoseconds of each instruction."""
+    def cancel(self) -> None:
+        """End a call that is running; it raises :class:`Cancelled`."""
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the memory for activations."""
+    @property
+    def plans(self) -> int:
+        """Sizes that memory is planned for."""
+
 def pack_codes(stored: npt.NDArray[np.uint8], bits: int, codes: npt.NDArray[np.uint8], threads: int) -> None:
     """Stored codes, ``[outputs, groups, bytes]``, into the flat layout that the kernels stream.
 
@@ -33,7 +126,7 @@ def pack_codes(stored: npt.NDArray[np.uint8], bits: int, codes: npt.NDArray[np.u
         ValueError: the sizes do not fit.
     """
 
-class ByteLinear:
+class ByteLinear(LinearInstruction):
     """A linear on packed integer weights; activations are rounded to bytes.
 
     Raises:
@@ -74,7 +167,7 @@ class ByteLinear:
         rows that may lie apart. ``activation`` is empty, ``relu``, ``silu``, ``gelu``, ``gelu_tanh`` or ``tanh``.
         """
 
-class Norm:
+class Norm(Instruction):
     """Layer (``centred``) or root-mean-square normalisation of rows.
 
     Raises:
@@ -102,7 +195,7 @@ class Norm:
     ) -> None:
         """``y = norm(x + residual)`` and ``sum = x + residual``, each ``[rows, columns]`` with contiguous rows."""
 
-class Pointwise:
+class Pointwise(Instruction):
     """An activation, a sum or a product, value by value.
 
     Raises:
@@ -122,7 +215,7 @@ class Pointwise:
     ) -> None:
         """``y = activation(x) * other`` or ``+ other``, each ``[rows, columns]`` with contiguous rows."""
 
-class Rotary:
+class Rotary(Instruction):
     """Rotary position embedding.
 
     Raises:
@@ -143,10 +236,10 @@ class Rotary:
     ) -> None:
         """``y = x * cos + turned(x) * sin``: ``[B, H, S, D]`` and ``[B or 1, S, R]``; features contiguous."""
 
-class Table:
+class Table(Instruction):
     """Rows of bytes, ``[rows, bytes]``."""
 
-    def __init__(self, table: npt.NDArray[np.uint8]) -> None: ...
+    def __init__(self, table: npt.NDArray[np.uint8], bfloat16: bool = False) -> None: ...
     def run(self, indices: npt.NDArray[np.int64], y: npt.NDArray[np.uint8], threads: int) -> None:
         """``y[i] = table[indices[i]]``.
 
@@ -154,7 +247,7 @@ class Table:
             IndexError: an index is not in the table.
         """
 
-class PackedTable:
+class PackedTable(Instruction):
     """Rows of integer codes that stand for floats.
 
     Raises:
@@ -214,6 +307,51 @@ class Attention:
             ValueError: shapes, dtypes or strides do not fit.
         """
 
+class DecoderAttention(Instruction):
+    """A decoding step: queries and keys are turned, keys and values go into the caches, queries attend.
+
+    ``window`` and ``softcap`` 0 are none; ``slopes`` are ``[Hq]``.
+
+    Raises:
+        ValueError: the instruction set is unknown or cannot run here, or window or softcap is negative.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        scale: float,
+        window: int,
+        softcap: float,
+        slopes: npt.NDArray[np.float32] | None,
+        interleaved: bool,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        query: npt.NDArray[np.float32],
+        key: npt.NDArray[np.float32],
+        value: npt.NDArray[np.float32],
+        cos: npt.NDArray[np.float32] | None,
+        sin: npt.NDArray[np.float32] | None,
+        keys: npt.NDArray[np.float32] | npt.NDArray[np.int16] | npt.NDArray[np.int8],
+        values: npt.NDArray[np.float32] | npt.NDArray[np.int16] | npt.NDArray[np.int8],
+        key_scales: npt.NDArray[np.float32] | None,
+        value_scales: npt.NDArray[np.float32] | None,
+        slots: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
+        out: npt.NDArray[np.float32],
+        threads: int,
+    ) -> None:
+        """From ``[B, Hq, S, D]``, ``[B, Hkv, S, D]``, ``[B, Hkv, S, Dv]`` to ``[B, Hq, S, Dv]``; features contiguous.
+
+        ``keys``, ``values`` ``[N, Hkv, C, D]`` and their scales ``[N, Hkv, C]`` are written; 16 bits are bfloat16.
+
+        Raises:
+            ValueError: shapes, dtypes or strides do not fit, or a slot or position is not in the caches.
+        """
+
 class Softmax:
     """Softmax over the last axis.
 
@@ -246,7 +384,7 @@ def pack_bfloat16(stored: npt.NDArray[np.uint16], values: npt.NDArray[np.uint8],
         ValueError: the sizes do not fit.
     """
 
-class FloatLinear:
+class FloatLinear(LinearInstruction):
     """A linear on dense weights.
 
     Raises:
@@ -283,7 +421,7 @@ class FloatLinear:
             ValueError: shapes do not fit, or there is no such activation.
         """
 
-class NbitsLinear:
+class NbitsLinear(LinearInstruction):
     """A linear on packed integer weights that computes in floats.
 
     Raises:

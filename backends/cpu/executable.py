@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 
+from graphwright.backends.cpu.executor.assembly import Assembled, assemble_step
+from graphwright.backends.cpu.executor.session import CpuSession
 from graphwright.backends.cpu.features import features
 from graphwright.backends.cpu.lowering import Lowered, assemble, lower
 from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.backends.session import CACHES
+from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import BackendError, InputError
 from graphwright.ir.program import Program
 
@@ -21,6 +25,7 @@ class CpuExecutable(Executable):
     def __init__(self, program: Program, lowered: Lowered) -> None:
         self.program, self.lowered = program, lowered
         self._body = assemble(program, lowered)
+        self._steps: dict[str, Assembled] = {}
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
         """Run on flat inputs; gives flat outputs."""
@@ -35,7 +40,24 @@ class CpuExecutable(Executable):
 
     def explain(self) -> list[KernelUse]:
         """The kernel of every node, and why it is PyTorch's where there would be one of ours."""
+        if DecoderLayout.find(self.program) is not None and features().selected is not None:
+            return list(self._assembled("float32").uses)
         return list(self.lowered.uses)
+
+    def session(self, *, slots: int = 1, capacity: int = 2048, cache: str = "float32") -> CpuSession:
+        """Decoding on the executor; see :meth:`Executable.session`."""
+        layout = DecoderLayout.of(self.program)
+        if cache not in CACHES:
+            raise InputError(f"must be one of {', '.join(CACHES)}, not {cache!r}", where="session: cache")
+        return CpuSession(self._assembled(cache), layout, slots=slots, capacity=capacity, cache=cache)
+
+    def _assembled(self, cache: str) -> Assembled:
+        isa = features().selected
+        if isa is None:
+            raise BackendError("needs the C++ kernels, which are not in this installation", where="session")
+        if cache not in self._steps:
+            self._steps[cache] = assemble_step(self.program, self.lowered, isa, cache)
+        return self._steps[cache]
 
 
 class CpuBackend(Backend):

@@ -8,6 +8,7 @@ from graphwright.backends.session import Session
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
+from graphwright.ir.types import TensorType
 
 
 class ReferenceSession(Session):
@@ -30,7 +31,7 @@ class ReferenceSession(Session):
             raise InputError(f"needs slots and capacity, not {slots} and {capacity}", where="session")
         self.program, self.layout = program, DecoderLayout.of(program)
         self.slots, self.capacity = slots, capacity
-        dtypes = [node.meta["val"].dtype for node in program.inputs[4:]]
+        dtypes = [kind.dtype for kind in map(program.type_of, program.inputs[4:]) if isinstance(kind, TensorType)]
         shapes = (*self.layout.keys, *self.layout.values)
         self._caches = [
             torch.zeros(slots, heads, capacity, width, dtype=dtype)

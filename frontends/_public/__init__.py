@@ -13,10 +13,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from graphwright.backends.cpu import CpuBackend as CpuBackend
     from graphwright.backends.cpu import PackedModel as PackedModel
-    from graphwright.backends.cpu import load_packed as load_packed
     from graphwright.backends.onnx import export_onnx as export_onnx
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
+    from graphwright.frontends.generation.chat import Chat as Chat
+    from graphwright.frontends.generation.decoder import Decoder as Decoder
+    from graphwright.frontends.generation.decoder_draft import DecoderDraft as DecoderDraft
+    from graphwright.frontends.generation.drafts import Draft as Draft
+    from graphwright.frontends.generation.drafts import PromptLookup as PromptLookup
+    from graphwright.frontends.generation.drafts import Proposal as Proposal
+    from graphwright.frontends.generation.drafts import Proposer as Proposer
+    from graphwright.frontends.generation.drafts import Wanted as Wanted
+    from graphwright.frontends.generation.facts import DecoderFacts as DecoderFacts
+    from graphwright.frontends.generation.optimized import OptimizedDecoder as OptimizedDecoder
+    from graphwright.frontends.generation.packed import PackedDecoder as PackedDecoder
+    from graphwright.frontends.generation.packed import load_packed as load_packed
+    from graphwright.frontends.generation.prompt_cache import PromptCache as PromptCache
+    from graphwright.frontends.generation.result import Generation as Generation
+    from graphwright.frontends.generation.sampling import Sampling as Sampling
+    from graphwright.frontends.generation.stream import Stream as Stream
     from graphwright.frontends.huggingface import load_decoder as load_decoder
     from graphwright.frontends.huggingface import load_huggingface as load_huggingface
     from graphwright.frontends.recipes import load_recipe as load_recipe
@@ -28,6 +43,7 @@ if TYPE_CHECKING:
     from graphwright.ir.errors import BackendError as BackendError
     from graphwright.ir.errors import ContractViolation as ContractViolation
     from graphwright.ir.errors import ExportError as ExportError
+    from graphwright.ir.errors import GenerationError as GenerationError
     from graphwright.ir.errors import GraphwrightError as GraphwrightError
     from graphwright.ir.errors import InputError as InputError
     from graphwright.ir.errors import OrderError as OrderError
@@ -66,9 +82,14 @@ if TYPE_CHECKING:
     from graphwright.passes.cleanup import FoldConstants as FoldConstants
     from graphwright.passes.cleanup import RemoveDeadCode as RemoveDeadCode
     from graphwright.passes.cleanup import RemoveNoOps as RemoveNoOps
+    from graphwright.passes.cleanup import TransposeLinears as TransposeLinears
     from graphwright.passes.contract import Approximate as Approximate
     from graphwright.passes.contract import Exact as Exact
     from graphwright.passes.contract import Retrain as Retrain
+    from graphwright.passes.decoding import HoistRowSelection as HoistRowSelection
+    from graphwright.passes.decoding import PrepareDecoder as PrepareDecoder
+    from graphwright.passes.decoding import TabulatePositions as TabulatePositions
+    from graphwright.passes.decoding import UnflattenRows as UnflattenRows
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
     from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
@@ -97,10 +118,15 @@ _EXPORTS: dict[str, str] = {
     "Approximate": "graphwright.passes.contract",
     "BackendError": "graphwright.ir.errors",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
+    "Chat": "graphwright.frontends.generation.chat",
     "Cleanup": "graphwright.passes.cleanup",
     "ContractViolation": "graphwright.ir.errors",
     "CpuBackend": "graphwright.backends.cpu",
+    "Decoder": "graphwright.frontends.generation.decoder",
+    "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
+    "DecoderFacts": "graphwright.frontends.generation.facts",
     "Dim": "graphwright.ir.types",
+    "Draft": "graphwright.frontends.generation.drafts",
     "DumpIR": "graphwright.passes.hooks",
     "EliminateCommonSubexpressions": "graphwright.passes.cleanup",
     "Exact": "graphwright.passes.contract",
@@ -115,20 +141,30 @@ _EXPORTS: dict[str, str] = {
     "FuseQKV": "graphwright.passes.fusion",
     "FuseRMSNorm": "graphwright.passes.fusion",
     "FuseRotaryEmbedding": "graphwright.passes.fusion",
+    "Generation": "graphwright.frontends.generation.result",
+    "GenerationError": "graphwright.ir.errors",
     "GraphwrightError": "graphwright.ir.errors",
+    "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
     "InputError": "graphwright.ir.errors",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
+    "OptimizedDecoder": "graphwright.frontends.generation.optimized",
     "OptimizedModel": "graphwright.frontends.api",
     "OrderError": "graphwright.ir.errors",
+    "PackedDecoder": "graphwright.frontends.generation.packed",
     "PackedModel": "graphwright.backends.cpu",
     "Pass": "graphwright.passes.base",
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
     "ProgramError": "graphwright.ir.errors",
+    "PromptCache": "graphwright.frontends.generation.prompt_cache",
+    "PromptLookup": "graphwright.frontends.generation.drafts",
+    "Proposal": "graphwright.frontends.generation.drafts",
+    "Proposer": "graphwright.frontends.generation.drafts",
     "QuantizeEmbeddings": "graphwright.passes.quantization",
     "QuantizeLinears": "graphwright.passes.quantization",
     "RecipeError": "graphwright.ir.errors",
@@ -140,14 +176,20 @@ _EXPORTS: dict[str, str] = {
     "Rewriter": "graphwright.ir.rewriter",
     "Rule": "graphwright.ir.pattern",
     "RulePass": "graphwright.passes.base",
+    "Sampling": "graphwright.frontends.generation.sampling",
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
     "SerializationError": "graphwright.ir.errors",
+    "Stream": "graphwright.frontends.generation.stream",
+    "TabulatePositions": "graphwright.passes.decoding",
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
+    "TransposeLinears": "graphwright.passes.cleanup",
     "TypeMismatch": "graphwright.ir.errors",
+    "UnflattenRows": "graphwright.passes.decoding",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
+    "Wanted": "graphwright.frontends.generation.drafts",
     "any_": "graphwright.ir.pattern",
     "bisect": "graphwright.passes.bisection",
     "const": "graphwright.ir.pattern",
@@ -157,7 +199,7 @@ _EXPORTS: dict[str, str] = {
     "export_onnx": "graphwright.backends.onnx",
     "load_decoder": "graphwright.frontends.huggingface",
     "load_huggingface": "graphwright.frontends.huggingface",
-    "load_packed": "graphwright.backends.cpu",
+    "load_packed": "graphwright.frontends.generation.packed",
     "load_recipe": "graphwright.frontends.recipes",
     "maybe": "graphwright.ir.pattern",
     "op": "graphwright.ir.pattern",

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from graphwright.ir.errors import ContractViolation, ExportError, GraphwrightError, PassError
+from graphwright.ir.errors import ContractViolation, ExportError, GenerationError, GraphwrightError, PassError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -27,6 +27,8 @@ COMMANDS: dict[str, str] = {
     "export": "write a model as ONNX and check it in onnxruntime",
     "why": "why a pass did not match, nearest misses first",
     "passes": "the passes there are, and their options",
+    "generate": "continue a text",
+    "chat": "talk to a model, line by line",
 }
 
 
@@ -62,14 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (GraphwrightError, OSError, MemoryError) as error:
         if options.traceback:
             traceback.print_exc()
-        print(f"graphwright: error: {_message(error)}", file=sys.stderr)
+        print(f"graphwright: error: {message_of(error)}", file=sys.stderr)
         return exit_code_of(error)
     return code
 
 
 def exit_code_of(error: BaseException) -> int:
     """1 for a check that failed, 2 for input that cannot be used."""
-    if isinstance(error, ContractViolation | ExportError):
+    if isinstance(error, ContractViolation | ExportError | GenerationError):
         return FAILED
     if isinstance(error, PassError):
         from graphwright.ir.errors import OrderError
@@ -78,7 +80,8 @@ def exit_code_of(error: BaseException) -> int:
     return BAD_INPUT
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """What is wrong, where, and what to do."""
     if isinstance(error, OSError):
         place = f" (at {error.filename})" if error.filename else ""
         return f"{error.strerror or error}{place}"

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from graphwright.passes.hooks import Hook
 
 
+# A folder that holds one of these was written by this program.
+_OURS = ("program.json", "decoder.json")
+
+
 def console() -> Console:
     """Where tables go: as wide as they need where the output is no terminal, so that nothing is cut."""
     from rich.console import Console
@@ -84,7 +88,7 @@ def check_new_folder(folder: Path, *, force: bool) -> None:
         if any(folder.iterdir()):
             if not force:
                 raise InputError("exists and is not empty", where=str(folder), hint="choose another -o, or add --force")
-            if not (folder / "program.json").is_file():
+            if not any((folder / name).is_file() for name in _OURS):
                 raise InputError("is not a saved Program; it is not replaced", where=str(folder))
     parent = folder.absolute().parent
     if not parent.is_dir():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from graphwright.frontends.generation.facts import DecoderFacts
 from graphwright.frontends.huggingface.loading import load_model
 from graphwright.frontends.huggingface.step.checking import check_model, check_program, find_caches
 from graphwright.frontends.huggingface.step.families import family_of
@@ -94,4 +95,5 @@ def trace_decoder(model: Any, *, check: bool = True) -> Program:
         if check:
             with torch.no_grad(), streaming(model.parameters()):
                 check_program(program, stepped, model, family)
+    program.origin = DecoderFacts.of_model(model)
     return program

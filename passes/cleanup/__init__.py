@@ -6,6 +6,7 @@ from graphwright.passes.cleanup.constant_folding import FoldConstants
 from graphwright.passes.cleanup.dead_code import RemoveDeadCode
 from graphwright.passes.cleanup.linears import CanonicalizeLinears
 from graphwright.passes.cleanup.no_ops import RemoveNoOps
+from graphwright.passes.cleanup.transposition import TransposeLinears
 
 __all__ = [
     "CanonicalizeLinears",
@@ -14,4 +15,5 @@ __all__ = [
     "FoldConstants",
     "RemoveDeadCode",
     "RemoveNoOps",
+    "TransposeLinears",
 ]

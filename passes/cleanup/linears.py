@@ -17,7 +17,8 @@ from graphwright.ir.types import TensorType
 from graphwright.passes.base import RulePass
 from graphwright.passes.cleanup.views import permutation
 
-_PRODUCTS = {"aten.mm": ("self", "mat2"), "aten.matmul": ("self", "other"), "aten.addmm": ("mat1", "mat2")}
+# operator -> its operands: rows and matrix
+PRODUCTS = {"aten.mm": ("self", "mat2"), "aten.matmul": ("self", "other"), "aten.addmm": ("mat1", "mat2")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class CanonicalizeLinears(RulePass):
 
         %y = aten.linear(%x, %weight, %bias)
 
-    What fuses and quantises linears, and what runs them, then sees them all. ``addmm`` on a weight stored
-    ``[in, out]`` (GPT-2) stays as it is: nothing is transposed there.
+    What fuses and quantises linears, and what runs them, then sees them all. Products with a weight stored
+    ``[in, out]`` (GPT-2) stay as they are; :class:`TransposeLinears` has those.
 
     Does not fire when
 
@@ -57,7 +58,7 @@ class _Product(Rule):
     name = "canonicalize-linears: product"
 
     def match(self, program: Program, node: fx.Node) -> Match | tuple[int, str]:
-        names = _PRODUCTS.get(op_name(node))
+        names = PRODUCTS.get(op_name(node))
         if names is None:
             return -1, ""
         arguments = arguments_of(node)
@@ -85,7 +86,7 @@ class _Product(Rule):
         arguments = arguments_of(match.root)
         if arguments["beta"] != 1 or arguments["alpha"] != 1:
             return "addmm with factors other than 1"
-        return _bias_objection(program, match.node("bias"), of)
+        return bias_objection(program, match.node("bias"), of)
 
     def rewrite(self, rewriter: Rewriter, match: Match) -> fx.Node:
         return rewriter.call("aten.linear", match.node("x"), match.node("weight"), match["bias"], like=match.root)
@@ -117,7 +118,7 @@ class _Bias(Rule):
         weight = program.type_of(arguments_of(linear)["weight"])
         if not isinstance(weight, TensorType) or program.type_of(match.root) != program.type_of(linear):
             return "the sum is of another shape or dtype"
-        return _bias_objection(program, match.node("bias"), weight)
+        return bias_objection(program, match.node("bias"), weight)
 
     def rewrite(self, rewriter: Rewriter, match: Match) -> fx.Node:
         linear = match.node("linear")
@@ -126,7 +127,8 @@ class _Bias(Rule):
         return rewriter.call("aten.linear", arguments["input"], arguments["weight"], match.node("bias"), like=linear)
 
 
-def _bias_objection(program: Program, bias: fx.Node, weight: TensorType) -> str | None:
+def bias_objection(program: Program, bias: fx.Node, weight: TensorType) -> str | None:
+    """Why a value added to a product is not the bias of a linear with a weight ``[out, in]``."""
     kind = program.type_of(bias)
     fits = isinstance(kind, TensorType) and kind.shape == weight.shape[:1] and kind.dtype == weight.dtype
     return None if fits else f"%{bias.name} is {kind}, a bias would be [{weight.shape[0]}] of the weight's dtype"

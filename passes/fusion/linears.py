@@ -22,7 +22,8 @@ from graphwright.passes.fusion.heads import given_back
 
 _LINEAR = "aten.linear"
 _QUANTIZED = frozenset(f"graphwright.{name}" for name in ("linear_nbits", "linear_int8_dynamic", "linear_int8_static"))
-_ATTENTION = frozenset({"graphwright.attention", "aten.scaled_dot_product_attention"})
+_CACHED = "graphwright.cached_attention"
+_ATTENTION = frozenset({"graphwright.attention", "aten.scaled_dot_product_attention", _CACHED})
 _PRODUCTS = frozenset({"aten.matmul", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm", "aten.convolution"})
 _ACTIVATIONS = frozenset(
     f"aten.{name}" for name in ("silu", "gelu", "relu", "sigmoid", "tanh", "elu", "mish", "softplus")
@@ -131,9 +132,9 @@ class FuseQKV(MergeLinears):
     The weights are stacked in the order query, key, value and are named after the module that holds them:
     ``attn.q_proj.weight``, ``attn.k_proj.weight`` and ``attn.v_proj.weight`` become ``attn.qkv_proj.weight`` in the
     state dict, biases likewise. Where only key and value have the same input (cross-attention), it is ``kv_proj``. A
-    missing bias counts as zeros if another of them has one. The new tensors are copies: until the model the program
-    was traced from is let go, both are in memory. Attention has to be one operator, so run this after
-    :class:`FuseAttention`, and before quantisation.
+    missing bias counts as zeros if another of them has one. With a cache, key and value are what is appended to it.
+    The new tensors are copies: until the model the program was traced from is let go, both are in memory. Attention
+    has to be one operator, so run this after :class:`FuseAttention`, and before quantisation.
 
     Does not fire when
 
@@ -153,7 +154,7 @@ class FuseQKV(MergeLinears):
         for node in program.nodes:
             if op_name(node) not in _ATTENTION:
                 continue
-            found = [_linear_behind(argument(node, name)) for name in ("query", "key", "value")]
+            found = [_linear_behind(operand) for operand in _operands(node)]
             reasons = [item for item in found if isinstance(item, str)]
             if reasons:
                 yield Refusal(self.name, node.name, path_of(node), reasons[0], 2)
@@ -223,6 +224,18 @@ class FuseGateUp(MergeLinears):
                 yield Refusal(self.name, node.name, path_of(node), "gate and up read different values", 2)
             else:
                 yield Group(tuple(linears), "gate_up_proj")
+
+
+def _operands(node: fx.Node) -> list[Any]:
+    """Query, key and value of an attention; with a cache, the new ones."""
+    if op_name(node) != _CACHED:
+        return [argument(node, name) for name in ("query", "key", "value")]
+    caches = [argument(node, name) for name in ("keys", "values")]
+    return [argument(node, "query"), *(_appended(cache) for cache in caches)]
+
+
+def _appended(cache: fx.Node) -> Any:
+    return argument(cache, "new") if op_name(cache) == "graphwright.cache_append" else cache
 
 
 def _gate_and_up(program: Program, node: fx.Node) -> tuple[Any, Any] | None:

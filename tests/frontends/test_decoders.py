@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,34 @@ import pytest
 import torch
 from tests.frontends.decoders import FAMILIES, generate, greedy, make
 
+import graphwright as gw
 from graphwright.backends.reference.session import ReferenceSession
 from graphwright.frontends.huggingface import load_decoder
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of
+from graphwright.passes.decoding import PrepareDecoder
+from graphwright.passes.pipeline import run_passes
 
 pytest.importorskip("transformers")
 
 PROMPTS = [[5, 17, 30, 44, 3, 61, 80, 12, 9], [22, 71, 8, 90], [33, 2, 64, 19, 77, 50]]
 COUNT = 9
+
+# Families without values of positions, and those with learned ones.
+NO_POSITIONS, LEARNED = {"falcon-alibi", "mpt", "bloom"}, {"gpt2", "opt"}
+
+# What a prepared step consists of; the last line is Gemma's scale of embeddings and cap of logits, OPT's of queries.
+PREPARED = {
+    *("aten.sym_size.int", "aten.unsqueeze", "aten.arange", "aten.add.Tensor", "aten.embedding", "py.getitem"),
+    *("aten.split_with_sizes", "aten.split.Tensor", "aten.chunk", "aten.slice.Tensor"),
+    *("aten.reshape", "aten.transpose.int"),
+    *("aten.linear", "aten.layer_norm", "aten.gelu", "aten.relu", "graphwright.rms_norm"),
+    *("graphwright.rotary_embedding", "graphwright.gated_activation"),
+    *("graphwright.cache_append", "graphwright.cached_attention", "graphwright.select_rows"),
+    *("aten.mul.Tensor", "aten.div.Tensor", "aten.tanh"),
+}
 
 
 @functools.cache
@@ -122,3 +140,40 @@ def test_a_trained_model_from_its_folder(tinylm_dir: Path, dtype: str) -> None:
         prompts = [[11, 250, 31, 7, 90], [42, 5]]
         session = ReferenceSession(program, slots=2, capacity=40)
         assert greedy(session, prompts, [1, 0], 12) == generate(model, prompts, 12)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prepared_step_says_the_same(name: str) -> None:
+    """Every family has one linear for query, key and value, and one operator for each norm, gate and rotation."""
+    program = traced(name)[1].clone()
+    run_passes(program, [PrepareDecoder(length=24)])
+    session = ReferenceSession(program, slots=5, capacity=24)
+    assert greedy(session, PROMPTS, [3, 0, 4], COUNT) == expected(name)
+    found = collections.Counter(op_name(node) for node in program.nodes if node.op == "call_function")
+    assert set(found) <= PREPARED
+    assert found["aten.linear"] == 9
+    assert found["graphwright.rotary_embedding"] in (0, 4)
+    lookups = 1 if name in NO_POSITIONS else 2 if name in LEARNED else 5 if name == "gemma3" else 3
+    assert found["aten.embedding"] == lookups
+    chosen = [node for node in program.nodes if op_name(node) == "graphwright.select_rows"]
+    heads = next(node for node in program.nodes if op_name(node) == "aten.linear" and node > max(chosen))
+    assert path_of(heads) != "lm_head"
+
+
+def test_a_prepared_llama_is_the_fewest_operators() -> None:
+    program = traced("llama")[1].clone()
+    run_passes(program, [PrepareDecoder(length=24)])
+    found = {op_name(node) for node in program.nodes if node.op == "call_function"}
+    assert found <= PREPARED - {"aten.mul.Tensor", "aten.tanh", "aten.div.Tensor", "aten.layer_norm", "aten.gelu"}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "opt"])
+def test_a_step_is_quantised_under_verification(name: str) -> None:
+    small = gw.optimize(traced(name)[0], [PrepareDecoder(length=64), gw.QuantizeLinears(bits=4, group_size=16)])
+    assert all(row.skipped is None for row in small.report.rows if row.changed)
+    record = small.report.rows[-1]
+    assert record.changed
+    assert 0 < (record.local_error or 0) < 0.5
+    assert {"kl", "top1_agreement"} <= set(record.outputs["logits"]["logits"])
+    session = ReferenceSession(small, slots=5, capacity=24)
+    assert len(greedy(session, PROMPTS, [3, 0, 4], 3)) == 3

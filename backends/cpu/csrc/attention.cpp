@@ -1,9 +1,9 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdint>
 #include <vector>
 
+#include "scratch.h"
 #include "threads.h"
 
 namespace graphwright {
@@ -14,14 +14,6 @@ constexpr std::size_t kMostRows = 44 * kAttentionRows, kLeastRows = 4 * kAttenti
 // With so few rows and heads, keys are shared out too, in parts of this many.
 constexpr std::size_t kSplitRows = 16, kSplitHeads = 16, kPart = 2 * kAttentionKeys;
 constexpr std::size_t kSoftmaxElements = 16384;
-
-// One for each thread; it grows to what the largest call asked for.
-float* scratch(std::vector<float>& held, std::size_t size) {
-  constexpr std::size_t kAlign = 64 / sizeof(float);
-  if (held.size() < size + kAlign) held.resize(size + kAlign);
-  const auto past = reinterpret_cast<std::uintptr_t>(held.data()) / sizeof(float) % kAlign;
-  return held.data() + (kAlign - past) % kAlign;
-}
 
 std::size_t blocks(std::size_t count, std::size_t size) { return (count + size - 1) / size; }
 

@@ -21,7 +21,7 @@ void pack(const nb::ndarray<const std::uint8_t, nb::ndim<3>, nb::c_contig, nb::d
 }
 
 // Holds its arrays, so that they live as long as it does.
-class HeldByteLinear {
+class HeldByteLinear : public LinearInstruction {
  public:
   HeldByteLinear(std::string_view isa, std::size_t outputs, std::size_t columns, int bits, std::size_t group,
              Array<const std::uint8_t> codes, nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu> scales,
@@ -77,6 +77,11 @@ class HeldByteLinear {
     run_byte_linear(kernels_, weights_, grid_, x.data(), x.shape(0), columns_, output, threads);
   }
 
+  void run(const Tensor* operands, std::size_t threads) const override {
+    const LinearOutput output = output_of(operands, bias_ ? bias_->data() : nullptr, activation_);
+    run_byte_linear(kernels_, weights_, grid_, operands[0].as<const float>(), operands[0].rows(), columns_, output, threads);
+  }
+
  private:
   KernelTable kernels_;
   PackedLinear weights_{};
@@ -96,7 +101,10 @@ void bind_byte_linear(nb::module_& m) {
   m.def("pack_codes", &pack, "stored"_a, "bits"_a, "codes"_a.noconvert(), "threads"_a,
         "Stored codes, uint8 [outputs, groups, bytes], into the layout that the kernels stream.");
 
-  nb::class_<HeldByteLinear>(m, "ByteLinear", "A linear on packed integer weights; activations are rounded to bytes.")
+  nb::class_<LinearInstruction, Instruction>(m, "LinearInstruction", "What linears have in common for the executor.")
+      .def_prop_rw("activation", nullptr, &LinearInstruction::set_activation, kActivationDoc);
+
+  nb::class_<HeldByteLinear, LinearInstruction>(m, "ByteLinear", "A linear on packed integer weights; activations are rounded to bytes.")
       .def(nb::init<std::string_view, std::size_t, std::size_t, int, std::size_t, Array<const std::uint8_t>,
                     nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>, std::optional<Array<const std::uint8_t>>,
                     std::optional<Array<const std::int32_t>>, std::optional<Array<const float>>, std::string_view,
@@ -104,7 +112,8 @@ void bind_byte_linear(nb::module_& m) {
            "isa"_a, "outputs"_a, "columns"_a, "bits"_a, "group"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "sums"_a.none(),
            "bias"_a.none(), "rounding"_a, "steps"_a.none(), "zero"_a)
       .def_prop_ro("isa", &HeldByteLinear::isa, "The instruction set of the kernel that runs.")
-      .def("run", &HeldByteLinear::run, "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a, "activation"_a = "",
+      .def("run", nb::overload_cast<const Matrix<const float>&, const Matrix<float>&, std::size_t, std::string_view,
+                                   const std::optional<Rows>&, const std::optional<Rows>&>(&HeldByteLinear::run, nb::const_), "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a, "activation"_a = "",
            "factor"_a.noconvert().none() = nb::none(), "residual"_a.noconvert().none() = nb::none(), "y = activation(x Wᵀ + b) * factor + residual for rows of floats.");
 }
 

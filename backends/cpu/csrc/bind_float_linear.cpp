@@ -25,7 +25,7 @@ void pack_bfloat16(const Matrix<const std::uint16_t>& stored, const Array<std::u
 }
 
 // Holds its arrays, so that they live as long as it does.
-class HeldFloatLinear {
+class HeldFloatLinear : public LinearInstruction {
  public:
   HeldFloatLinear(std::string_view isa, std::size_t outputs, std::size_t columns, bool bfloat16,
                   Array<const std::uint8_t> values, std::optional<Array<const float>> bias)
@@ -48,6 +48,11 @@ class HeldFloatLinear {
     run_dense_linear(kernels_, weights_, bfloat16_, x.data(), x.shape(0), output, threads);
   }
 
+  void run(const Tensor* operands, std::size_t threads) const override {
+    const LinearOutput output = output_of(operands, bias_ ? bias_->data() : nullptr, activation_);
+    run_dense_linear(kernels_, weights_, bfloat16_, operands[0].as<const float>(), operands[0].rows(), output, threads);
+  }
+
  private:
   KernelTable kernels_;
   DenseWeights weights_{};
@@ -58,7 +63,7 @@ class HeldFloatLinear {
 
 using Scales = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-class HeldNbitsLinear {
+class HeldNbitsLinear : public LinearInstruction {
  public:
   HeldNbitsLinear(std::string_view isa, std::size_t outputs, std::size_t columns, int bits, std::size_t group_size,
                   bool bfloat16, Array<const std::uint8_t> codes, Scales scales,
@@ -99,6 +104,11 @@ class HeldNbitsLinear {
     run_coded_linear(kernels_, weights_, bfloat16_, x.data(), x.shape(0), output, threads);
   }
 
+  void run(const Tensor* operands, std::size_t threads) const override {
+    const LinearOutput output = output_of(operands, bias_ ? bias_->data() : nullptr, activation_);
+    run_coded_linear(kernels_, weights_, bfloat16_, operands[0].as<const float>(), operands[0].rows(), output, threads);
+  }
+
  private:
   KernelTable kernels_;
   CodedWeights weights_{};
@@ -118,15 +128,16 @@ void bind_float_linear(nb::module_& m) {
         "The same for bfloat16 weights, seen as uint16.");
 
   constexpr const char* run = "y = activation(x Wᵀ + b) * factor + residual for rows of floats.";
-  nb::class_<HeldFloatLinear>(m, "FloatLinear", "A linear on dense weights.")
+  nb::class_<HeldFloatLinear, LinearInstruction>(m, "FloatLinear", "A linear on dense weights.")
       .def(nb::init<std::string_view, std::size_t, std::size_t, bool, Array<const std::uint8_t>,
                     std::optional<Array<const float>>>(),
            "isa"_a, "outputs"_a, "columns"_a, "bfloat16"_a, "values"_a, "bias"_a.none())
       .def_prop_ro("isa", &HeldFloatLinear::isa, "The instruction set of the kernel that runs.")
-      .def("run", &HeldFloatLinear::run, "x"_a, "y"_a, "threads"_a, "activation"_a = "", "factor"_a = nb::none(),
+      .def("run", nb::overload_cast<const Matrix<const float>&, const Matrix<float>&, std::size_t, std::string_view,
+                                   const std::optional<Rows>&, const std::optional<Rows>&>(&HeldFloatLinear::run, nb::const_), "x"_a, "y"_a, "threads"_a, "activation"_a = "", "factor"_a = nb::none(),
            "residual"_a = nb::none(), run);
 
-  nb::class_<HeldNbitsLinear>(m, "NbitsLinear", "A linear on packed integer weights that computes in floats.")
+  nb::class_<HeldNbitsLinear, LinearInstruction>(m, "NbitsLinear", "A linear on packed integer weights that computes in floats.")
       .def(nb::init<std::string_view, std::size_t, std::size_t, int, std::size_t, bool, Array<const std::uint8_t>, Scales,
                     std::optional<Array<const std::uint8_t>>, std::optional<Array<const float>>>(),
            "isa"_a, "outputs"_a, "columns"_a, "bits"_a, "group_size"_a, "bfloat16"_a, "codes"_a, "scales"_a,
@@ -134,7 +145,8 @@ void bind_float_linear(nb::module_& m) {
       .def_prop_ro("isa", &HeldNbitsLinear::isa, "The instruction set of the kernel that runs.")
       .def_prop_ro("exact_rows", &HeldNbitsLinear::exact_rows,
                    "Beyond so many rows weights and activations are rounded to bfloat16; None: never.")
-      .def("run", &HeldNbitsLinear::run, "x"_a, "y"_a, "threads"_a, "activation"_a = "", "factor"_a = nb::none(),
+      .def("run", nb::overload_cast<const Matrix<const float>&, const Matrix<float>&, std::size_t, std::string_view,
+                                   const std::optional<Rows>&, const std::optional<Rows>&>(&HeldNbitsLinear::run, nb::const_), "x"_a, "y"_a, "threads"_a, "activation"_a = "", "factor"_a = nb::none(),
            "residual"_a = nb::none(), run);
 }
 

@@ -1,8 +1,10 @@
 // Norms, activations, rotary embeddings and lookups in tables, for Python.
+#include <cstring>
 #include <string>
 #include <string_view>
 
 #include "bindings.h"
+#include "instruction.h"
 #include "isa.h"
 #include "row_work.h"
 
@@ -39,7 +41,18 @@ OutputRows output_rows(const Result& y, std::size_t rows, std::size_t columns) {
   return {y.data(), static_cast<std::ptrdiff_t>(y.stride(0))};
 }
 
-class HeldNorm {
+InputRows input_rows(const Tensor& x) {
+  if (x.data == nullptr) return {};
+  return {x.as<const float>(), x.row_stride()};
+}
+
+OutputRows output_rows(const Tensor& y) {
+  if (y.data == nullptr) return {};
+  return {y.as<float>(), y.row_stride()};
+}
+
+// Operands of the instruction: x, residual or absent, y, their sum or absent.
+class HeldNorm : public Instruction {
  public:
   HeldNorm(std::string_view isa, bool centred, std::optional<Array<const float>> weight,
            std::optional<Array<const float>> bias, float epsilon)
@@ -66,6 +79,22 @@ class HeldNorm {
     run_norm(centred_ ? kernels_.layer_norm : kernels_.rms_norm, norm, rows, threads);
   }
 
+  Layout layout(std::size_t) const override { return Layout::kRows; }
+
+  void run(const Tensor* operands, std::size_t threads) const override {
+    Norm norm{};
+    norm.x = input_rows(operands[0]);
+    norm.residual = input_rows(operands[1]);
+    norm.y = output_rows(operands[2]);
+    norm.sum = output_rows(operands[3]);
+    norm.weight = weight_ ? weight_->data() : nullptr;
+    norm.bias = bias_ ? bias_->data() : nullptr;
+    norm.columns = operands[0].columns();
+    norm.epsilon = epsilon_;
+    if (operands[0].size() == 0) return;
+    run_norm(centred_ ? kernels_.layer_norm : kernels_.rms_norm, norm, operands[0].rows(), threads);
+  }
+
  private:
   RowKernels kernels_;
   bool centred_;
@@ -73,7 +102,8 @@ class HeldNorm {
   float epsilon_;
 };
 
-class HeldPointwise {
+// Operands of the instruction: x, other (of x's shape or one row) or absent, y.
+class HeldPointwise : public Instruction {
  public:
   HeldPointwise(std::string_view isa, std::string_view activation, bool adds)
       : kernels_(*graphwright::isa(isa).kernels().rows), activation_(activation_named(activation)), adds_(adds) {}
@@ -94,13 +124,30 @@ class HeldPointwise {
     run_pointwise(kernels_, work, rows, threads);
   }
 
+  Layout layout(std::size_t) const override { return Layout::kRows; }
+
+  void run(const Tensor* operands, std::size_t threads) const override {
+    const Tensor &x = operands[0], &other = operands[1];
+    Pointwise work{};
+    work.x = input_rows(x);
+    work.other = input_rows(other);
+    if (other.data != nullptr && other.rows() == 1) work.other.stride = 0;
+    work.y = output_rows(operands[2]);
+    work.columns = x.columns();
+    work.activation = activation_;
+    work.adds = adds_;
+    if (x.size() == 0) return;
+    run_pointwise(kernels_, work, x.rows(), threads);
+  }
+
  private:
   RowKernels kernels_;
   Activation activation_;
   bool adds_;
 };
 
-class HeldRotary {
+// Operands of the instruction: x [B, H, S, D], cos and sin [B or 1, S, R], y like x and contiguous.
+class HeldRotary : public Instruction {
  public:
   HeldRotary(std::string_view isa, bool interleaved)
       : kernels_(*graphwright::isa(isa).kernels().rows), interleaved_(interleaved) {}
@@ -139,6 +186,29 @@ class HeldRotary {
     run_rotary(kernels_, work, batch, threads);
   }
 
+  void run(const Tensor* operands, std::size_t threads) const override {
+    const Tensor &x = operands[0], &cos = operands[1], &sin = operands[2];
+    if (x.size() == 0) return;
+    Rotary work{};
+    work.heads = x.shape[1];
+    work.positions = x.shape[2];
+    work.width = x.shape[3];
+    work.rotated = cos.shape[2];
+    work.x = x.as<const float>();
+    work.cos = cos.as<const float>();
+    work.sin = sin.as<const float>();
+    work.y = operands[3].as<float>();
+    work.x_batch = x.strides[0];
+    work.x_head = x.strides[1];
+    work.x_position = x.strides[2];
+    work.cos_batch = cos.shape[0] == 1 ? 0 : cos.strides[0];
+    work.cos_position = cos.strides[1];
+    work.sin_batch = sin.shape[0] == 1 ? 0 : sin.strides[0];
+    work.sin_position = sin.strides[1];
+    work.interleaved = interleaved_;
+    run_rotary(kernels_, work, x.shape[0], threads);
+  }
+
  private:
   RowKernels kernels_;
   bool interleaved_;
@@ -151,9 +221,43 @@ void expect_found(std::size_t wrong, const Array<const std::int64_t>& indices, s
   throw nb::index_error(message.c_str());
 }
 
-class HeldTable {
+// Where an instruction's index is not in a table.
+void expect_found(std::size_t wrong, const Tensor& indices, std::size_t rows) {
+  if (wrong == kAllFound) return;
+  throw std::invalid_argument("index " + std::to_string(indices.as<const std::int64_t>()[wrong]) +
+                              " is not in a table of " + std::to_string(rows) + " rows");
+}
+
+// Operands of the instruction: indices int64, y `[..., columns]` float32. Rows hold float32, or bfloat16 where `bfloat16`
+// holds: that matters to the instruction only.
+class HeldTable : public Instruction {
  public:
-  explicit HeldTable(Matrix<const std::uint8_t> table) : table_(std::move(table)) {}
+  HeldTable(Matrix<const std::uint8_t> table, bool bfloat16) : table_(std::move(table)), bfloat16_(bfloat16) {}
+
+  Layout layout(std::size_t) const override { return Layout::kContiguous; }
+
+  void run(const Tensor* operands, std::size_t threads) const override {
+    const Tensor& indices = operands[0];
+    const std::size_t bytes = table_.shape(1);
+    auto* y = operands[1].as<float>();
+    const auto* places = indices.as<const std::int64_t>();
+    if (!bfloat16_) {
+      const std::size_t wrong = copy_rows(table_.data(), table_.shape(0), bytes, places, indices.size(),
+                                          reinterpret_cast<std::uint8_t*>(y), threads);
+      return expect_found(wrong, indices, table_.shape(0));
+    }
+    for (std::size_t place = 0; place < indices.size(); ++place) {
+      const std::int64_t index = places[place];
+      if (index < 0 || static_cast<std::uint64_t>(index) >= table_.shape(0)) expect_found(place, indices, table_.shape(0));
+      const std::uint8_t* row = table_.data() + static_cast<std::size_t>(index) * bytes;
+      for (std::size_t i = 0; i < bytes / 2; ++i) {
+        std::uint16_t half;
+        std::memcpy(&half, row + 2 * i, 2);
+        const std::uint32_t whole = static_cast<std::uint32_t>(half) << 16U;
+        std::memcpy(y + place * (bytes / 2) + i, &whole, 4);
+      }
+    }
+  }
 
   void run(const Array<const std::int64_t>& indices, const Matrix<std::uint8_t>& y, std::size_t threads) const {
     const std::size_t count = indices.shape(0), bytes = table_.shape(1);
@@ -168,9 +272,11 @@ class HeldTable {
 
  private:
   Matrix<const std::uint8_t> table_;
+  bool bfloat16_;
 };
 
-class HeldPackedTable {
+// Operands of the instruction: indices int64, y `[..., columns]` float32.
+class HeldPackedTable : public Instruction {
  public:
   HeldPackedTable(std::string_view isa, int bits, std::size_t columns, std::size_t group,
                   nb::ndarray<const std::uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> codes,
@@ -199,6 +305,15 @@ class HeldPackedTable {
     expect_found(wrong, indices, table_.rows);
   }
 
+  Layout layout(std::size_t) const override { return Layout::kContiguous; }
+
+  void run(const Tensor* operands, std::size_t threads) const override {
+    const Tensor& indices = operands[0];
+    const std::size_t wrong = unpack_rows(kernels_, table_, indices.as<const std::int64_t>(), indices.size(),
+                                          operands[1].as<float>(), threads);
+    expect_found(wrong, indices, table_.rows);
+  }
+
  private:
   RowKernels kernels_;
   nb::ndarray<const std::uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> codes_;
@@ -213,32 +328,37 @@ constexpr const char* kIsa = "The instruction set of the kernel that runs.";
 
 void bind_rows(nb::module_& m) {
   // Results take no conversion: a converted one would be a copy, and what is written to it lost.
-  nb::class_<HeldNorm>(m, "Norm", "Layer or root-mean-square normalisation of rows.")
+  nb::class_<HeldNorm, Instruction>(m, "Norm", "Layer or root-mean-square normalisation of rows.")
       .def(nb::init<std::string_view, bool, std::optional<Array<const float>>, std::optional<Array<const float>>, float>(),
            "isa"_a, "centred"_a, "weight"_a.none(), "bias"_a.none(), "epsilon"_a)
       .def_prop_ro("isa", &HeldNorm::isa, kIsa)
-      .def("run", &HeldNorm::run, "x"_a.noconvert(), "residual"_a.noconvert().none(), "y"_a.noconvert(),
+      .def("run",
+           nb::overload_cast<const Rows&, const std::optional<Rows>&, const Result&, const std::optional<Result>&, std::size_t>(&HeldNorm::run, nb::const_), "x"_a.noconvert(), "residual"_a.noconvert().none(), "y"_a.noconvert(),
            "sum"_a.noconvert().none(), "threads"_a, "y = norm(x + residual), sum = x + residual.");
-  nb::class_<HeldPointwise>(m, "Pointwise", "An activation, a sum or a product, value by value.")
+  nb::class_<HeldPointwise, Instruction>(m, "Pointwise", "An activation, a sum or a product, value by value.")
       .def(nb::init<std::string_view, std::string_view, bool>(), "isa"_a, "activation"_a, "adds"_a = false)
       .def_prop_ro("isa", &HeldPointwise::isa, kIsa)
-      .def("run", &HeldPointwise::run, "x"_a.noconvert(), "other"_a.noconvert().none(), "y"_a.noconvert(), "threads"_a,
+      .def("run",
+           nb::overload_cast<const Rows&, const std::optional<Rows>&, const Result&, std::size_t>(&HeldPointwise::run, nb::const_), "x"_a.noconvert(), "other"_a.noconvert().none(), "y"_a.noconvert(), "threads"_a,
            "y = activation(x) * other, or + other; without `other`, activation(x).");
-  nb::class_<HeldRotary>(m, "Rotary", "Rotary position embedding.")
+  nb::class_<HeldRotary, Instruction>(m, "Rotary", "Rotary position embedding.")
       .def(nb::init<std::string_view, bool>(), "isa"_a, "interleaved"_a)
       .def_prop_ro("isa", &HeldRotary::isa, kIsa)
-      .def("run", &HeldRotary::run, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "y"_a.noconvert(),
+      .def("run",
+           nb::overload_cast<const Rows4&, const Rows3&, const Rows3&, const Result4&, std::size_t>(&HeldRotary::run, nb::const_), "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "y"_a.noconvert(),
            "threads"_a, "y = x * cos + turned(x) * sin.");
-  nb::class_<HeldTable>(m, "Table", "Rows of bytes that are looked up.")
-      .def(nb::init<Matrix<const std::uint8_t>>(), "table"_a)
-      .def("run", &HeldTable::run, "indices"_a.noconvert(), "y"_a.noconvert(), "threads"_a, "y[i] = table[indices[i]].");
-  nb::class_<HeldPackedTable>(m, "PackedTable", "Rows of integers that are looked up as floats.")
+  nb::class_<HeldTable, Instruction>(m, "Table", "Rows of bytes that are looked up.")
+      .def(nb::init<Matrix<const std::uint8_t>, bool>(), "table"_a, "bfloat16"_a = false)
+      .def("run",
+           nb::overload_cast<const Array<const std::int64_t>&, const Matrix<std::uint8_t>&, std::size_t>(&HeldTable::run, nb::const_), "indices"_a.noconvert(), "y"_a.noconvert(), "threads"_a, "y[i] = table[indices[i]].");
+  nb::class_<HeldPackedTable, Instruction>(m, "PackedTable", "Rows of integers that are looked up as floats.")
       .def(nb::init<std::string_view, int, std::size_t, std::size_t,
                     nb::ndarray<const std::uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>, Matrix<const float>,
                     std::optional<Matrix<const std::uint8_t>>>(),
            "isa"_a, "bits"_a, "columns"_a, "group"_a, "codes"_a, "scales"_a, "zeros"_a.none())
       .def_prop_ro("isa", &HeldPackedTable::isa, kIsa)
-      .def("run", &HeldPackedTable::run, "indices"_a.noconvert(), "y"_a.noconvert(), "threads"_a,
+      .def("run",
+           nb::overload_cast<const Array<const std::int64_t>&, const Matrix<float>&, std::size_t>(&HeldPackedTable::run, nb::const_), "indices"_a.noconvert(), "y"_a.noconvert(), "threads"_a,
            "y[i] = (codes - zeros) * scales of row indices[i].");
 }
 

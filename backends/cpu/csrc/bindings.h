@@ -50,7 +50,11 @@ const T* data_of(const std::optional<Array<const T>>& array, std::size_t size, c
 
 void bind_attention(nb::module_& m);
 void bind_byte_linear(nb::module_& m);
+void bind_executor(nb::module_& m);
+void bind_decoder_attention(nb::module_& m);
 void bind_float_linear(nb::module_& m);
+void bind_instruction(nb::module_& m);  // before those whose classes derive from it
 void bind_rows(nb::module_& m);
+void bind_small(nb::module_& m);
 
 }  // namespace graphwright

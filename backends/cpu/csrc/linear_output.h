@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "bindings.h"
+#include "instruction.h"
 #include "linear.h"
 
 namespace graphwright {
@@ -38,5 +39,34 @@ inline LinearOutput output_of(const Matrix<float>& y, const float* bias, std::st
   output.past_caches = aligned && y.size() * sizeof(float) >= kPastCaches;
   return output;
 }
+
+// The same for operands of an instruction: x, factor, residual, y.
+inline LinearOutput output_of(const Tensor* operands, const float* bias, Activation activation) {
+  const Tensor &factor = operands[1], &residual = operands[2], &y = operands[3];
+  LinearOutput output{};
+  output.values = y.as<float>();
+  output.stride = y.columns();
+  output.bias = bias;
+  output.activation = activation;
+  output.factor = factor.as<const float>();
+  output.factor_stride = factor.data == nullptr ? 0 : static_cast<std::size_t>(factor.row_stride());
+  output.residual = residual.as<const float>();
+  output.residual_stride = residual.data == nullptr ? 0 : static_cast<std::size_t>(residual.row_stride());
+  output.past_caches = output.stride % 16 == 0 && y.size() * sizeof(float) >= kPastCaches;
+  return output;
+}
+
+// What linears have in common as instructions. Operands: x `[..., in]`, factor and residual `[..., out]` or absent,
+// y `[..., out]`; float32.
+class LinearInstruction : public Instruction {
+ public:
+  Layout layout(std::size_t operand) const override { return operand == 0 ? Layout::kContiguous : Layout::kRows; }
+  void set_activation(std::string_view name) { activation_ = activation_named(name); }
+
+ protected:
+  Activation activation_ = Activation::kNone;  // of the instruction; Python's calls name their own
+};
+
+inline constexpr const char* kActivationDoc = "What the executor applies to the product: a name, or empty.";
 
 }  // namespace graphwright

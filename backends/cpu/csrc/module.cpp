@@ -36,8 +36,12 @@ NB_MODULE(_native, m) {
   m.def("dot_u8s8", &dot_u8s8, "isa"_a, "a"_a, "b"_a,
         "The exact sum of a[i] * b[i] by the kernel of one instruction set (uint8 and int8, at most 65536 elements).");
 
+  graphwright::bind_instruction(m);
   graphwright::bind_attention(m);
   graphwright::bind_byte_linear(m);
+  graphwright::bind_decoder_attention(m);
   graphwright::bind_float_linear(m);
   graphwright::bind_rows(m);
+  graphwright::bind_small(m);
+  graphwright::bind_executor(m);
 }

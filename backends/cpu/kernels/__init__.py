@@ -5,6 +5,7 @@ from typing import Any
 from graphwright.backends.cpu.kernels import (
     attention,
     byte_linear,
+    decoder_attention,
     embedding,
     float_linear,
     heads,
@@ -30,6 +31,7 @@ KERNELS: dict[str, type[Kernel]] = {
         attention.Softmax,
         attention.TorchAttention,
         byte_linear.ByteLinear,
+        decoder_attention.DecoderAttention,
         embedding.Embedding,
         embedding.PackedEmbedding,
         float_linear.FloatLinear,

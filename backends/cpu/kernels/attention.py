@@ -208,11 +208,12 @@ def _stored(key: torch.Tensor, value: torch.Tensor) -> tuple[npt.NDArray[Any], n
     """Keys and values as the kernel reads them: bfloat16 as integers, which numpy has; other floats as float32."""
     dtype = key.dtype
     if dtype != torch.float32 and dtype == value.dtype and dtype in (torch.bfloat16, torch.int8):
-        return _words(key), _words(value)
+        return words(key), words(value)
     return rows(key), rows(value)
 
 
-def _words(x: torch.Tensor) -> npt.NDArray[Any]:
+def words(x: torch.Tensor) -> npt.NDArray[Any]:
+    """Values as they are stored, their last axis contiguous: bfloat16 as integers."""
     x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
     words: npt.NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
     return words

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -18,6 +18,28 @@ from graphwright.ir.program import Program
 
 T = TypeVar("T")
 K = TypeVar("K", bound="Kernel")
+
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """An instruction of the executor and its operands.
+
+    Attributes:
+        instruction: of ``_native``.
+        inputs: places among the kernel's inputs of its operands in order; ``None`` for one that is absent.
+        outputs: how many operands it writes.
+    """
+
+    instruction: Any
+    inputs: tuple[int | None, ...]
+    outputs: int = 1
+
+    def order(self, inputs: Sequence[T]) -> list[T | None]:
+        """The operands among a call's inputs."""
+        return [None if place is None or place >= len(inputs) else inputs[place] for place in self.inputs]
 
 
 class Kernel(nn.Module):
@@ -40,6 +62,15 @@ class Kernel(nn.Module):
     def __call__(self, *inputs: Any) -> Any:
         """``forward``, without the hooks that modules look for: they take as long as a small kernel."""
         return self.forward(*inputs)
+
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
+        """What the executor runs in its place, or ``None``: then it calls this from Python.
+
+        Args:
+            inputs: shapes of what it is called with, ``None`` for what is no tensor.
+            result: shape of the first value it gives.
+        """
+        return None
 
     def __new__(cls: type[K], *args: Any, **kwargs: Any) -> K:
         """Note the arguments."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
+from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Shape, Site, Step, stored_floats
 from graphwright.ir.errors import BackendError
 
 
@@ -35,6 +36,10 @@ class _Lookup(Kernel):
             raise BackendError(str(error), where=self.label) from None
         return result
 
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
+        """Operands: the indices."""
+        return Step(self._kernel, (0,)) if self._dtype in (torch.float32, torch.bfloat16) else None
+
     @abstractmethod
     def _run(self, indices: np.ndarray, result: torch.Tensor) -> None: ...
 
@@ -51,7 +56,9 @@ class Embedding(_Lookup):
         from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
         self._dtype, self._columns = weight.dtype, weight.shape[1]
-        self._kernel = _native.Table(weight.detach().contiguous().view(torch.uint8).numpy())
+        self._kernel = _native.Table(
+            weight.detach().contiguous().view(torch.uint8).numpy(), weight.dtype == torch.bfloat16
+        )
         self.label = "embedding, rows copied"
 
     def _run(self, indices: np.ndarray, result: torch.Tensor) -> None:

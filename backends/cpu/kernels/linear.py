@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from graphwright.backends.cpu.kernels.base import Kernel, Site, floats, tensor_like
+from graphwright.backends.cpu.kernels.base import Kernel, Shape, Site, Step, floats, tensor_like
 from graphwright.ir.errors import BackendError
 
 # From so many values on results are aligned, as storing past the caches wants it (csrc/linear_output.h).
@@ -65,6 +66,11 @@ class Linear(Kernel):
             extra = self._rows(factor, x), self._rows(residual, x)
             self._kernel.run(rows, result, torch.get_num_threads(), self.activation, *extra)
         return tensor_like(result.reshape(*x.shape[:-1], self.outputs), x)
+
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
+        """Operands: the rows, factor and residual."""
+        self._kernel.activation = self.activation
+        return Step(self._kernel, (0, 1, 2))
 
     def _rows(self, other: torch.Tensor | None, x: torch.Tensor) -> npt.NDArray[np.float32] | None:
         if other is None:

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, floats, stored_floats, tensor_like
+from graphwright.backends.cpu.kernels.base import (
+    Kernel,
+    Lowering,
+    Shape,
+    Site,
+    Step,
+    floats,
+    stored_floats,
+    tensor_like,
+)
 from graphwright.backends.cpu.kernels.layout import Floats, expect_floats, result_like, rows_of, unsuitable
 from graphwright.ir.errors import BackendError
 
@@ -74,6 +83,10 @@ class _Norm(Kernel):
             sums = None if total is None else rows_of(total, columns, order)
             self._kernel.run(rows, added, target, sums, torch.get_num_threads())
         return tensor_like(result, x) if total is None else (tensor_like(result, x), tensor_like(total, x))
+
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
+        """Operands: the rows and what is added to them; the norm, and the sum."""
+        return None if self._shape is not None and len(self._shape) > 1 else Step(self._kernel, (0, 1), 2)
 
 
 def _flat(values: torch.Tensor | None) -> Floats | None:

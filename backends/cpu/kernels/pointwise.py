@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import fx
 
-from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, floats, tensor_like
+from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Shape, Site, Step, floats, tensor_like
 from graphwright.backends.cpu.kernels.layout import Floats, expect_floats, result_like, rows_of, unsuitable
 from graphwright.ir.errors import BackendError
 from graphwright.ir.types import TensorType
@@ -47,6 +49,10 @@ class Activation(Kernel):
             rows, target = rows_of(floats(x), columns, order), rows_of(result, columns, order)
             self._kernel.run(rows, factor, target, torch.get_num_threads())
         return tensor_like(result, x)
+
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
+        """Operands: the values, and what their activation is multiplied by."""
+        return Step(self._kernel, (0, 1))
 
 
 class GatedActivation(Activation):
@@ -94,6 +100,16 @@ class Combination(Kernel):
             rows, target = rows_of(floats(x), columns, order), rows_of(result, columns, order)
             self._kernel.run(rows, second, target, torch.get_num_threads())
         return tensor_like(result, x)
+
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
+        """Operands: one of the result's shape, and one of that shape or that is one row of it."""
+        for x, other in ((0, 1), (1, 0)):
+            shape = inputs[other]
+            if inputs[x] == result and shape is not None and shape:
+                is_row = shape[-1] == result[-1] and all(size == 1 for size in shape[:-1])
+                if shape == result or is_row:
+                    return Step(self._kernel, (x, other))
+        return None
 
 
 def _aligned(x: Floats, other: Floats, order: tuple[int, ...] | None) -> tuple[int, Floats]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, floats, tensor_like
+from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Shape, Site, Step, floats, tensor_like
 from graphwright.backends.cpu.kernels.layout import Floats, expect_floats, unsuitable
 from graphwright.ir.errors import BackendError
 
@@ -41,6 +43,10 @@ class Rotary(Kernel):
             shapes = ", ".join(str([*each.shape]) for each in (x, cos, sin))
             raise BackendError(f"cannot take x, cos and sin of {shapes}", where=self.label) from error
         return tensor_like(result, x)
+
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
+        """Operands: x, cos, sin."""
+        return Step(self._kernel, (0, 1, 2))
 
 
 def _features(x: torch.Tensor) -> Floats:

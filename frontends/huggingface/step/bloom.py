@@ -13,10 +13,11 @@ def forward(
     self: Any, hidden_states: torch.Tensor, residual: torch.Tensor, alibi: Any, attention_mask: Any, **_: Any
 ) -> tuple[torch.Tensor, None]:
     """Replaces ``BloomAttention.forward``."""
-    joint = self.query_key_value(hidden_states).unflatten(2, (self.num_heads, 3, self.head_dim))
-    query, key, value = (part.transpose(1, 2) for part in joint.unbind(dim=3))
+    batch, tokens, _ = hidden_states.shape
+    joint = self.query_key_value(hidden_states).view(batch, tokens, self.num_heads, 3 * self.head_dim)
+    query, key, value = (part.transpose(1, 2) for part in joint.chunk(3, dim=3))
     mixed = RUNNING.get().attend(self, query, key, value, attention_mask, scale=self.inv_norm_factor)
-    return residual + self.dense(mixed.flatten(2)), None
+    return residual + self.dense(mixed.reshape(batch, tokens, -1)), None
 
 
 def slopes(model: Any) -> torch.Tensor:

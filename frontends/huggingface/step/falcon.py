@@ -28,7 +28,7 @@ def forward(
         rotate: Callable[..., Any] = modeling_falcon.apply_rotary_pos_emb
         query, key = rotate(query, key, *position_embeddings)
     mixed = RUNNING.get().attend(self, query, key, value, attention_mask, scale=self.inv_norm_factor)
-    return self.dense(mixed.flatten(2)), None
+    return self.dense(mixed.reshape(*joint.shape[:2], -1)), None
 
 
 def slopes(model: Any) -> torch.Tensor | None:
@@ -47,12 +47,13 @@ def slopes(model: Any) -> torch.Tensor | None:
 
 def _heads(module: Any, joint: torch.Tensor) -> Sequence[torch.Tensor]:
     """Query, key and value ``[B, S, H, D]`` of the joint linear's three layouts."""
+    batch, tokens, _ = joint.shape
     heads, width = module.num_heads, module.head_dim
     if module.new_decoder_architecture:
         groups = module.num_kv_heads
-        query, key, value = joint.unflatten(2, (groups, -1, width)).split([heads // groups, 1, 1], dim=3)
-        return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+        parts = joint.view(batch, tokens, groups, -1, width).split([heads // groups, 1, 1], dim=3)
+        return [part.reshape(batch, tokens, -1, width) for part in parts]
     if module.multi_query:
         parts = joint.split([heads * width, width, width], dim=2)
-        return [part.unflatten(2, (-1, width)) for part in parts]
-    return list(joint.unflatten(2, (heads, 3, width)).unbind(dim=3))
+        return [part.view(batch, tokens, -1, width) for part in parts]
+    return joint.view(batch, tokens, heads, 3 * width).chunk(3, dim=3)

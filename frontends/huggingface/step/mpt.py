@@ -14,10 +14,10 @@ def forward(self: Any, hidden_states: torch.Tensor, *_: Any, attention_mask: Any
     joint = self.Wqkv(hidden_states)
     if self.clip_qkv:
         joint = joint.clamp(min=-self.clip_qkv, max=self.clip_qkv)
-    parts = joint.chunk(3, dim=2)
-    query, key, value = (part.unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2) for part in parts)
+    shape = (*joint.shape[:2], self.n_heads, self.head_dim)
+    query, key, value = (part.view(shape).transpose(1, 2) for part in joint.chunk(3, dim=2))
     mixed = RUNNING.get().attend(self, query, key, value, attention_mask, scale=self.softmax_scale)
-    return self.out_proj(mixed.flatten(2)), None
+    return self.out_proj(mixed.reshape(*joint.shape[:2], -1)), None
 
 
 def slopes(model: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ struct V : Floats {};
 #include "row_loads.inc"
 #include "norms.inc"
 #include "pointwise.inc"
+#include "rotary_pairs.inc"
 #include "rotary.inc"
 #include "embedding.inc"
 

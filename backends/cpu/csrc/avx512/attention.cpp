@@ -1,4 +1,4 @@
-// Attention and softmax, 512-bit vectors.
+// Attention, its caches and softmax, 512-bit vectors.
 #include <immintrin.h>
 
 #include "activation.h"
@@ -14,13 +14,19 @@ struct V : Floats {
 };
 
 #include "math.inc"
+#include "row_loads.inc"
+#include "rotary_pairs.inc"
 #include "attention.inc"
 #include "softmax.inc"
+#include "row_codes.inc"
+#include "round_floats.inc"
+#include "cache_rows.inc"
 
 }  // namespace
 
 extern const AttentionKernels attention;
 const AttentionKernels attention = {
-    .isa = "avx512", .scratch = Work::size, .run = run_attention, .combine = combine_attention, .softmax = softmax_rows};
+    .isa = "avx512", .scratch = Work::size, .run = run_attention, .combine = combine_attention, .append = append_rows,
+    .softmax = softmax_rows};
 
 }  // namespace graphwright::avx512

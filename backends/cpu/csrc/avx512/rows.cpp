@@ -11,6 +11,7 @@ namespace {
 struct V : Floats {};
 
 #include "row_loads.inc"
+#include "row_codes.inc"
 #include "rows.inc"
 
 }  // namespace

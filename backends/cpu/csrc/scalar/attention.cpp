@@ -1,4 +1,4 @@
-// Attention and softmax, one float at a time.
+// Attention, its caches and softmax, one float at a time.
 #include "activation.h"
 #include "attention_kernels.h"
 
@@ -12,13 +12,19 @@ struct V : Floats {
 };
 
 #include "math.inc"
+#include "row_loads.inc"
+#include "rotary_pairs.inc"
 #include "attention.inc"
 #include "softmax.inc"
+#include "row_codes.inc"
+#include "round_floats.inc"
+#include "cache_rows.inc"
 
 }  // namespace
 
 extern const AttentionKernels attention;
 const AttentionKernels attention = {
-    .isa = "scalar", .scratch = Work::size, .run = run_attention, .combine = combine_attention, .softmax = softmax_rows};
+    .isa = "scalar", .scratch = Work::size, .run = run_attention, .combine = combine_attention, .append = append_rows,
+    .softmax = softmax_rows};
 
 }  // namespace graphwright::scalar

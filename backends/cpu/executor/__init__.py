@@ -1,0 +1,1 @@
+"""Running a program without Python between its kernels: a flat list of instructions in memory planned beforehand."""

@@ -1,0 +1,1 @@
+"""Text from decoders: sampling, caches that know their tokens, drafts, streams, conversations."""
