@@ -114,8 +114,8 @@ def optimize(
     """Trace a model, run passes on it, check each numerically, and lower the result.
 
     The model passed in is left as it was. The result shares the weights no pass has replaced. Where the program is a
-    decoding step, it is an :class:`OptimizedDecoder`, which generates text. Weights that are mapped from files, as those
-    of a folder are, pass through memory a piece at a time.
+    decoding step, it is an :class:`OptimizedDecoder`, which generates text. Weights that are mapped from files, as
+    those of a folder are, pass through memory a piece at a time.
 
     Args:
         model: an ``nn.Module``, or a Program (which is not changed either), or the folder of a language model.

@@ -105,6 +105,10 @@ class _Streaming(TorchDispatchMode):
                     release(item)
         return result
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        give_back_freed()
+
     def _is_weight(self, tensor: torch.Tensor) -> bool:
         index = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
         return index >= 0 and bool(tensor.data_ptr() < self._ends[index])

@@ -80,7 +80,6 @@ def write_tensors(
         for piece in _bytes_of(tensors[name]):
             digest.update(piece)
             file.write(piece)
-        release(tensors[name])  # a model that is mapped from another file need not fit in memory
     file.seek(0)
     file.write(_header(entries, {**(metadata or {}), DIGEST: digest.hexdigest()}))
     return digest.hexdigest()
@@ -119,6 +118,7 @@ def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     data: memoryview = flat.numpy().data
     for start in range(0, len(data), _PIECE):
         yield data[start : start + _PIECE]
+        release(flat[start : start + _PIECE])  # a model that is mapped from another file need not fit in memory
 
 
 class WeightsFile(Mapping[str, torch.Tensor]):
