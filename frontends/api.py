@@ -66,7 +66,11 @@ class OptimizedModel(Program):
         Returns:
             for each floating output, the root mean square of its difference from the same program in PyTorch, relative
             to the root mean square of the latter.
+
+        Raises:
+            ProgramError: the weights have been let go of.
         """
+        self.require_values()
         with torch.no_grad():
             found, wanted = self._executable(*self.examples), self.body(*self.examples)
         pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True) if torch.is_floating_point(b)]
@@ -93,6 +97,7 @@ class OptimizedModel(Program):
         """Write an ONNX file and check it in onnxruntime; see :func:`graphwright.backends.onnx.export_onnx`."""
         from graphwright.backends.onnx import export_onnx
 
+        self.require_values()
         options.setdefault("example_inputs", self.examples)
         return export_onnx(self, Path(path), **options)
 
@@ -110,7 +115,8 @@ def optimize(
     """Trace a model, run passes on it, check each numerically, and lower the result.
 
     The model passed in is left as it was. The result shares the weights no pass has replaced. Where the program is a
-    decoding step, it is an :class:`OptimizedDecoder`, which generates text.
+    decoding step, it is an :class:`OptimizedDecoder`, which generates text. Weights that are mapped from files, as
+    those of a folder are, pass through memory a piece at a time.
 
     Args:
         model: an ``nn.Module``, or a Program (which is not changed either), or the folder of a language model.
@@ -120,7 +126,8 @@ def optimize(
             needed for any other module.
         target: what runs the result: ``"reference"`` (plain PyTorch), ``"cpu"`` (C++ kernels; inference only), the same
             computing otherwise (``"cpu:int8"``, ``"cpu:bfloat16"``, see :class:`CpuBackend`), ``"onnx"`` (onnxruntime;
-            inference only), or a backend, such as ``CpuBackend(compute="int8")``.
+            inference only), or a backend, such as ``CpuBackend(compute="int8")``. For a folder ``"cpu"`` keeps no
+            weights that have been packed (``CpuBackend(keep_weights=False)``): the folder still has them.
         dynamic: which sizes may vary, see :func:`graphwright.trace`.
         verify: ``False`` to check structure only, or how thoroughly to verify.
         hooks: called around each pass, such as ``DumpIR(folder)``.
@@ -139,10 +146,12 @@ def optimize(
                 where="argument 'example_inputs'",
                 hint="use optimize(load_huggingface(folder), ...) for other models",
             )
+        backend = find_backend(target, keep_weights=False)
         model = load_decoder(model)
     elif example_inputs is None and not isinstance(model, Program) and is_language_model(model):
         model = load_decoder(model)
     if isinstance(model, Program):
+        model.require_values()
         program = model.clone()
         examples = flat_examples(program, example_inputs)
     else:
@@ -192,10 +201,10 @@ def _reference() -> Backend:
     return ReferenceBackend()
 
 
-def _cpu(compute: str = "float32") -> Backend:
+def _cpu(compute: str = "float32", *, keep_weights: bool = True) -> Backend:
     from graphwright.backends.cpu import CpuBackend
 
-    return CpuBackend(compute=compute)
+    return CpuBackend(compute=compute, keep_weights=keep_weights)
 
 
 def _onnx() -> Backend:
@@ -205,7 +214,7 @@ def _onnx() -> Backend:
 
 
 # target name -> how to make its backend
-BACKENDS: dict[str, Callable[[], Backend]] = {
+BACKENDS: dict[str, Callable[..., Backend]] = {
     "reference": _reference,
     "cpu": _cpu,
     "cpu:bfloat16": partial(_cpu, "bfloat16"),
@@ -214,8 +223,12 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 }
 
 
-def find_backend(target: str | Backend) -> Backend:
+def find_backend(target: str | Backend, *, keep_weights: bool = True) -> Backend:
     """The backend of a target.
+
+    Args:
+        target: its name, or a backend, which is taken as it is.
+        keep_weights: for ``cpu``, see :class:`graphwright.backends.cpu.CpuBackend`.
 
     Raises:
         InputError: there is none of that name.
@@ -226,4 +239,5 @@ def find_backend(target: str | Backend) -> Backend:
         raise InputError(
             f"there is no target {target!r}", where="argument 'target'", hint=f"targets: {', '.join(BACKENDS)}"
         )
-    return BACKENDS[target]()
+    options = {"keep_weights": keep_weights} if target.partition(":")[0] == "cpu" else {}
+    return BACKENDS[target](**options)

@@ -21,7 +21,7 @@ def shared_memory(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
         pairs in order of address, the first of each being the one that begins earlier.
     """
     ranges = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
+        (tensor.data_ptr(), tensor.data_ptr() + extent(tensor), name)
         for name, tensor in tensors.items()
         if tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.numel() > 0
     )
@@ -44,8 +44,10 @@ def is_same_view(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+def extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last; 0 without elements."""
+    if tensor.numel() == 0:
+        return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 

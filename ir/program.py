@@ -176,6 +176,19 @@ class Program(nn.Module):
         """Every weight by name; tied weights once."""
         return {**dict(self.body.named_parameters()), **dict(self.body.named_buffers())}
 
+    def require_values(self) -> None:
+        """Check that every weight has values.
+
+        Raises:
+            ProgramError: there are some that have none: parsed without tensors, or let go of when they were packed.
+        """
+        bare = [name for name, tensor in self.tensors().items() if tensor.is_meta]
+        if bare:
+            raise ProgramError(
+                f"{len(bare)} weights have no values, such as {bare[0]!r}",
+                hint="they were let go of (CpuBackend(keep_weights=False)), or the program was parsed without tensors",
+            )
+
     def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Bind a name to a tensor: a parameter when it is an ``nn.Parameter``, else a buffer. Used by the rewriter.
 

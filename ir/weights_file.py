@@ -18,6 +18,7 @@ import safetensors
 import torch
 
 from graphwright.ir.errors import SerializationError
+from graphwright.ir.mapped import release
 
 _NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -92,7 +93,9 @@ def _check(name: str, tensor: torch.Tensor) -> None:
     where = f"weight {name!r}"
     if tensor.is_meta:
         raise SerializationError(
-            "has no values", where=where, hint="the program was parsed without tensors; give parse() the weights"
+            "has no values",
+            where=where,
+            hint="it was let go of (CpuBackend(keep_weights=False)), or the program was parsed without tensors",
         )
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise SerializationError(f"has layout {tensor.layout}, which cannot be stored", where=where)
@@ -115,6 +118,7 @@ def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     data: memoryview = flat.numpy().data
     for start in range(0, len(data), _PIECE):
         yield data[start : start + _PIECE]
+        release(flat[start : start + _PIECE])  # a model that is mapped from another file need not fit in memory
 
 
 class WeightsFile(Mapping[str, torch.Tensor]):

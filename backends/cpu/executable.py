@@ -75,6 +75,9 @@ class CpuBackend(Backend):
 
             A model whose weights are bfloat16 computes in bfloat16 anyway. ``lowering_error()`` of the optimised model
             says what the choice costs on its example inputs.
+        keep_weights: whether a program keeps its weights beside the packed ones. Without, each is let go of as soon as
+            it is packed: the result runs and can be saved packed, but not be exported, saved as a program or optimised
+            further. Weights that are mapped from files stay: they cost no memory.
 
     Raises:
         InputError: there is no such ``compute``.
@@ -82,10 +85,10 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def __init__(self, *, compute: str = "float32") -> None:
+    def __init__(self, *, compute: str = "float32", keep_weights: bool = True) -> None:
         if compute not in COMPUTE:
             raise InputError(f"must be one of {', '.join(COMPUTE)}, not {compute!r}", where="CpuBackend: compute")
-        self.compute = compute
+        self.compute, self.keep_weights = compute, keep_weights
 
     def lower(self, program: Program) -> CpuExecutable:
         """Pack the weights and choose the kernels.
@@ -93,7 +96,10 @@ class CpuBackend(Backend):
         Raises:
             InputError: ``GRAPHWRIGHT_CPU_ISA`` names no instruction set.
             BackendError: it names one that cannot be used here, or the program's weights are not on the CPU.
+            ProgramError: weights have been let go of.
         """
+        program.require_values()
         if any(value.device.type != "cpu" for value in program.tensors().values()):
             raise BackendError("has weights that are not on the CPU", where="program", hint="move it: model.cpu()")
-        return CpuExecutable(program, lower(program, features().selected, self.compute))
+        lowered = lower(program, features().selected, self.compute, keep_weights=self.keep_weights)
+        return CpuExecutable(program, lowered)

@@ -15,6 +15,7 @@ from graphwright.backends.cpu.kernels.attention import Attention
 from graphwright.backends.cpu.kernels.heads import HeadsAttention
 from graphwright.backends.cpu.kernels.linear import Linear
 from graphwright.backends.cpu.kernels.norms import LayerNorm, RmsNorm
+from graphwright.backends.cpu.spent import SpentWeights
 from graphwright.backends.cpu.views import VIEWS, heads_around
 from graphwright.backends.executable import KernelUse
 from graphwright.ir import ops
@@ -52,14 +53,15 @@ class Lowered:
     uses: tuple[KernelUse, ...]
 
 
-def lower(program: Program, isa: str | None, compute: str) -> Lowered:
+def lower(program: Program, isa: str | None, compute: str, *, keep_weights: bool = True) -> Lowered:
     """Choose the kernels of a program and pack their weights.
 
     Args:
-        program: what to run; stays as it is.
+        program: what to run; stays as it is, unless it loses its weights.
         isa: instruction set of the kernels, ``None`` where there are none.
-        compute: see :class:`graphwright.backends.cpu.CpuBackend`.
+        compute, keep_weights: see :class:`graphwright.backends.cpu.CpuBackend`.
     """
+    spent = SpentWeights(program, keep=keep_weights)
     calls: dict[fx.Node, Call] = {}
     absorbed: set[fx.Node] = set()
     uses: dict[fx.Node, KernelUse] = {}
@@ -74,6 +76,7 @@ def lower(program: Program, isa: str | None, compute: str) -> Lowered:
             continue
         given = arguments_of(node)
         inputs = tuple(given[name] for name in found.inputs)
+        spent.packed(node, inputs)
         if isinstance(found, LayerNorm | RmsNorm) and (total := sum_before(program, node, absorbed)) is not None:
             summed, terms = found.with_residual(), arguments_of(total)
             calls.pop(total, None)

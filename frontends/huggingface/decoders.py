@@ -17,6 +17,7 @@ from graphwright.frontends.torch.examples import unwrap
 from graphwright.frontends.torch.tracing import trace
 from graphwright.frontends.torch.untouched import untouched
 from graphwright.ir.errors import InputError
+from graphwright.ir.mapped import streaming
 from graphwright.ir.program import Program
 
 # Sizes to trace with; each differs from the others, as torch.export takes equal ones for the same.
@@ -67,7 +68,7 @@ def trace_decoder(model: Any, *, check: bool = True) -> Program:
     refuse_unsupported(model, family)
     with untouched(model):
         stepped = step_model(model, family)
-        with torch.no_grad():
+        with torch.no_grad(), streaming(model.parameters()):
             caches = find_caches(model, family, _SLOTS, _CAPACITY)
             if check:
                 check_model(model, stepped, caches, family)
@@ -92,7 +93,7 @@ def trace_decoder(model: Any, *, check: bool = True) -> Program:
         with own_attention(model, family):
             program = trace(stepped, example, dynamic=dynamic, check=False)
         if check:
-            with torch.no_grad():
+            with torch.no_grad(), streaming(model.parameters()):
                 check_program(program, stepped, model, family)
     program.origin = DecoderFacts.of_model(model)
     return program

@@ -19,6 +19,7 @@ from graphwright.frontends.torch.dynamic import Roles, keep, names_of, resized, 
 from graphwright.frontends.torch.examples import Call, Leaf
 from graphwright.ir.conditions import holds
 from graphwright.ir.errors import TraceError
+from graphwright.ir.mapped import streaming
 from graphwright.ir.program import Program
 from graphwright.passes.verification.comparison import compare
 
@@ -83,7 +84,8 @@ class _Comparison:
         values = resized(self.leaves, self.roles, sizes)
         call = self.call.with_leaves(values)
         tensors = [value.clone() for value in values if isinstance(value, torch.Tensor)]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), streaming(weights):
             torch.manual_seed(0)
             try:
                 expected = self.model(*call.args, **call.kwargs)

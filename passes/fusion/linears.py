@@ -16,6 +16,7 @@ from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import PATH, path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
+from graphwright.ir.scratch import stack
 from graphwright.ir.types import fake_of
 from graphwright.passes.base import Pass
 from graphwright.passes.fusion.heads import given_back
@@ -366,7 +367,7 @@ def _stacked(program: Program, nodes: Sequence[fx.Node | None], sizes: Sequence[
     parts = [
         like.new_zeros(size) if value is None else value.detach() for value, size in zip(values, sizes, strict=True)
     ]
-    stacked = torch.cat(parts)
+    stacked = stack(parts)
     return nn.Parameter(stacked, like.requires_grad) if isinstance(like, nn.Parameter) else stacked
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.errors import InputError
+from graphwright.ir.mapped import streaming
 from graphwright.ir.program import Program
 
 Batch = Mapping[str, Any] | Sequence[Any] | torch.Tensor
@@ -131,7 +132,7 @@ class _Collector(fx.Interpreter):
     def observe(self, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> None:
         """Run one batch."""
         self._mask = mask.to(torch.bool) if mask is not None else None
-        with torch.no_grad():
+        with torch.no_grad(), streaming(self.module.state_dict().values()):
             self.run(*inputs, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:

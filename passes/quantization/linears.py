@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.errors import InputError
+from graphwright.ir.mapped import release
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of, tags_of
@@ -155,6 +156,7 @@ class QuantizeLinears(Pass):
                 name = str(target.weight.target)
                 if name not in packed:
                     packed[name] = self._quantize(program, target, inputs.get(target.x), len(sources[name]) == 1)
+                    release(program.tensor(target.weight))
                 self._rewrite(rewriter, self._now(program, target), *packed[name])
             program.notes["linears"] = len(targets)
             if self.activations == "int8":

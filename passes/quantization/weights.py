@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from graphwright.ir.errors import InputError
+from graphwright.ir.mapped import release
 from graphwright.ir.ops.quantization import pack
 from graphwright.passes.quantization.gptq import FitGroup, gptq
 from graphwright.passes.quantization.grids import fit_grid, round_to_grid
@@ -120,7 +121,8 @@ def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight")
 def _blocks(weight: torch.Tensor, group: int) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
     """Slices of a weight in float32, cut into groups ``[rows, groups, group]``, each with the place of its groups.
 
-    The last group of rows that do not divide comes by itself, shorter.
+    The last group of rows that do not divide comes by itself, shorter. Of a weight that is mapped from a file, no more
+    than a slice is in memory.
     """
     rows, columns = weight.shape
     step = max(1, _SLICE_ELEMENTS // max(1, columns))
@@ -132,6 +134,7 @@ def _blocks(weight: torch.Tensor, group: int) -> Iterator[tuple[tuple[slice, sli
             yield (down, slice(0, whole)), piece[:, : whole * group].reshape(len(piece), whole, group)
         if whole * group < columns:
             yield (down, slice(whole, whole + 1)), piece[:, whole * group :].unsqueeze(1)
+        release(weight[down])
 
 
 def quantize_weight_gptq(

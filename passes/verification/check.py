@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from graphwright.ir.errors import ContractViolation, InputError
+from graphwright.ir.mapped import give_back_freed, streaming
 from graphwright.ir.program import Program, Snapshot
 from graphwright.ir.types import DTYPE_NAMES
 from graphwright.passes.base import Pass
@@ -127,6 +128,8 @@ class Verifier(Hook):
             self._hold_locally(item, contract, local)
             # After an approximate pass the old values downstream are no longer what the program computes.
             self._values = local.values if isinstance(contract, Exact) else None
+            del local
+            give_back_freed()
         self._check_outputs(program, item, contract, record)
         record.verify_seconds = time.perf_counter() - start
 
@@ -134,6 +137,7 @@ class Verifier(Hook):
         """Put the original's own rounding error into the report, and let go of the stored values."""
         report.rounding_error = self._rounding
         self._values = None
+        give_back_freed()
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -273,7 +277,7 @@ def _case(program: Program, label: str, inputs: list[torch.Tensor]) -> _Case:
 
 def _flat(program: Program, inputs: list[torch.Tensor]) -> list[Any]:
     program.check_inputs(inputs)
-    with torch.no_grad():
+    with torch.no_grad(), streaming(program.tensors().values()):
         return [_detached(value) for value in program.body(*inputs)]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.arguments import argument
+from graphwright.ir.mapped import streaming
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program, Snapshot
 from graphwright.ir.provenance import path_of
@@ -68,7 +69,7 @@ def check_locally(before: Snapshot, old_values: Mapping[str, Any], program: Prog
         program: the program after the pass.
     """
     check = _Check(before, old_values, program)
-    with torch.no_grad():
+    with torch.no_grad(), streaming((*before.tensors.values(), *program.tensors().values())):
         for node in program.nodes:
             check.visit(node)
     return LocalResult(check.found, None if check.rounded else check.values())

@@ -15,6 +15,7 @@ from torch import fx
 from torch.nn import functional
 
 from graphwright.ir.arguments import argument
+from graphwright.ir.mapped import streaming
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.types import TensorType
@@ -49,7 +50,7 @@ def run(program: Program, inputs: list[torch.Tensor]) -> dict[str, Any]:
     def value_of(node: fx.Node) -> Any:
         return program.tensor(node) if node.op == "get_attr" else values[node.name]
 
-    with torch.no_grad():
+    with torch.no_grad(), streaming(program.tensors().values()):
         for node in program.nodes:
             if node.op == "placeholder":
                 values[node.name] = wide(next(flat))
@@ -68,19 +69,22 @@ def wide(value: Any) -> Any:
 
 
 def _call(node: fx.Node, value_of: Callable[[fx.Node], Any], *, widen_tensors: bool) -> Any:
-    def operand(item: Any) -> Any:
-        if isinstance(item, fx.Node):
-            return wide(value_of(item)) if widen_tensors else value_of(item)
-        if isinstance(item, torch.dtype) and item.is_floating_point:
-            return torch.float64
-        if isinstance(item, list | tuple):
-            return [operand(part) for part in item]
-        if isinstance(item, Mapping):
-            return {key: operand(part) for key, part in item.items()}
-        return item
+    function, given = cast(Callable[..., Any], node.target), (value_of, widen_tensors)
+    args = [_operand(item, *given) for item in node.args]
+    return function(*args, **{key: _operand(item, *given) for key, item in node.kwargs.items()})
 
-    function = cast(Callable[..., Any], node.target)
-    return function(*[operand(item) for item in node.args], **{key: operand(item) for key, item in node.kwargs.items()})
+
+# Not inside `_call`: a function that calls itself is a cycle there, and keeps all values until garbage is collected.
+def _operand(item: Any, value_of: Callable[[fx.Node], Any], widen_tensors: bool) -> Any:
+    if isinstance(item, fx.Node):
+        return wide(value_of(item)) if widen_tensors else value_of(item)
+    if isinstance(item, torch.dtype) and item.is_floating_point:
+        return torch.float64
+    if isinstance(item, list | tuple):
+        return [_operand(part, value_of, widen_tensors) for part in item]
+    if isinstance(item, Mapping):
+        return {key: _operand(part, value_of, widen_tensors) for key, part in item.items()}
+    return item
 
 
 def _linear(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> torch.Tensor:
