@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -40,6 +41,17 @@ class Ours:
         last = torch.tensor([[len(prompt) - 1]])
         found: list[float] = self._session(1).step(torch.tensor([prompt]), zero, zero, last)[0, 0].tolist()
         return found
+
+    def overhead(self, steps: int) -> dict[str, float]:
+        """Microseconds of a step, and of them those not spent in instructions; medians."""
+        session, one, zero = self._session(1), torch.tensor([[1]]), torch.zeros(1, dtype=torch.int64)
+        whole, besides = [], []
+        for index in range(steps):
+            start = time.perf_counter()
+            spent = session.profile(one, zero, torch.tensor([32 + index]), torch.tensor([[0]]))
+            whole.append(1e6 * (time.perf_counter() - start))
+            besides.append(whole[-1] - sum(nanoseconds for _, nanoseconds in spent) / 1e3)
+        return {"step_us": statistics.median(whole), "besides_us": statistics.median(besides)}
 
     def lookup(self, prompt: list[int], tokens: int, draft: str | None) -> float:
         """Seconds to continue a prompt, with a draft of what comes or without."""
