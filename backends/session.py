@@ -90,5 +90,11 @@ class Session(ABC):
                     where="decoding step",
                     hint="make a session of more capacity, or shorten the prompt",
                 )
+            if self.layout.length is not None and start + length > self.layout.length:
+                raise InputError(
+                    f"{length} tokens from position {start} on do not fit the {self.layout.length} positions it has",
+                    where="decoding step",
+                    hint="give PrepareDecoder or TabulatePositions a larger length=, or shorten the prompt",
+                )
         if any(not 0 <= row < length for each in rows.tolist() for row in each):
             raise InputError(f"rows {rows.tolist()} are not all among {length} tokens", where="decoding step")

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import fx
 
+from graphwright.ir.arguments import argument
 from graphwright.ir.errors import InputError, ProgramError
+from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
-from graphwright.ir.types import VAL, TensorType
+from graphwright.ir.types import VAL, TensorType, fake_of
 
 _FIRST = ("input_ids", "slots", "starts", "rows")
+
+# operator that looks rows up -> the operand that has them
+_TABLES = {"aten.embedding": "weight", "graphwright.embedding_nbits": "qweight"}
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,13 @@ class DecoderLayout:
         keys: heads and head dim of every layer's keys.
         values: the same of its values.
         vocabulary: V.
+        length: positions that a text can have, where a table of learned or stored positions ends; ``None`` without one.
     """
 
     keys: tuple[tuple[int, int], ...]
     values: tuple[tuple[int, int], ...]
     vocabulary: int
+    length: int | None = None
 
     @property
     def layers(self) -> int:
@@ -60,7 +69,7 @@ class DecoderLayout:
         logits = program.type_of(results[0]) if isinstance(results, tuple | list) and results else None  # type: ignore[arg-type]
         if not isinstance(logits, TensorType) or not isinstance(logits.shape[-1], int):
             return None
-        return DecoderLayout(tuple(shapes[:layers]), tuple(shapes[layers:]), logits.shape[-1])
+        return DecoderLayout(tuple(shapes[:layers]), tuple(shapes[layers:]), logits.shape[-1], _length(program))
 
     @staticmethod
     def of(program: Program) -> DecoderLayout:
@@ -82,6 +91,36 @@ class DecoderLayout:
         """Bytes of all caches."""
         per_position = sum(heads * width for heads, width in (*self.keys, *self.values))
         return per_position * slots * capacity * element_bytes
+
+
+def position_of(node: Any, starts: fx.Node) -> int | None:
+    """The constant ``c`` of a node that is ``starts[:, None] + arange(tokens) + c``; ``None`` for any other."""
+    offset = 0
+    while isinstance(node, fx.Node) and op_name(node) in ("aten.add.Tensor", "aten.add.Scalar"):
+        first, second = node.args[:2]
+        if len(node.args) + len(node.kwargs) > 2:
+            return None
+        if isinstance(second, int):
+            node, offset = first, offset + second
+            continue
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+            return None
+        column, steps = (first, second) if op_name(first) == "aten.unsqueeze" else (second, first)
+        found = column.args == (starts, 1) and op_name(column) == "aten.unsqueeze" and op_name(steps) == "aten.arange"
+        return offset if found and len(steps.args) == 1 else None
+    return None
+
+
+def _length(program: Program) -> int | None:
+    """The shortest table that is looked up by positions."""
+    found: list[int] = []
+    starts = program.inputs[2]
+    for node in program.nodes:
+        table = _TABLES.get(op_name(node))
+        offset = position_of(argument(node, "indices"), starts) if table is not None else None
+        if table is not None and offset is not None:
+            found.append(int(fake_of(argument(node, table)).shape[0]) - offset)
+    return min(found, default=None)
 
 
 def draw_step(
@@ -112,10 +151,11 @@ def draw_step(
         raise InputError(
             f"{slots} slots of {capacity} positions do not hold {batch} rows of {tokens} tokens", where="decoding step"
         )
+    last = min(capacity, layout.length or capacity)
     drawn = [
         torch.randint(0, vocabulary or layout.vocabulary, (batch, tokens), generator=generator),
         torch.randperm(slots, generator=generator)[:batch],
-        torch.randint(0, capacity - tokens + 1, (batch,), generator=generator),
+        torch.randint(0, max(last - tokens, 0) + 1, (batch,), generator=generator),
         torch.randint(0, tokens, (batch, selected), generator=generator),
     ]
     for node, shape in zip(program.inputs[4:], shapes[4:], strict=True):

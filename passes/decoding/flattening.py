@@ -52,7 +52,7 @@ class UnflattenRows(Pass):
         refusals: list[Refusal] = []
         exits = {node for node in program.nodes if _is_exit(program, node) and selected(node)}
         region: dict[fx.Node, list[fx.Node]] = {}
-        reached = {node.args[0] for node in exits}
+        reached = {_source(node) for node in exits}
         for node in reversed(program.nodes):
             if node not in reached or _is_entry(program, node):
                 continue
@@ -66,11 +66,10 @@ class UnflattenRows(Pass):
         with program.edit() as rewriter:
             made: dict[fx.Node, fx.Node] = {}
             for node in sorted(region):
-                mapping = {source: made.get(source, source.args[0]) for source in region[node]}
-                made[node] = again(rewriter, node, mapping)  # type: ignore[arg-type]
+                mapping = {each: made[each] if each in made else _source(each) for each in region[node]}
+                made[node] = again(rewriter, node, mapping)
             for node in sorted(exits):
-                source: Any = node.args[0]
-                rewriter.replace(node, made[source])
+                rewriter.replace(node, made[_source(node)])
         program.notes["rewrites"] = program.notes.get("rewrites", 0) + len(exits)
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
         return bool(exits)
@@ -98,15 +97,21 @@ class UnflattenRows(Pass):
                     leads[node] = lead
             for node in wrong:
                 del region[node]
-            gone = {node for node in exits if leads.get(node.all_input_nodes[0]) != _shape(program, node)[:2]}
-            gone |= {node for node in exits if node.args[0] not in region}
+            gone = {node for node in exits if _source(node) not in region}
+            gone |= {node for node in exits - gone if leads[_source(node)] != _shape(program, node)[:2]}
             exits -= gone
             refusals += [Refusal(self.name, node.name, path_of(node), why, 2) for node, why in wrong.items()]
             if not wrong and not gone:
                 return
 
 
-def _shape(program: Program, node: Any) -> tuple[Any, ...]:
+def _source(reshape: fx.Node) -> fx.Node:
+    source = reshape.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _shape(program: Program, node: fx.Node) -> tuple[Any, ...]:
     kind = program.type_of(node)
     return kind.shape if isinstance(kind, TensorType) else ()
 
@@ -115,7 +120,7 @@ def _is_exit(program: Program, node: fx.Node) -> bool:
     """Whether it makes ``[batch, tokens, features]`` of flat rows."""
     if op_name(node) not in _RESHAPES or not is_rows(program, node, 2):
         return False
-    before = _shape(program, node.args[0])
+    before = _shape(program, _source(node))
     return len(before) == 2 and before[1] == _shape(program, node)[2]
 
 
@@ -127,6 +132,5 @@ def _lead(program: Program, node: fx.Node) -> tuple[Any, ...] | None:
     """Batch and tokens of what a node flattens, or ``None`` if it does not."""
     if op_name(node) not in _RESHAPES or not is_rows(program, node, 1):
         return None
-    source: Any = node.args[0]
-    before = _shape(program, source)
+    before = _shape(program, _source(node))
     return before[:2] if len(before) == 3 and before[2] == _shape(program, node)[1] else None

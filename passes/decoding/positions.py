@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from graphwright.ir.arguments import argument
-from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.decoder import DecoderLayout, position_of
 from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Refusal
@@ -181,20 +181,13 @@ class _Table:
 
 
 def _is_positions(program: Program, node: fx.Node) -> bool:
-    """``starts[:, None] + arange(tokens)``."""
-    if op_name(node) != "aten.add.Tensor" or argument(node, "alpha") != 1:
-        return False
-    operands = [argument(node, name) for name in ("self", "other")]
-    if not all(isinstance(item, fx.Node) for item in operands):
-        return False
-    operands.sort(key=lambda item: op_name(item) != "aten.unsqueeze")
-    column, steps = operands
-    starts = program.inputs[2]
-    is_column = op_name(column) == "aten.unsqueeze" and column.args[0] is starts and column.args[1] in (1, -1)
-    tokens = program.type_of(program.inputs[0])
-    assert isinstance(tokens, TensorType)
-    kind = program.type_of(steps)
-    return is_column and op_name(steps) == "aten.arange" and kind == TensorType(torch.int64, tokens.shape[1:])
+    """``starts[:, None] + arange(tokens)``, one for each of the step's tokens."""
+    is_sum = op_name(node) == "aten.add.Tensor" and not isinstance(node.args[1], int)
+    return (
+        is_sum
+        and position_of(node, program.inputs[2]) == 0
+        and program.type_of(node) == program.type_of(program.inputs[0])
+    )
 
 
 def _is_read(node: fx.Node, region: set[fx.Node]) -> bool:

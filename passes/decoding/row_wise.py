@@ -111,6 +111,6 @@ def _leading(program: Program, node: fx.Node, axes: int) -> tuple[Any, ...]:
 
 def again(rewriter: Rewriter, node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """The same call on other operands."""
-    given: Any = fx.node.map_arg((node.args, node.kwargs), lambda item: mapping.get(item, item))
-    args, kwargs = given
+    operands: Any = fx.node.map_arg((node.args, node.kwargs), lambda item: mapping.get(item, item))
+    args, kwargs = operands
     return rewriter.call(node.target, *args, like=node, **kwargs)

@@ -115,3 +115,57 @@ def test_what_is_spelled_out_is_quantised() -> None:
     small = gw.optimize(model, [gw.Cleanup(), gw.QuantizeLinears(bits=8, group_size=16)], example_inputs=X)
     assert operators(small) == ["graphwright.linear_nbits"]
     assert set(small.tensors()) == {"w_qweight", "w_scales", "b"}
+
+
+STORED: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "addmm": lambda m, x: torch.addmm(m.b, x[0], m.stored),
+    "mm": lambda m, x: torch.mm(x[0], m.stored),
+    "matmul": lambda m, x: x @ m.stored,
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_weights_stored_the_other_way_are_transposed(name: str) -> None:
+    model = Spelled(STORED[name])
+    small = gw.optimize(model, [gw.TransposeLinears()], example_inputs=X)
+    assert operators(small)[-1] == "aten.linear"
+    assert torch.equal(small.tensor("stored_transposed"), model.stored.t())
+    assert isinstance(small.tensor("stored_transposed"), nn.Parameter)
+    assert "stored" not in small.tensors()
+    torch.testing.assert_close(small(X), model(X), rtol=1e-5, atol=1e-5)
+    assert not gw.TransposeLinears()(small)
+
+
+NOT_TRANSPOSED: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], str]] = {
+    "computed": (lambda m, x: x @ (m.stored * 2), ""),
+    "used twice": (lambda m, x: x @ m.stored + m.stored.sum(), "also read by"),
+    "factors": (lambda m, x: torch.addmm(m.b, x[0], m.stored, beta=2), "factors other than 1"),
+    "addmm of more than a bias": (lambda m, x: torch.addmm(x[0, :, :16], x[0], m.stored), "a bias would be [16]"),
+    "a vector": (lambda m, x: x[..., :16] @ m.b, "not a matrix"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TRANSPOSED)
+def test_other_stored_products_stay(name: str) -> None:
+    function, reason = NOT_TRANSPOSED[name]
+    program = gw.trace(Spelled(function), X)
+    item = gw.TransposeLinears()
+    reasons = [refusal.reason for refusal in item.refusals(program)]
+    assert any(reason in text for text in reasons) if reason else not reasons
+    assert not item(program)
+
+
+def test_tied_weights_are_not_transposed() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(24, 16))
+            self.second = self.first
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.second
+
+    program = gw.trace(Tied(), X)
+    item = gw.TransposeLinears()
+    assert [refusal.reason for refusal in item.refusals(program)] == ["first is tied to a weight of another name"]
+    assert not item(program)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -174,13 +175,63 @@ def test_rows_respects_where() -> None:
     assert any("not selected" in refusal.reason for refusal in item.refusals(program))
 
 
+# -- flattened rows --------------------------------------------------------------------------------------------------
+
+
+def _flattened(m: Any, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    flat = (x + mixed).reshape(-1, WIDTH)
+    hidden = m.down(nn.functional.relu(m.up(nn.functional.layer_norm(flat, (WIDTH,)))))
+    result: torch.Tensor = (flat + hidden * m.scale).view(x.shape)
+    return result
+
+
+def test_flattened_rows_are_told_apart() -> None:
+    program = step(tail=_flattened)
+    count = operators(program).count("aten.reshape")
+    small = verified(program, gw.UnflattenRows())
+    assert operators(small).count("aten.reshape") == count - 2
+    given = inputs(program)
+    for a, b in zip(small.body(*given), program.body(*given), strict=True):
+        torch.testing.assert_close(a, b)
+    assert gw.HoistRowSelection()(small)
+    assert len([node for node in small.nodes if op_name(node) == "graphwright.select_rows"]) == 2
+
+
+def _exit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A tail that flattens, does something, and tells rows apart again."""
+    return lambda m, x, mixed: function(m, (x + mixed).reshape(-1, WIDTH)).view(x.shape)
+
+
+FLAT_STAYS: dict[str, tuple[Callable[..., Any], str]] = {
+    "mixes rows": (_exit(lambda m, flat: m.down(m.up(flat)).cumsum(0)), "none of the known operators"),
+    "mixes rows first": (_exit(lambda m, flat: torch.relu(flat.cumsum(0))), "does not come from [batch"),
+    "along rows": (_exit(lambda m, flat: torch.softmax(flat, 0)), "along the rows"),
+    "read flat too": (
+        _exit(lambda m, flat: (lambda y: y + y.sum())(torch.relu(flat))),
+        "reads it without batch and tokens",
+    ),
+    "other rows": (lambda m, x, mixed: torch.relu(mixed.reshape(-1, 4)).view(x.shape), ""),
+}
+
+
+@pytest.mark.parametrize("name", FLAT_STAYS)
+def test_what_needs_flat_rows_stays(name: str) -> None:
+    tail, reason = FLAT_STAYS[name]
+    program = step(tail=tail)
+    item = gw.UnflattenRows()
+    refusals = item.refusals(program)
+    assert not item(program)
+    assert any(reason in refusal.reason for refusal in refusals) if reason else not refusals
+
+
 # -- positions -------------------------------------------------------------------------------------------------------
 
 
 def _rotary(m: Any, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     angles = positions[..., None].float() * m.frequencies
     angles = torch.cat([angles, angles], dim=-1)
-    return (angles.cos() * x).sin() + (angles.cos() * 1.25).to(torch.float32) * x + angles.sin() * x
+    result: torch.Tensor = (angles.cos() * x).sin() + (angles.cos() * 1.25).to(torch.float32) * x + angles.sin() * x
+    return result
 
 
 def test_rotary_values_become_tables() -> None:
@@ -208,9 +259,9 @@ def test_a_position_behind_the_table_raises() -> None:
 def test_tables_of_the_same_content_are_one() -> None:
     def twice(m: Any, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         column = positions.unsqueeze(-1)
-        first: torch.Tensor = (column * m.frequencies[0]).cos() * x
-        second: torch.Tensor = (column.float() * m.frequencies[:1]).cos() * x * 2
-        return first + second
+        first = (column * m.frequencies[0]).cos()
+        result: torch.Tensor = first * x + (column.float() * m.frequencies[:1]).cos() * x * 2
+        return result
 
     program = step(twice)
     small = verified(program, gw.TabulatePositions(length=20))
@@ -224,6 +275,26 @@ def test_learned_positions_lose_their_offset() -> None:
     assert torch.equal(small.tensor(name), program.tensor("learned.weight")[2:])
     assert isinstance(small.tensor(name), nn.Parameter)
     assert "learned.weight" not in small.tensors()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SpoiltTable(gw.TabulatePositions):
+    """Gets one row wrong that no probe reaches."""
+
+    name: ClassVar[str] = "spoilt-table"
+
+    def run(self, program: gw.Program) -> bool:
+        changed = super().run(program)
+        name = next(name for name in program.tensors() if name.endswith("_table"))
+        table = program.tensor(name).clone()
+        table[900] += 1e-3
+        program.set_tensor(name, table)
+        return changed
+
+
+def test_every_row_of_a_table_is_verified() -> None:
+    with pytest.raises(gw.ContractViolation, match="spoilt-table"):
+        gw.optimize(step(_rotary), [_SpoiltTable()])
 
 
 POSITIONS_STAY: dict[str, tuple[Callable[..., Any], str]] = {

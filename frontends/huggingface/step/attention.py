@@ -39,9 +39,11 @@ class Mask:
 
     Attributes:
         window: how many positions back a token sees, itself included; 0 for all.
+        problem: why no attention may use it; many models make masks that none of their layers needs.
     """
 
     window: int
+    problem: str = ""
 
     # Falcon looks for a mask to add its positions to, MPT wants a boolean one.
     ndim = 0
@@ -115,6 +117,8 @@ class Step:
                 where=where,
                 hint="only masks from transformers.masking_utils can be followed",
             )
+        if mask.problem:
+            raise TraceError(mask.problem, where=where)
         self.done.add(layer)
         append, attend = ops.get("cache_append").target, ops.get("cached_attention").target
         for cache, new in ((self.keys, key), (self.values, value)):
@@ -153,18 +157,13 @@ def refuse_options(module: Any, options: Mapping[str, Any]) -> None:
 
 
 def make_mask(*_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any) -> Mask:
-    """transformers' mask interface: a note of the window instead of a mask.
-
-    Raises:
-        TraceError: the mask is not causal, or hides more than a window does (chunks, packed or bidirectional blocks).
-    """
+    """transformers' mask interface: a note of the window instead of a mask."""
     window = int(local_size or 0)
-    if RUNNING.get().look:
-        _check_mask(mask_function, window)
-    return Mask(window)
+    return Mask(window, _problem(mask_function, window) if RUNNING.get().look else "")
 
 
-def _check_mask(function: Callable[..., Any], window: int) -> None:
+def _problem(function: Callable[..., Any], window: int) -> str:
+    """What keeps a mask from being causal with a window: chunks, blocks, both directions."""
     zero = torch.zeros(1, 1, dtype=torch.int64)
     for length in sorted({*_LENGTHS, *(window * times + more for times in (1, 2) for more in (-1, 0, 1) if window)}):
         keys = torch.arange(length + 3).unsqueeze(0)
@@ -174,12 +173,12 @@ def _check_mask(function: Callable[..., Any], window: int) -> None:
             wanted = wanted & (keys > query - window)
         try:
             found = torch.as_tensor(function(zero, zero, query, keys)).expand_as(wanted)
-        except (IndexError, RuntimeError) as error:
-            raise TraceError("its mask depends on the text", where="attention mask") from error
+        except (IndexError, RuntimeError):
+            return "its mask depends on the text"
         if not torch.equal(found, wanted):
             seen = "every position before it" if not window else f"the {window} positions up to it"
-            raise TraceError(
+            return (
                 f"its mask is not the causal one: the token at {length} does not see exactly {seen}"
-                " (chunked, blockwise and bidirectional attention are not supported)",
-                where="attention mask",
+                " (chunked, blockwise and bidirectional attention are not supported)"
             )
+    return ""
