@@ -10,7 +10,7 @@ import torch
 
 from graphwright.frontends.generation.drafts import Draft, Proposal, Proposer, Wanted
 from graphwright.frontends.generation.prompt_cache import Feed, PromptCache, common_prefix
-from graphwright.frontends.generation.sampling import draw
+from graphwright.frontends.generation.sampling import draw, what_is_wrong
 from graphwright.ir.errors import GenerationError, InputError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class _DecoderProposer(Proposer):
 
     def _guess(self, growing: _Growing, logits: torch.Tensor) -> None:
         sampling = growing.wanted.sampling
-        if not bool(torch.isfinite(logits.amax())):
+        if what_is_wrong(logits.unsqueeze(0)):
             raise GenerationError(
                 "the draft's logits are not finite", where="argument 'draft'", hint="check its weights"
             )

@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Sequence as Several
 from types import TracebackType
 
-import torch
+from torch import Tensor
 
 from graphwright.frontends.generation.drafts import Draft, Proposal, Proposer, Wanted
 from graphwright.frontends.generation.prompt_cache import Feed, PromptCache
 from graphwright.frontends.generation.result import Counts, Generation
-from graphwright.frontends.generation.sampling import Sampling
+from graphwright.frontends.generation.sampling import Sampling, what_is_wrong
 from graphwright.frontends.generation.sequence import Sequence
 from graphwright.frontends.generation.verification import verified
 from graphwright.ir.errors import GenerationError, InputError
@@ -170,7 +170,7 @@ class Run:
                 self._leave(sequence)
         self._running = [each for each in running if not each.stopped]
 
-    def _take(self, sequence: Sequence, logits: torch.Tensor, proposal: Proposal) -> None:
+    def _take(self, sequence: Sequence, logits: Tensor, proposal: Proposal) -> None:
         """Give a sequence its next tokens."""
         self._check(sequence, logits)
         for token in verified(self._sampling, logits, proposal, sequence.seen, sequence.generator):
@@ -179,12 +179,12 @@ class Run:
                 return
 
     @staticmethod
-    def _check(sequence: Sequence, logits: torch.Tensor) -> None:
-        largest = logits.amax(dim=-1)
-        if bool(torch.isfinite(largest).all()):
+    def _check(sequence: Sequence, logits: Tensor) -> None:
+        kind = what_is_wrong(logits)
+        if not kind:
             return
         raise GenerationError(
-            f"the model's logits are {'NaN' if bool(torch.isnan(largest).any()) else 'infinite'}",
+            f"the model's logits are {kind}",
             where=f"prompt {sequence.row + 1}, token {len(sequence.new) + 1} of its answer",
             hint="a weight or an activation has overflowed: check the weights, or load the model in float32",
         )

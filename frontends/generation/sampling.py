@@ -2,6 +2,9 @@
 
 Repetition penalty (Keskar et al. 2019, CTRL), temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p
 (Nguyen et al. 2024), in this order.
+
+A vocabulary is small work for one thread, and torch would share it out: its threads, which wait busily for more, would
+then take the time of those that run the next step. So this is numpy, and of torch what runs in one thread for one row.
 """
 
 from __future__ import annotations
@@ -9,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from graphwright.ir.errors import InputError
 
 # Below it, logits divided by the temperature may leave the range of float32.
 _COLDEST = 1e-4
+
+Scores = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -75,59 +82,73 @@ class Sampling:
             logits: float32 ``[V]``.
             seen: what :meth:`seen` gave, for a penalty.
         """
-        scores = logits
-        if seen is not None:
-            penalty = self.repetition_penalty
-            scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-        if self.is_greedy:
-            return scores
-        if self.temperature != 1:
-            scores = scores / self.temperature
-        if self.top_k:
-            scores = keep_top_k(scores, self.top_k)
-        if self.top_p < 1:
-            scores = keep_top_p(scores, self.top_p)
-        if self.min_p > 0:
-            scores = keep_min_p(scores, self.min_p)
-        return scores
+        scores = logits.numpy()
+        with np.errstate(over="ignore"):
+            if seen is not None:
+                scores = _penalized(scores, np.flatnonzero(seen.numpy()), self.repetition_penalty)
+            if self.temperature not in (0, 1):
+                scores = scores / np.float32(self.temperature)
+        if not self.is_greedy:
+            if self.top_k:
+                scores = keep_top_k(scores, self.top_k)
+            if self.top_p < 1:
+                scores = keep_top_p(scores, self.top_p)
+            if self.min_p > 0:
+                scores = keep_min_p(scores, self.min_p)
+        return torch.from_numpy(scores)
+
+    def best(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> int:
+        """The likeliest token, the first of several."""
+        return int(self.scores(logits, seen).numpy().argmax())
 
     def probabilities(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
         """What a token is drawn from, float64 ``[V]``; for greedy choice all of it at the likeliest token."""
-        scores = self.scores(logits, seen)
+        scores = self.scores(logits, seen).numpy()
+        found = np.zeros(len(scores))
         if self.is_greedy:
-            return torch.zeros(len(scores), dtype=torch.float64).index_fill_(0, scores.argmax(), 1.0)
-        return torch.softmax(scores, dim=-1, dtype=torch.float64)
+            found[scores.argmax()] = 1.0
+            return torch.from_numpy(found)
+        best = scores.max()
+        if np.isinf(best):  # what a small temperature has driven out of float32: only the largest are left
+            found[scores == best] = 1.0
+        else:
+            kept = np.flatnonzero(scores > -np.inf)
+            found[kept] = np.exp(scores[kept].astype(np.float64) - best)
+        found /= found.sum()
+        return torch.from_numpy(found)
 
 
-def keep_top_k(scores: torch.Tensor, count: int) -> torch.Tensor:
+def keep_top_k(scores: Scores, count: int) -> Scores:
     """``TopKLogitsWarper`` on ``[V]``."""
-    least = torch.topk(scores, min(count, len(scores))).values[-1]
-    return scores.masked_fill(scores < least, float("-inf"))
+    if count >= len(scores):
+        return scores
+    least = np.partition(scores, len(scores) - count)[len(scores) - count]
+    return _without(scores, scores < least)
 
 
-def keep_top_p(scores: torch.Tensor, mass: float) -> torch.Tensor:
+def keep_top_p(scores: Scores, mass: float) -> Scores:
     """``TopPLogitsWarper`` on ``[V]``. Of equal scores the last by number are kept; there it is left open."""
-    # numpy sorts values alone many times faster than torch, which brings the indices along.
-    ordered = torch.from_numpy(scores.numpy().copy())
-    ordered.numpy().sort()
-    out = int((ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - mass)[:-1].sum())
+    # Values alone are sorted many times faster than with their places.
+    ordered = np.sort(scores)
+    sums = torch.from_numpy(ordered).softmax(dim=0).cumsum(dim=0).numpy()
+    out = int(np.count_nonzero(sums[:-1] <= np.float32(1 - mass)))
     if out == 0:
         return scores
     least = ordered[out]
     removed = scores < least
-    ties = out - int(removed.sum())
+    ties = out - int(np.count_nonzero(removed))
     if ties:
-        removed[torch.nonzero(scores == least).flatten()[:ties]] = True
-    return scores.masked_fill(removed, float("-inf"))
+        removed[np.flatnonzero(scores == least)[:ties]] = True
+    return _without(scores, removed)
 
 
-def keep_min_p(scores: torch.Tensor, least: float) -> torch.Tensor:
+def keep_min_p(scores: Scores, least: float) -> Scores:
     """``MinPLogitsWarper`` on ``[V]``."""
-    probabilities = torch.softmax(scores, dim=-1)
-    best = probabilities.argmax()
-    removed = probabilities < least * probabilities[best]
+    probabilities = torch.from_numpy(scores).softmax(dim=0).numpy()
+    best = int(probabilities.argmax())
+    removed = probabilities < np.float32(least) * probabilities[best]
     removed[best] = False
-    return scores.masked_fill(removed, float("-inf"))
+    return _without(scores, removed)
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator) -> int:
@@ -137,12 +158,36 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator) -> int:
         probabilities: float64 ``[V]``, not negative, not all 0.
         generator: moved on by one number.
     """
-    sums = probabilities.cumsum(dim=0)
-    at = torch.rand((), dtype=torch.float64, generator=generator) * sums[-1]
-    found = int(torch.searchsorted(sums, at, right=True))
-    if found < len(sums) and probabilities[found] > 0:
-        return found
-    return int(torch.nonzero(probabilities).flatten()[-1])  # rounding put the number at the very end
+    sums = probabilities.numpy().cumsum()
+    at = float(torch.rand((), dtype=torch.float64, generator=generator)) * sums[-1]
+    # Rounding may put the number at the very end: then it is the last token that can be.
+    last = int(np.searchsorted(sums, sums[-1], side="left"))
+    return min(int(np.searchsorted(sums, at, side="right")), last)
+
+
+def what_is_wrong(logits: torch.Tensor) -> str:
+    """``"NaN"`` or ``"infinite"`` where a row's largest logit is no number, else nothing.
+
+    Args:
+        logits: float32 ``[R, V]``.
+    """
+    largest = logits.numpy().max(axis=1)  # NaN where one is among them
+    if np.isfinite(largest).all():
+        return ""
+    return "NaN" if np.isnan(largest).any() else "infinite"
+
+
+def _penalized(scores: Scores, seen: npt.NDArray[np.intp], penalty: float) -> Scores:
+    values = scores[seen]
+    result: Scores = scores.copy()
+    result[seen] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+    return result
+
+
+def _without(scores: Scores, removed: npt.NDArray[np.bool_]) -> Scores:
+    result: Scores = scores.copy()
+    result[removed] = -np.inf
+    return result
 
 
 def _require(fits: bool, name: str, value: object, wanted: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from graphwright.frontends.generation.drafts import Proposal
@@ -34,34 +36,29 @@ def verified(
     """
     for index, token in enumerate(proposal.tokens):
         if sampling.is_greedy:
-            best = int(sampling.scores(logits[index], seen).argmax())
+            best = sampling.best(logits[index], seen)
             yield best
             if best != token:
                 return
             continue
-        model = sampling.probabilities(logits[index], seen)
+        model = sampling.probabilities(logits[index], seen).numpy()
         guessed = _guessed(proposal, index, len(model))
-        at = torch.rand((), dtype=torch.float64, generator=generator)
-        if bool(at * guessed[token] < model[token]):
+        if float(torch.rand((), dtype=torch.float64, generator=generator)) * guessed[token] < model[token]:
             yield token
             continue
-        rest = (model - guessed).clamp(min=0)
+        rest = np.maximum(model - guessed, 0)
         # Where the two agree up to rounding there is no rest, and the model's own distribution is as good.
-        yield draw(rest if float(rest.sum()) > 0 else model, generator)
+        yield draw(torch.from_numpy(rest if rest.sum() > 0 else model), generator)
         return
-    yield choose(sampling, logits[-1], seen, generator)
-
-
-def choose(sampling: Sampling, logits: torch.Tensor, seen: torch.Tensor | None, generator: torch.Generator) -> int:
-    """One token from its logits, float32 ``[V]``."""
     if sampling.is_greedy:
-        return int(sampling.scores(logits, seen).argmax())
-    return draw(sampling.probabilities(logits, seen), generator)
+        yield sampling.best(logits[-1], seen)
+    else:
+        yield draw(sampling.probabilities(logits[-1], seen), generator)
 
 
-def _guessed(proposal: Proposal, index: int, vocabulary: int) -> torch.Tensor:
+def _guessed(proposal: Proposal, index: int, vocabulary: int) -> npt.NDArray[np.float64]:
     if proposal.probabilities is not None:
-        return proposal.probabilities[index]
-    certain = torch.zeros(vocabulary, dtype=torch.float64)
+        return proposal.probabilities[index].numpy()
+    certain = np.zeros(vocabulary)
     certain[proposal.tokens[index]] = 1.0
     return certain

@@ -248,7 +248,7 @@ def test_other_models_do_not_generate() -> None:
 def test_memory_that_cannot_be_had_is_an_error() -> None:
     _, decoder = model_and_decoder()
     with pytest.raises(gw.InputError, match=r"\d+\.0 GiB, which cannot be had"):
-        decoder.session(capacity=2**37)
+        decoder.session(capacity=2**44)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_sampled_tokens_have_the_models_distribution(kind: str, options: dict[st
     found = decoder.generate([[0, 1, 2, 3, 4]] * 40, max_new_tokens=50, seed=1, draft=drafts[kind], **sampling)
     transitions = torch.zeros(VOCABULARY, VOCABULARY, dtype=torch.float64)
     for sequence in found.sequences:
-        for first, second in itertools.pairwise(sequence):
+        for first, second in itertools.pairwise(sequence[4:]):
             transitions[first, second] += 1
     rule = gw.Sampling(**sampling)
     statistic, freedom = 0.0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,37 @@ def test_closing_a_stream_early_gives_its_slot_back() -> None:
     assert stream.result.tokens == ((2, 3),)
     assert stream.result.stopped == ("cancelled",)
     assert decoder.generate([5], cache=cache, max_new_tokens=2).tokens == ((6, 7),)
+
+
+def test_closing_from_another_thread_waits_for_the_step() -> None:
+    decoder = TableDecoder(torch.eye(8).roll(1, 1))
+    cache = decoder.prompt_cache(slots=1, capacity=10**5)
+    stream = decoder.stream([3], max_new_tokens=90_000, cache=cache)
+    inside, leave = threading.Event(), threading.Event()
+    session: Any = cache.session
+    original = session._step
+
+    def slow(*given: Any) -> Any:
+        inside.set()
+        assert leave.wait(20)
+        return original(*given)
+
+    session._step = slow
+    reader = threading.Thread(target=lambda: list(stream))
+    closer = threading.Thread(target=stream.close)
+    reader.start()
+    assert inside.wait(20)
+    closer.start()
+    closer.join(0.05)
+    assert closer.is_alive()
+    assert cache.free == 0
+    leave.set()
+    closer.join(20)
+    reader.join(20)
+    assert not closer.is_alive()
+    assert not reader.is_alive()
+    assert cache.free == 1
+    assert stream.result.stopped == ("cancelled",)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
