@@ -1,7 +1,7 @@
 """A language model to INT4, and text from it on the CPU kernels: greedy, sampled, streamed, and drafted.
 
-Give a folder to do the same with a model of yours: ``python examples/generate.py FOLDER "Once upon a time"``. Without, a
-small random Llama says small random things.
+Give a folder to do the same with a model of yours: ``python examples/generate.py FOLDER "Once upon a time"``. Without a
+folder, a small random Llama says small random things.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else small_llama()
     passes = [gw.PrepareDecoder(length=256), gw.QuantizeLinears(bits=4, group_size=32)]
     small = gw.optimize(model, passes, target="cpu:int8")  # 8-bit activations; "cpu" rounds none
+    assert isinstance(small, gw.OptimizedDecoder)  # as every language model is, once optimised
     print(small.report)
 
     prompt = " ".join(sys.argv[2:]) if len(sys.argv) > 2 else [[11, 42, 11, 42, 11]]
