@@ -119,7 +119,10 @@ def _length(program: Program) -> int | None:
         table = _TABLES.get(op_name(node))
         offset = position_of(argument(node, "indices"), starts) if table is not None else None
         if table is not None and offset is not None:
-            found.append(int(fake_of(argument(node, table)).shape[0]) - offset)
+            weight = argument(node, table)
+            # A program that was only read to be run has no types of its weights.
+            rows = program.tensor(weight) if weight.op == "get_attr" else fake_of(weight)
+            found.append(int(rows.shape[0]) - offset)
     return min(found, default=None)
 
 

@@ -62,6 +62,12 @@ class Decoder(ABC):
         check_tokenizer(tokenizer, self.layout.vocabulary)
         self._tokenizer = tokenizer
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that prompt and answer may have together; ``None`` where the model says nothing of it."""
+        limits = [each for each in (self.facts.context, self.layout.length) if each is not None]
+        return min(limits, default=None)
+
     def session(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32") -> Session:
         """Caches, and steps on them.
 
@@ -74,7 +80,7 @@ class Decoder(ABC):
             InputError: there are no slots or no capacity, caches are not stored so, or memory does not suffice.
             BackendError: the target runs no decoding steps.
         """
-        tokens = capacity if capacity is not None else self.facts.context or _CAPACITY
+        tokens = capacity if capacity is not None else self.context or _CAPACITY
         try:
             return self._lowered().session(slots=slots, capacity=tokens, cache=cache)
         except (RuntimeError, MemoryError) as error:

@@ -50,7 +50,7 @@ class DecoderDraft(Draft):
                 hint="a draft must give the model's own tokens: take a smaller model of the same family",
             )
         session = self.decoder.session(slots=rows, capacity=capacity + self.tokens, cache=self.cache)
-        return _DecoderProposer(PromptCache(session), self.decoder.facts.context or session.capacity)
+        return _DecoderProposer(PromptCache(session), self.decoder.context or session.capacity)
 
 
 @dataclass

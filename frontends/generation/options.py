@@ -70,7 +70,7 @@ class Options:
         sampling = Sampling(
             float(self.temperature), self.top_k, float(self.top_p), float(self.min_p), float(self.repetition_penalty)
         )
-        vocabulary, context = decoder.layout.vocabulary, decoder.facts.context
+        vocabulary, context = decoder.layout.vocabulary, decoder.context
         tokenizer = self._tokenizer(decoder)
         tokens = read_prompts(prompts, attention_mask, tokenizer)
         ends, stop = self._stop_tokens(decoder, tokenizer), self._stop_strings(tokenizer)

@@ -213,7 +213,8 @@ class HeldRunner {
       given.push_back(tensor_of(input));
       std::ptrdiff_t stride = 1;
       for (std::size_t axis = given.back().axes; axis-- > 0;) {
-        expect(given.back().shape[axis] == 1 || given.back().strides[axis] == stride, "inputs must be contiguous");
+        expect(input.size() == 0 || given.back().shape[axis] == 1 || given.back().strides[axis] == stride,
+               "inputs must be contiguous");
         stride *= static_cast<std::ptrdiff_t>(given.back().shape[axis]);
       }
     }
