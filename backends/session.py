@@ -9,6 +9,11 @@ import torch
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import InputError
 
+
+class StepCancelled(Exception):
+    """A step ended early, as :meth:`Session.cancel` asked; nothing that it was given counts as taken in."""
+
+
 # How caches may be stored.
 CACHES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -53,6 +58,10 @@ class Session(ABC):
         """
         self._check(tokens, slots, starts, rows)
         return self._step(tokens, slots, starts, rows)
+
+    def cancel(self) -> None:
+        """Make a step that another thread is in end soon, by raising :class:`StepCancelled`, where the backend can."""
+        return
 
     @abstractmethod
     def copy(self, source: int, target: int, length: int) -> None:

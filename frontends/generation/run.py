@@ -10,6 +10,7 @@ from types import TracebackType
 
 from torch import Tensor
 
+from graphwright.backends.session import StepCancelled
 from graphwright.frontends.generation.drafts import Draft, Proposal, Proposer, Wanted
 from graphwright.frontends.generation.prompt_cache import Feed, PromptCache
 from graphwright.frontends.generation.result import Counts, Generation
@@ -33,7 +34,7 @@ class Run:
         seed: for the result.
 
     Attributes:
-        cancelled: set it, from any thread, to stop before the next step.
+        cancelled: set by :meth:`cancel`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Run:
         seed: int = 0,
     ) -> None:
         self.cancelled = threading.Event()
+        self._is_stepping = False
         self.sequences = tuple(sequences)
         self._cache, self._sampling, self._draft, self._seed = cache, sampling, draft, seed
         self._proposer: Proposer | None = None
@@ -82,6 +84,24 @@ class Run:
         if self.cancelled.is_set():
             self.close()
             return
+        self._is_stepping = True
+        try:
+            self._advance()
+        except StepCancelled:
+            # What was given has not been taken in, so that a cancel which was meant for a call before this one only
+            # makes it begin again.
+            if self.cancelled.is_set():
+                self.close()
+        finally:
+            self._is_stepping = False
+
+    def cancel(self) -> None:
+        """Stop, in the middle of a step where the backend can; from any thread, without waiting."""
+        self.cancelled.set()
+        if self._is_stepping:
+            self._cache.session.cancel()
+
+    def _advance(self) -> None:
         began = time.perf_counter()
         # One at a time: the next one may share a beginning with it. With nothing running, a full cache is an error.
         if self._waiting and self._filling is None and (self._cache.free or not self._running):

@@ -54,8 +54,8 @@ class Stream(Iterator[str | int]):
                     self._is_stepping = False
 
     def cancel(self) -> None:
-        """Stop before the next step; from any thread, without waiting. What has come so far is the answer."""
-        self._run.cancelled.set()
+        """Stop, from any thread, without waiting. What has come so far is the answer."""
+        self._run.cancel()
 
     def close(self) -> None:
         """Stop, and give the cache back; waits for a step that another thread is in."""

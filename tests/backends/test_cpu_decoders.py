@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.frontends.decoders import FAMILIES, generate, greedy, make
 
 import graphwright as gw
 from graphwright.backends.reference.session import ReferenceSession
+from graphwright.backends.session import StepCancelled
 from graphwright.frontends.huggingface import load_decoder
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
@@ -119,6 +121,29 @@ def test_a_step_plans_its_memory_once() -> None:
         session.step(one, zero, torch.tensor([start]), torch.tensor([[0]]))
     assert session._runner.plans == 2
     assert session.activation_bytes < 100_000
+
+
+def test_a_step_is_cancelled_by_another_thread_and_can_be_taken_again() -> None:
+    session, zero = _session(lowered("llama"), slots=1, capacity=64), torch.tensor([0])
+    tokens, rows = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(6)), torch.tensor([[39]])
+    wanted = session.step(tokens, zero, zero, rows).clone()
+    ended: list[BaseException] = []
+
+    def work() -> None:
+        deadline = time.monotonic() + 60
+        while not ended and time.monotonic() < deadline:
+            try:
+                session.step(tokens, zero, zero, rows)
+            except StepCancelled as error:
+                ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        session.cancel()
+    thread.join()
+    assert len(ended) == 1
+    assert torch.equal(session.step(tokens, zero, zero, rows), wanted)
 
 
 def test_explain_names_what_runs() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from graphwright.backends.cpu.executor.assembly import Assembled
 from graphwright.backends.cpu.executor.python_calls import set_sizes
-from graphwright.backends.session import CACHES, Session
+from graphwright.backends.session import CACHES, Session, StepCancelled
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import InputError
 
@@ -55,7 +55,7 @@ class CpuSession(Session):
             cache[target, :, :length] = cache[source, :, :length]
 
     def cancel(self) -> None:
-        """Make a step that runs on another thread end soon; it raises."""
+        """Make a step that another thread is in end before its next instruction, by raising :class:`StepCancelled`."""
         self._runner.cancel()
 
     @property
@@ -79,7 +79,13 @@ class CpuSession(Session):
     def _step(
         self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        (logits,) = self._runner.run(self._given(tokens, slots, starts, rows), torch.get_num_threads())
+        from graphwright.backends.cpu import _native
+
+        given = self._given(tokens, slots, starts, rows)
+        try:
+            (logits,) = self._runner.run(given, torch.get_num_threads())
+        except _native.Cancelled:
+            raise StepCancelled("the step was cancelled") from None
         return torch.from_numpy(logits)
 
     def _given(
