@@ -29,6 +29,7 @@ from torch import fx
 
 from graphwright.backends.onnx.lowering import Lowering
 from graphwright.backends.onnx.options import ExportOptions
+from graphwright.backends.onnx.positions import position_limit
 from graphwright.backends.onnx.sizes import Size, Sizes
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import ExportError
@@ -59,6 +60,7 @@ class DecoderLowering(Lowering):
 
     Attributes:
         layout: of the program.
+        positions: how many there are; ``None`` for any number.
         last_lengths: int32 ``[batch]``: tokens of each row after the step, less one.
         total_length: int32 scalar: the largest number of tokens of a row after the step.
         selected: int64 ``[batch, 1 or selected]``: the tokens of the step whose logits are wanted; ``None`` for all.
@@ -67,6 +69,7 @@ class DecoderLowering(Lowering):
     def __init__(self, program: Program, options: ExportOptions, layout: DecoderLayout) -> None:
         super().__init__(program, options)
         self.layout = layout
+        self.positions = _positions(program, options)
         self.last_lengths: ir.Value
         self.total_length: ir.Value
         self.selected: ir.Value | None = None
@@ -205,3 +208,14 @@ class DecoderLowering(Lowering):
         value.name = self.graph.unique(name)
         value.type, value.shape = ir.TensorType(from_torch_dtype(self.dtype(node))), ir.Shape(shape)
         return value
+
+
+def _positions(program: Program, options: ExportOptions) -> int | None:
+    wanted, limit = options.context_length, position_limit(program)
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ExportError(
+            f"the program has embeddings for {limit} positions, not for {wanted}",
+            where="option 'context_length'",
+            hint="if they come from PrepareDecoder, give it this length",
+        )
+    return limit if wanted is None else wanted

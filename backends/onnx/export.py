@@ -80,8 +80,9 @@ def export_onnx(
         logits: of a decoding step: ``"last"`` gives ``[batch, 1, V]``, the logits of each row's last token, and
             saves the others' time; ``"all"`` gives ``[batch, sequence, V]``; ``"rows"`` gives ``[batch, selected, V]``
             and has a further input ``rows`` int64 ``[batch, selected]``: the tokens whose logits are wanted.
-        context_length: of a decoding step: tokens that a row can hold. Rotary embedding then happens inside of the
-            attention, with stored angles; when left out, angles are computed at each step, and there is no limit.
+        context_length: of a decoding step: tokens that a row can hold; when left out, as many as the program has
+            positions for. Rotary embedding then happens inside of the attention, with stored angles; where there is no
+            limit, angles are computed at each step.
 
     Raises:
         InputError: an option or the example inputs are unusable.

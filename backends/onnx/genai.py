@@ -14,6 +14,7 @@ from typing import Any
 from graphwright.backends.onnx.comparison import ExampleInputs
 from graphwright.backends.onnx.decoder import PAST, PRESENT
 from graphwright.backends.onnx.export import export_onnx
+from graphwright.backends.onnx.positions import position_limit
 from graphwright.backends.onnx.report import OnnxExport
 from graphwright.backends.onnx.writing import check_folder, publish_folder, write_failure
 from graphwright.ir.decoder import DecoderLayout
@@ -76,16 +77,17 @@ def export_genai(
     """Write a decoding step as a folder for onnxruntime-genai: model, ``genai_config.json`` and tokenizer.
 
     The folder is written beside its target and takes its place when everything is in it and the model has been
-    checked, see :func:`~graphwright.backends.onnx.export_onnx`. Run ``Cleanup`` and ``FuseAll`` on the program before:
-    what they leave is what the runtime has kernels for.
+    checked, see :func:`~graphwright.backends.onnx.export_onnx`. Run ``PrepareDecoder`` on the program before: what it
+    leaves is what the runtime has kernels for.
 
     Args:
         program: a decoding step; it is not changed.
         folder: folder to write. An earlier export there is replaced; any other folder must be empty.
         source: the model's Hugging Face folder: ``config.json``, ``generation_config.json`` where there is one, and the
             tokenizer are read there.
-        context_length: tokens that a sequence can hold; that of ``config.json`` when left out. The caches of a
-            generator are as long as its ``max_length``, which is this where it sets none.
+        context_length: tokens that a sequence can hold; when left out, as many as ``config.json`` says and the program
+            has positions for. The caches of a generator are as long as its ``max_length``, which is this where it
+            sets none.
         tokenizer: copy the tokenizer's files; without them the model is driven by token ids.
         accuracy_level: 4 rounds activations of quantised linears to int8, see ``export_onnx``.
         logits: ``"last"`` suffices to generate; ``"all"`` for speculative decoding.
@@ -182,7 +184,7 @@ def genai_config(
         raise InputError("has no 'eos_token_id'", where="config.json", hint="write it there")
     end = ends[0] if isinstance(ends, list) else ends
     start, filler = (_first((name,), chosen, own, config) for name in ("bos_token_id", "pad_token_id"))
-    kind, length = str(own.get("model_type", "decoder")), _context_length(own, context_length)
+    kind, length = str(own.get("model_type", "decoder")), _context_length(program, own, context_length)
     return {
         "model": {
             "type": kind if kind in _KNOWN else "decoder",
@@ -222,15 +224,16 @@ def genai_config(
     }
 
 
-def _context_length(config: Mapping[str, Any], wanted: int | None) -> int:
-    known = _first(_CONTEXT, config)
-    if wanted is None and known is None:
+def _context_length(program: Program, config: Mapping[str, Any], wanted: int | None) -> int:
+    stated, limit = _first(_CONTEXT, config), position_limit(program)
+    known = [int(each) for each in (stated, limit) if each is not None]
+    if wanted is None and not known:
         raise InputError(
             f"has no context length: none of {', '.join(_CONTEXT)}", where="config.json", hint="give context_length"
         )
-    if wanted is not None and known is not None and wanted > known:
-        raise InputError(f"{wanted} is more than the model's {known}", where="option 'context_length'")
-    return int(known if wanted is None else wanted)
+    if wanted is not None and stated is not None and wanted > stated:
+        raise InputError(f"{wanted} is more than the model's {stated}", where="option 'context_length'")
+    return min(known) if wanted is None else wanted
 
 
 def _first(names: tuple[str, ...], *places: Mapping[str, Any]) -> Any:

@@ -191,6 +191,10 @@ class Lowering:
             self._elements[node] = Elements.of(self.graph, self.sizes, self.shape(node), value)
         return self._elements[node]
 
+    def is_computed(self, node: fx.Node) -> bool:
+        """Whether a node has a value so far."""
+        return node in self._elements
+
     def tensor(self, node: fx.Node, dtype: torch.dtype | None = None) -> ir.Value:
         """A node's value in its own shape, cast when another dtype is wanted."""
         return self.cast(self.elements(node).get(self.shape(node)), self.dtype(node), dtype)

@@ -16,8 +16,8 @@ from tests.frontends.decoders import FAMILIES, generate, greedy, make
 
 import graphwright as gw
 from graphwright.backends.onnx import OnnxBackend
+from graphwright.backends.onnx.positions import position_limit, position_table
 from graphwright.backends.onnx.proof import prove_attention
-from graphwright.backends.onnx.rotation import position_table
 from graphwright.frontends.huggingface import load_decoder
 from graphwright.ir import ops
 from graphwright.ir.arguments import argument
@@ -48,8 +48,16 @@ def model_of(name: str) -> Any:
 
 @functools.cache
 def fused(name: str) -> Program:
+    """Without tables of positions."""
     program = load_decoder(model_of(name), check=False)
     run_passes(program, [gw.Cleanup(), gw.FuseAll()], [])
+    return program
+
+
+@functools.cache
+def prepared(name: str) -> Program:
+    program = load_decoder(model_of(name), check=False)
+    run_passes(program, [gw.PrepareDecoder(length=64)], [])
     return program
 
 
@@ -64,11 +72,11 @@ def kernels(export: Any) -> dict[str, int]:
 @pytest.mark.parametrize("name", sorted({*FAMILIES} - {"qwen2", "gemma", "falcon-multi-query", "mpt"}))
 def test_every_family(name: str, tmp_path: Path) -> None:
     """The export compares steps by itself; here, that attention is one kernel a layer and rotary is part of it."""
-    export = gw.export_onnx(fused(name), tmp_path / "model.onnx", context_length=64)
+    export = gw.export_onnx(prepared(name), tmp_path / "model.onnx")
     counts = kernels(export)
     attention = {kernel: count for kernel, count in counts.items() if kernel.startswith("GroupQueryAttention")}
     assert sum(attention.values()) == 2
-    rotates = any(op_name(node) == "graphwright.rotary_embedding" for node in fused(name).nodes)
+    rotates = any(op_name(node) == "graphwright.rotary_embedding" for node in prepared(name).nodes)
     assert all(("do_rotary=1" in kernel) == rotates for kernel in attention)
     assert {"RotaryEmbedding", "Sin"}.isdisjoint(counts)
     assert {each.output for each in export.differences} == {"logits", "caches"}
@@ -110,7 +118,7 @@ def test_signature_and_single_storage(tmp_path: Path) -> None:
     assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 16]
     assert shapes["present.0.key"] == ["batch_size", 2, "total_sequence_length", 16]
     assert shapes["logits"] == ["batch_size", 1, 97]
-    # The embedding is tied to the head, and the tables of angles are shared by the layers.
+    # The embedding is tied to the head; the layers share the tables of angles.
     sizes = sorted(int(np.prod(each.dims)) for each in graph.initializer)
     assert sizes.count(97 * 64) == 1
     assert [tuple(each.dims) for each in graph.initializer if "table" in each.name] == [(64, 8), (64, 8)]
@@ -217,6 +225,46 @@ def test_tables_hold_what_depends_on_positions_alone() -> None:
     torch.testing.assert_close(table, angles.cos().repeat(1, 2), rtol=0, atol=1e-5)
     # A hidden state does not.
     assert position_table(program, argument(rotary, "x"), 40) is None
+
+
+def test_positions_that_the_program_has(tmp_path: Path) -> None:
+    """Rotary angles that are looked up, learned positions, and learned ones behind an offset."""
+    assert position_limit(fused("llama")) is None
+    assert [position_limit(prepared(name)) for name in ("llama", "gpt2", "opt")] == [64, 64, 64]
+    assert position_limit(load_decoder(model_of("opt"), check=False)) == 64
+    gw.export_onnx(prepared("llama"), tmp_path / "model.onnx", context_length=20, check=False)
+    tables = [each.dims for each in onnx.load(tmp_path / "model.onnx").graph.initializer if "table" in each.name]
+    assert [tuple(each) for each in tables] == [(20, 8), (20, 8)]
+    with pytest.raises(ExportError, match="64 positions, not for 65"):
+        gw.export_onnx(prepared("llama"), tmp_path / "model.onnx", context_length=65)
+
+
+# -- queries, keys and values in one piece -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "is_packed"), [("llama", True), ("gpt2", True), ("phi3", True), ("qwen3", False)])
+def test_one_linear_feeds_the_attention(name: str, is_packed: bool, tmp_path: Path) -> None:
+    """By a split (Llama once fused, GPT-2) or by slices (Phi-3); Qwen3 normalises queries and keys in between."""
+    gw.export_onnx(prepared(name), tmp_path / "model.onnx", check=False)
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    attention = [node for node in nodes if node.op_type == "GroupQueryAttention"]
+    assert all((list(node.input[1:3]) == ["", ""]) == is_packed for node in attention)
+
+
+def test_parts_in_another_order_stay_apart(tmp_path: Path) -> None:
+    """Keys before queries: the file must not take one for the other."""
+    program = prepared("gpt2").clone()
+    attention = [node for node in program.nodes if op_name(node) == "graphwright.cached_attention"]
+    with program.edit():
+        for node in attention:
+            append = argument(node, "keys")
+            query, key = argument(node, "query"), argument(append, "new")
+            node.replace_input_with(query, key)
+            append.prepend(query)
+            append.replace_input_with(key, query)
+    gw.export_onnx(program, tmp_path / "model.onnx")
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert all(node.input[1] for node in nodes if node.op_type == "GroupQueryAttention")
 
 
 # -- what cannot be exported -------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ ENDS = {"bos_token_id": 1, "eos_token_id": 94, "pad_token_id": 0}
 @functools.cache
 def small(bits: int | None) -> Program:
     program = load_decoder(make("llama", hidden_size=64), check=False)
-    run_passes(program, [gw.Cleanup(), gw.FuseAll()], [])
+    run_passes(program, [gw.PrepareDecoder(length=64)], [])
     if bits is not None:
         run_passes(program, [gw.QuantizeLinears(bits=bits, group_size=32)], [])
     return program
@@ -80,10 +80,29 @@ def test_generates_what_the_program_does(bits: int | None, logits: str, source: 
     folder = tmp_path / "model"
     export_genai(small(bits), folder, source=source, tokenizer=False, logits=logits, check=logits == "last")
     wanted = greedy(ReferenceSession(small(bits), slots=3, capacity=24), PROMPTS, [0, 1, 2], 12)
-    assert not any(ENDS["eos_token_id"] in row for row in wanted)
+    assert not any(ENDS["eos_token_id"] in row for row in wanted), "choose another end"
     assert generated(folder, PROMPTS, 12) == wanted
     assert generated(folder, PROMPTS, 12, past_present_share_buffer=False) == wanted
     assert generated(folder, PROMPTS[:1], 12) == wanted[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("gemma2", {"head_dim": 16}), ("gpt2", {}), ("falcon-alibi", {})],
+)
+def test_other_families(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Windows and softcap, learned positions, ALiBi."""
+    genai()
+    model = make(name, **changes)
+    program = load_decoder(model, check=False)
+    run_passes(program, [gw.PrepareDecoder(length=64)], [])
+    wanted = greedy(ReferenceSession(program, slots=3, capacity=24), PROMPTS, [0, 1, 2], 12)
+    unused = next(token for token in range(1, 97) if not any(token in row for row in wanted))
+    model.config.eos_token_id = unused
+    model.config.save_pretrained(tmp_path / "source")
+    options: dict[str, Any] = {"source": tmp_path / "source", "tokenizer": False, "check": False}
+    export_genai(program, tmp_path / "model", context_length=64, **options)
+    assert generated(tmp_path / "model", PROMPTS, 12) == wanted
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -91,7 +110,7 @@ def test_trained_model(bits: int | None, tinylm_dir: Path, tmp_path: Path) -> No
     """From text to text, and then on with more text."""
     library = genai()
     program = load_decoder(tinylm_dir, dtype="float32", check=False)
-    run_passes(program, [gw.Cleanup(), gw.FuseAll()], [])
+    run_passes(program, [gw.PrepareDecoder(length=512)], [])
     if bits is not None:
         run_passes(program, [gw.QuantizeLinears(bits=bits, group_size=32, clip_search=False)], [])
     export_genai(program, tmp_path / "model", source=tinylm_dir, check=False)
@@ -185,7 +204,6 @@ def test_unknown_families_are_decoders() -> None:
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ({"eos_token_id": 1}, {}, "no context length"),
         ({"n_positions": 64}, {}, "no 'eos_token_id'"),
         ({"n_positions": 64, "eos_token_id": 1}, {"context_length": 65}, "more than the model's 64"),
     ],
@@ -193,6 +211,16 @@ def test_unknown_families_are_decoders() -> None:
 def test_configuration_that_does_not_do(config: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         genai_config(small(None), config, **options)
+
+
+def test_context_length() -> None:
+    """What the configuration says, no more than the program has positions for."""
+    assert genai_config(small(None), {**_CONFIG, "max_position_embeddings": 4096})["model"]["context_length"] == 64
+    assert genai_config(small(None), {**_CONFIG, "max_position_embeddings": 32})["model"]["context_length"] == 32
+    assert genai_config(small(None), _CONFIG, context_length=20)["search"]["max_length"] == 20
+    unlimited = load_decoder(make("llama", hidden_size=64), check=False)
+    with pytest.raises(InputError, match="no context length"):
+        genai_config(unlimited, {"eos_token_id": 1})
 
 
 def test_missing_files(source: Path, tmp_path: Path) -> None:

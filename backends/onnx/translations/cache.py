@@ -12,8 +12,11 @@ from graphwright.backends.onnx.decoder import DecoderLowering
 from graphwright.backends.onnx.graph import CONTRIB
 from graphwright.backends.onnx.kernels import ATTENTION
 from graphwright.backends.onnx.lowering import Lowering
+from graphwright.backends.onnx.packing import find_packed
 from graphwright.backends.onnx.rotation import find_rotation
 from graphwright.backends.onnx.translations.heads import joined, joined_shape, set_from_joined
+from graphwright.backends.onnx.translations.linear import put_together
+from graphwright.ir.names import op_name
 
 # What its CPU kernel asks of the head dim.
 _WIDTH_STEP = 8
@@ -38,6 +41,8 @@ def cached_attention(
     softcap: float,
 ) -> None:
     """``GroupQueryAttention``, with rotary embedding where queries and keys are rotated by stored angles.
+
+    Queries, keys and values that one linear gives stay in one piece.
 
     Raises:
         ExportError: values are of another head dim than keys, or the head dim has no kernel.
@@ -65,7 +70,7 @@ def cached_attention(
         attributes |= {"do_rotary": 1, "rotary_interleaved": 1 if rotation.interleaved else None}
     result, *presents = lower.graph.call_many(
         ATTENTION,
-        *[joined(lower, each) for each in new],
+        *_side_by_side(lower, *new),
         decoder.past(key),
         decoder.past(value),
         decoder.last_lengths,
@@ -80,6 +85,18 @@ def cached_attention(
     for cache, present in zip((keys, values), presents, strict=True):
         decoder.set_present(cache, present)
     set_from_joined(lower, node, joined_shape(lower.shape(node)), result)
+
+
+def _side_by_side(
+    lower: Lowering, query: fx.Node, key: fx.Node, value: fx.Node
+) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+    """Queries, keys and values as the kernel takes them; what one linear gives for all three stays in one piece."""
+    packed = find_packed(lower, query, key, value)
+    if packed is None:
+        return joined(lower, query), joined(lower, key), joined(lower, value)
+    if op_name(packed) == "aten.linear":
+        put_together(lower, packed)
+    return lower.tensor(packed), None, None
 
 
 def select_rows(lower: Lowering, node: fx.Node, x: fx.Node, rows: fx.Node) -> None:

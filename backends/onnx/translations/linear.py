@@ -17,7 +17,7 @@ from graphwright.ir.provenance import path_of
 from graphwright.ir.types import VAL
 
 # Operators that take a tensor apart, and the name of their first argument.
-_SPLITS = {
+SPLITS = {
     "aten.split.Tensor": "self",
     "aten.split_with_sizes": "self",
     "aten.split.sizes": "self",
@@ -36,8 +36,19 @@ def linear(lower: Lowering, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx
     shape = lower.shape(weight)
     if len(shape) != 2:
         raise lower.refuse(node, f"a linear with a weight of {len(shape)} dimensions is not exported")
-    if is_taken_apart(node):
-        return
+    if not is_taken_apart(node):
+        _whole(lower, node, x, weight, bias)
+
+
+def put_together(lower: Lowering, node: fx.Node) -> None:
+    """Compute a linear that was left to the split, for a reader of the whole."""
+    if not lower.is_computed(node):
+        scope, lower.graph.scope = lower.graph.scope, path_of(node)
+        _whole(lower, node, *(argument(node, each) for each in ("input", "weight", "bias")))
+        lower.graph.scope = scope
+
+
+def _whole(lower: Lowering, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
     operands = [lower.rows(x), lower.tensor(weight)]
     if bias is not None:
         operands.append(lower.tensor(bias))
@@ -52,7 +63,7 @@ def is_taken_apart(node: fx.Node) -> bool:
     if op_name(node) != "aten.linear" or len(node.users) != 1:
         return False
     user = next(iter(node.users))
-    if op_name(user) not in _SPLITS or argument(user, _SPLITS[op_name(user)]) is not node:
+    if op_name(user) not in SPLITS or argument(user, SPLITS[op_name(user)]) is not node:
         return False
     stored = (argument(node, "weight"), argument(node, "bias"))
     is_last = argument(user, "dim") in (-1, node.meta[VAL].dim() - 1)
