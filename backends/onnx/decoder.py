@@ -29,7 +29,6 @@ from torch import fx
 
 from graphwright.backends.onnx.lowering import Lowering
 from graphwright.backends.onnx.options import ExportOptions
-from graphwright.backends.onnx.positions import position_limit
 from graphwright.backends.onnx.sizes import Size, Sizes
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import ExportError
@@ -69,7 +68,7 @@ class DecoderLowering(Lowering):
     def __init__(self, program: Program, options: ExportOptions, layout: DecoderLayout) -> None:
         super().__init__(program, options)
         self.layout = layout
-        self.positions = _positions(program, options)
+        self.positions = _positions(layout, options)
         self.last_lengths: ir.Value
         self.total_length: ir.Value
         self.selected: ir.Value | None = None
@@ -210,8 +209,8 @@ class DecoderLowering(Lowering):
         return value
 
 
-def _positions(program: Program, options: ExportOptions) -> int | None:
-    wanted, limit = options.context_length, position_limit(program)
+def _positions(layout: DecoderLayout, options: ExportOptions) -> int | None:
+    wanted, limit = options.context_length, layout.length
     if wanted is not None and limit is not None and wanted > limit:
         raise ExportError(
             f"the program has embeddings for {limit} positions, not for {wanted}",

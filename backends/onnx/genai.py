@@ -14,7 +14,6 @@ from typing import Any
 from graphwright.backends.onnx.comparison import ExampleInputs
 from graphwright.backends.onnx.decoder import PAST, PRESENT
 from graphwright.backends.onnx.export import export_onnx
-from graphwright.backends.onnx.positions import position_limit
 from graphwright.backends.onnx.report import OnnxExport
 from graphwright.backends.onnx.writing import check_folder, publish_folder, write_failure
 from graphwright.ir.decoder import DecoderLayout
@@ -184,7 +183,7 @@ def genai_config(
         raise InputError("has no 'eos_token_id'", where="config.json", hint="write it there")
     end = ends[0] if isinstance(ends, list) else ends
     start, filler = (_first((name,), chosen, own, config) for name in ("bos_token_id", "pad_token_id"))
-    kind, length = str(own.get("model_type", "decoder")), _context_length(program, own, context_length)
+    kind, length = str(own.get("model_type", "decoder")), _context_length(layout, own, context_length)
     return {
         "model": {
             "type": kind if kind in _KNOWN else "decoder",
@@ -224,9 +223,9 @@ def genai_config(
     }
 
 
-def _context_length(program: Program, config: Mapping[str, Any], wanted: int | None) -> int:
-    stated, limit = _first(_CONTEXT, config), position_limit(program)
-    known = [int(each) for each in (stated, limit) if each is not None]
+def _context_length(layout: DecoderLayout, config: Mapping[str, Any], wanted: int | None) -> int:
+    stated = _first(_CONTEXT, config)
+    known = [int(each) for each in (stated, layout.length) if each is not None]
     if wanted is None and not known:
         raise InputError(
             f"has no context length: none of {', '.join(_CONTEXT)}", where="config.json", hint="give context_length"
@@ -241,6 +240,10 @@ def _first(names: tuple[str, ...], *places: Mapping[str, Any]) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(
+            "there is no such file", where=str(path), hint="name the model's Hugging Face folder as source"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What a decoding step computes from positions alone, and for how many positions it can."""
+"""What a decoding step computes from positions alone."""
 
 from __future__ import annotations
 
@@ -7,30 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphwright.ir.arguments import argument
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 
 _SIZE = "aten.sym_size.int"
-# Operators that look rows up, and the name of their table.
-_TABLES = {"aten.embedding": "weight", "graphwright.embedding_nbits": "qweight"}
 # Functions of the same angle may differ by their last bit, with the length they are computed for.
 _SAME = 1e-6
-# Any position will do to see by how much a table is shifted.
-_ANY = 5
-
-
-def position_limit(program: Program) -> int | None:
-    """The number of positions for which a decoding step has embeddings; ``None`` when it computes them all."""
-    limits: list[int] = []
-    for node in program.nodes:
-        if op_name(node) not in _TABLES:
-            continue
-        found = _evaluate(program, argument(node, "indices"), torch.tensor([_ANY]), 1)
-        if found is not None and found.numel() == 1:
-            rows = int(program.tensor(argument(node, _TABLES[op_name(node)])).shape[0])
-            limits.append(rows - (int(found) - _ANY))
-    return min(limits, default=None)
 
 
 def position_table(program: Program, node: fx.Node, positions: int) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from graphwright.frontends.generation.decoder import Decoder
 from graphwright.frontends.generation.facts import DecoderFacts
 from graphwright.frontends.generation.tokenizer import save_tokenizer
 from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.passes.report import Report
 
@@ -53,6 +55,26 @@ class OptimizedDecoder(OptimizedModel, Decoder):
             return
         super().save_packed(folder / PACKED)
         self._save_beside(folder)
+
+    def export_genai(self, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """Write a folder that onnxruntime-genai loads; see :func:`graphwright.export_genai`.
+
+        Its ``source`` is the folder that the model came from, unless another one is given.
+
+        Raises:
+            InputError: no source is known, or an option does not fit.
+            ExportError: the decoder cannot be exported, or the folder cannot be written.
+        """
+        from graphwright.backends.onnx import export_genai
+
+        options.setdefault("example_inputs", self.examples)
+        if options.setdefault("source", self.facts.folder) is None:
+            raise InputError(
+                "is not known: the model was not loaded from a folder",
+                where="argument 'source'",
+                hint="give the Hugging Face folder that has config.json and the tokenizer",
+            )
+        return export_genai(self, folder, **options)
 
     def _save_beside(self, path: str | os.PathLike[str]) -> None:
         if self.tokenizer is not None:

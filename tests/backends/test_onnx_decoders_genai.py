@@ -109,11 +109,11 @@ def test_other_families(name: str, changes: dict[str, Any], tmp_path: Path) -> N
 def test_trained_model(bits: int | None, tinylm_dir: Path, tmp_path: Path) -> None:
     """From text to text, and then on with more text."""
     library = genai()
-    program = load_decoder(tinylm_dir, dtype="float32", check=False)
-    run_passes(program, [gw.PrepareDecoder(length=512)], [])
+    passes: list[Any] = [gw.PrepareDecoder(length=512)]
     if bits is not None:
-        run_passes(program, [gw.QuantizeLinears(bits=bits, group_size=32, clip_search=False)], [])
-    export_genai(program, tmp_path / "model", source=tinylm_dir, check=False)
+        passes.append(gw.QuantizeLinears(bits=bits, group_size=32, clip_search=False))
+    program: Any = gw.optimize(load_decoder(tinylm_dir, dtype="float32", check=False), passes, verify=False)
+    program.export_genai(tmp_path / "model", check=False)
     model = library.Model(str(tmp_path / "model"))
     tokenizer = library.Tokenizer(model)
     settings = library.GeneratorParams(model)
@@ -224,12 +224,17 @@ def test_context_length() -> None:
 
 
 def test_missing_files(source: Path, tmp_path: Path) -> None:
+    optimized: Any = gw.optimize(make("llama", hidden_size=64), verify=False)
+    with pytest.raises(InputError, match="not loaded from a folder"):
+        optimized.export_genai(tmp_path / "model")
     (source / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="no tokenizer"):
         export_genai(small(None), tmp_path / "model", source=source)
     (source / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as JSON"):
         export_genai(small(None), tmp_path / "model", source=source, tokenizer=False)
+    with pytest.raises(InputError, match="no such file"):
+        export_genai(small(None), tmp_path / "model", source=tmp_path)
     with pytest.raises(InputError, match="'rows'|rows"):
         export_genai(small(None), tmp_path / "model", source=source, logits="rows")
 
