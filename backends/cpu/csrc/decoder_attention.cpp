@@ -81,19 +81,26 @@ float* partial_scratch(std::size_t size) {
 }  // namespace
 
 struct DecoderAttention::Step {
+  struct Place {
+    std::size_t slot, start;
+  };
+
   const Tensor* operands;
+  const Place* places;  // of each row
   std::size_t rows, key_heads, groups, length, width, value_width, capacity;
   Stored stored;
 
   explicit Step(const Tensor* given)
-      : operands(given), rows(given[kQuery].shape[0]), key_heads(given[kKeys].shape[1]),
+      : operands(given), places(nullptr), rows(given[kQuery].shape[0]), key_heads(given[kKeys].shape[1]),
         groups(key_heads == 0 ? 0 : given[kQuery].shape[1] / key_heads), length(given[kQuery].shape[2]),
         width(given[kQuery].shape[3]), value_width(given[kValues].shape[3]), capacity(given[kKeys].shape[2]),
-        stored(stored_as(given[kKeys].element)) {}
+        stored(stored_as(given[kKeys].element)) {
+    places = checked();
+  }
 
   const Tensor& operator[](Operand operand) const { return operands[operand]; }
-  std::size_t slot(std::size_t row) const { return static_cast<std::size_t>(*at<const std::int64_t>(operands[kSlots], row)); }
-  std::size_t start(std::size_t row) const { return static_cast<std::size_t>(*at<const std::int64_t>(operands[kStarts], row)); }
+  std::size_t slot(std::size_t row) const { return places[row].slot; }
+  std::size_t start(std::size_t row) const { return places[row].start; }
   std::size_t end(std::size_t row) const { return start(row) + length; }
   // The keys of a row begin here: what is before the window is left out, but for what shares its block.
   std::size_t first(std::size_t row, std::ptrdiff_t window) const {
@@ -106,27 +113,32 @@ struct DecoderAttention::Step {
     return std::max(kPart, blocks(keys, kMostParts * kAttentionKeys) * kAttentionKeys);
   }
 
-  void check() const {
+ private:
+  // Read once, and not again: another thread of the program may write while this one looks.
+  const Place* checked() const {
+    static thread_local std::vector<Place> held;
     const std::size_t slots = operands[kKeys].shape[0];
+    held.resize(std::max(held.size(), rows));
     for (std::size_t row = 0; row < rows; ++row) {
-      const std::int64_t own = *at<const std::int64_t>(operands[kSlots], row);
-      const std::int64_t from = *at<const std::int64_t>(operands[kStarts], row);
-      if (own < 0 || static_cast<std::uint64_t>(own) >= slots) {
-        throw std::invalid_argument("row " + std::to_string(row) + " is in slot " + std::to_string(own) +
+      const std::int64_t slot = *static_cast<const volatile std::int64_t*>(at<const std::int64_t>(operands[kSlots], row));
+      const std::int64_t start = *static_cast<const volatile std::int64_t*>(at<const std::int64_t>(operands[kStarts], row));
+      if (slot < 0 || static_cast<std::uint64_t>(slot) >= slots) {
+        throw std::invalid_argument("row " + std::to_string(row) + " is in slot " + std::to_string(slot) +
                                     " of a cache that has " + std::to_string(slots));
       }
-      if (from < 0 || length > capacity || static_cast<std::uint64_t>(from) > capacity - length) {
-        throw std::invalid_argument("row " + std::to_string(row) + " begins at position " + std::to_string(from) +
+      if (start < 0 || length > capacity || static_cast<std::uint64_t>(start) > capacity - length) {
+        throw std::invalid_argument("row " + std::to_string(row) + " begins at position " + std::to_string(start) +
                                     " and brings " + std::to_string(length) + " tokens to a cache of capacity " +
                                     std::to_string(capacity));
       }
+      held[row] = {static_cast<std::size_t>(slot), static_cast<std::size_t>(start)};
       for (std::size_t other = 0; other < row; ++other) {
-        if (*at<const std::int64_t>(operands[kSlots], other) == own) {
-          throw std::invalid_argument("rows " + std::to_string(other) + " and " + std::to_string(row) +
-                                      " are both in slot " + std::to_string(own));
-        }
+        if (held[other].slot != held[row].slot) continue;
+        throw std::invalid_argument("rows " + std::to_string(other) + " and " + std::to_string(row) +
+                                    " are both in slot " + std::to_string(slot));
       }
     }
+    return held.data();
   }
 };
 
@@ -137,7 +149,6 @@ DecoderAttention::DecoderAttention(const AttentionKernels& kernels, float scale,
 
 void DecoderAttention::run(const Tensor* operands, std::size_t threads) const {
   const Step step(operands);
-  step.check();
   if (!slopes_.empty() && slopes_.size() != operands[kQuery].shape[1]) {
     throw std::invalid_argument("there must be one slope for each query head");
   }
