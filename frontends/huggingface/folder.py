@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,11 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "model.ckpt", "flax_model.msgpack")
 _HEADER_LIMIT = 100 << 20  # bytes; the format's own
+# dtype -> bits of an element
+_BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64} | {
+    f"{kind}{bits}": bits for kind in "FIU" for bits in (8, 16, 32, 64) if (kind, bits) != ("F", 8)
+}
+_BITS |= {"BF16": 16} | dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,8 @@ def tensor_names(path: Path) -> set[str]:
     """The tensors of a safetensors file, whose bytes are checked to be all there.
 
     Raises:
-        InputError: not such a file, or truncated; names the first tensor that is cut off.
+        InputError: not such a file, or truncated; names the first tensor that is cut off, or whose dtype is unknown or
+            does not go with its size.
     """
     try:
         size = path.stat().st_size
@@ -153,6 +160,8 @@ def tensor_names(path: Path) -> set[str]:
         raise InputError(f"cannot be read as safetensors: {error}", where=str(path)) from error
     header.pop("__metadata__", None)
     available = size - 8 - length
+    for name, entry in header.items():
+        _check_entry(path, name, entry)
     for name, entry in sorted(header.items(), key=lambda item: int(item[1]["data_offsets"][1])):
         end = int(entry["data_offsets"][1])
         if end > available:
@@ -162,3 +171,22 @@ def tensor_names(path: Path) -> set[str]:
                 hint="copy or download the file again",
             )
     return set(header)
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> None:
+    """Check what a header says of one tensor."""
+    try:
+        dtype, (start, end) = str(entry["dtype"]), entry["data_offsets"]
+        elements, size = math.prod(entry["shape"]), int(end) - int(start)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"cannot be read as safetensors: its header is damaged at {name!r}", where=str(path)
+        ) from error
+    if dtype not in _BITS:
+        raise InputError(f"the tensor {name!r} has the dtype {dtype!r}, which is not known", where=str(path))
+    if size * 8 != elements * _BITS[dtype]:
+        raise InputError(
+            f"the tensor {name!r} has {size} bytes, which is not {elements} elements of {dtype}",
+            where=str(path),
+            hint="the file is damaged, or was written by something that does not follow the format",
+        )
