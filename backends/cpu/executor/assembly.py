@@ -160,8 +160,10 @@ class _Assembly:
             self._attend(self.cache_steps[node])
         elif call is not None:
             self._kernel(node, call.kernel, call.inputs, call.gives or (node,))
-        elif name in _NOTHING or isinstance(self.program.type_of(node), ScalarType):
-            pass
+        elif name in _NOTHING:
+            self._used(node, "nothing to do")
+        elif isinstance(self.program.type_of(node), ScalarType):
+            self._used(node, "size, known beforehand")
         elif not self._view(node, name) and not self._small(node, name):
             self._python(node, node.target, node.args, node.kwargs, self._results(node))  # type: ignore[arg-type]
 
