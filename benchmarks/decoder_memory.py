@@ -62,7 +62,7 @@ def main() -> int:
         )
         if whole:
             rows.require(ratio <= allowed, f"{name}: peak {ratio:.2f} of the stored weights, {allowed} allowed")
-    found = run("run", folder, layers)
+    found = sorted((run("run", folder, layers) for _ in range(3)), key=lambda each: each["first"])[1]
     packed = packed_file(folder).stat().st_size
     limit = RUNNING * (packed + found["cache"] + BESIDE)
     rows.add(
@@ -126,8 +126,11 @@ def optimize(folder: Path, *, int4: bool, verify: bool) -> dict[str, float]:
         small = gw.optimize(folder, passes, target="cpu", verify=verify)
         wall = time.perf_counter() - start
         start = time.perf_counter()
-        small.save_packed(packed_file(folder) if int4 else folder / "packed.safetensors.fused")
+        packed = packed_file(folder) if int4 else folder / "packed.fused"
+        small.save_packed(packed)
         save = time.perf_counter() - start
+    if not int4:
+        packed.unlink()  # as large as the folder, and not used again
     peak = resident()["peak"]
     return {"wall": wall, "save": save, "base": base, "peak": peak, "own": watch.own, "files": watch.files}
 
