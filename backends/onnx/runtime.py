@@ -95,7 +95,8 @@ def _open(runtime: Any, path: Path, options: Any) -> Any:
         raise ExportError(
             f"onnxruntime does not open the file: {_first_line(error)}",
             where=str(path),
-            hint="its CPU kernels take float32 best; a bfloat16 program is exported after .float()",
+            hint="its CPU kernels take float32 best; a bfloat16 program is exported after .float(), "
+            "a decoder when it is loaded with dtype='float32'",
         ) from error
 
 
