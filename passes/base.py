@@ -90,6 +90,8 @@ class Pass(ABC):
         """The options that differ from their defaults, as JSON values."""
         found: dict[str, Any] = {}
         for item in dataclasses.fields(self):
+            if not item.init:
+                continue  # it follows from the others
             value = getattr(self, item.name)
             default = item.default if item.default is not dataclasses.MISSING else None
             if item.default_factory is not dataclasses.MISSING:

@@ -300,5 +300,5 @@ def test_without_the_extension_everything_runs_in_pytorch(monkeypatch: pytest.Mo
 
 
 def test_another_target_is_an_error_that_lists_the_known() -> None:
-    with pytest.raises(gw.InputError, match="(?s)there is no target 'gpu'.*reference, cpu, onnx"):
+    with pytest.raises(gw.InputError, match="(?s)there is no target 'gpu'.*reference, cpu.*cpu:int8.*onnx"):
         gw.optimize(Mlp(), [], example_inputs=X, target="gpu")
