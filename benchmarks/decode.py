@@ -188,6 +188,8 @@ def main() -> int:
     options.add_argument("--remake", action="store_true", help="make our own models again")
     arguments = options.parse_args()
     rows, bounds = Rows(), Bounds(THREADS)
+    # Before there are rivals, whose threads look for work for a while.
+    peaks = max(bounds.int8_tops() or 0.0 for _ in range(3)), max(bounds.float32_tflops() or 0.0 for _ in range(3))
     everyone = [*ours(), *rivals()]
     if arguments.remake:
         for path in MODELS.glob("*.packed"):
@@ -202,7 +204,7 @@ def main() -> int:
             running.append(system)
         except RivalError as error:
             _give_up(rows, system, error)
-    measure(rows, bounds, running, tasks, rounds=3 if arguments.quick else 7)
+    measure(rows, bounds, peaks, running, tasks, rounds=3 if arguments.quick else 7)
     if not arguments.quick:
         overhead(rows, running)
         lookup(rows, running)
@@ -284,12 +286,17 @@ def rivals() -> list[System]:
     return found
 
 
-def measure(rows: Rows, bounds: Bounds, running: list[System], tasks: Sequence[Task], rounds: int) -> None:
+def measure(
+    rows: Rows,
+    bounds: Bounds,
+    peaks: tuple[float, float],
+    running: list[System],
+    tasks: Sequence[Task],
+    rounds: int,
+) -> None:
     """All tasks of all systems, in turns, and the targets."""
     read: list[float] = []
-    peaks: list[tuple[float, float]] = []
     for index in range(rounds):
-        peaks.append((bounds.int8_tops() or float("nan"), bounds.float32_tflops() or float("nan")))
         for task in tasks:
             for system in list(running):
                 time.sleep(PAUSE)
@@ -302,7 +309,7 @@ def measure(rows: Rows, bounds: Bounds, running: list[System], tasks: Sequence[T
     if not running:
         return
     bandwidth = statistics.median(read)
-    int8, float32 = (statistics.median(values) for values in zip(*peaks))
+    int8, float32 = (peak or float("nan") for peak in peaks)
     for task in tasks:
         if task.tokens > 1:
             decoding(rows, running, task, bandwidth)

@@ -65,7 +65,7 @@ def open_decoder(path: str, options: argparse.Namespace) -> Decoder:
     """
     from graphwright.frontends.cli.output import working
     from graphwright.frontends.generation.decoder import Decoder
-    from graphwright.frontends.generation.optimized import PACKED
+    from graphwright.frontends.generation.facts import PACKED
 
     place = Path(path)
     with working(f"loading {place.name}"):

@@ -14,6 +14,7 @@ from typing import Any
 from graphwright.ir.errors import InputError, SerializationError
 
 FILE = "decoder.json"
+PACKED = "packed.safetensors"  # in the folder of a packed decoder
 _FORMAT = "graphwright decoder"
 
 

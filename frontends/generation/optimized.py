@@ -11,14 +11,12 @@ import torch
 from graphwright.backends.executable import Backend, Executable
 from graphwright.frontends.api import OptimizedModel
 from graphwright.frontends.generation.decoder import Decoder
-from graphwright.frontends.generation.facts import DecoderFacts
+from graphwright.frontends.generation.facts import PACKED, DecoderFacts
 from graphwright.frontends.generation.tokenizer import save_tokenizer
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.passes.report import Report
-
-PACKED = "packed.safetensors"  # in the folder of a packed decoder
 
 
 class OptimizedDecoder(OptimizedModel, Decoder):

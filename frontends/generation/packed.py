@@ -8,8 +8,7 @@ from pathlib import Path
 from graphwright.backends.cpu import CpuExecutable, PackedModel
 from graphwright.backends.cpu import load_packed as load_file
 from graphwright.frontends.generation.decoder import Decoder
-from graphwright.frontends.generation.facts import FILE, DecoderFacts
-from graphwright.frontends.generation.optimized import PACKED
+from graphwright.frontends.generation.facts import FILE, PACKED, DecoderFacts
 from graphwright.ir.decoder import DecoderLayout
 
 

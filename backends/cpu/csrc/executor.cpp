@@ -49,28 +49,35 @@ void Arena::reserve(std::size_t bytes) {
   size_ = bytes;
 }
 
+Runner::Runner(const Steps& steps) : steps_(steps), bound_(steps.values.size()) {
+  for (std::size_t value = 0; value < steps.values.size(); ++value) {
+    if (steps.values[value].kind == Value::Kind::kInput) inputs_.push_back(value);
+    if (steps.values[value].kind == Value::Kind::kBound) bound_values_.push_back(value);
+  }
+}
+
 void Runner::bind(std::size_t value, const Tensor& tensor) {
   if (value >= bound_.size() || steps_.values[value].kind != Value::Kind::kBound) {
     throw std::invalid_argument("such a value is not bound");
   }
   plans_.clear();
+  bound_symbols_.clear();
   bound_[value] = tensor;
 }
 
 const Plan& Runner::plan_for(const std::vector<Tensor>& inputs) {
-  symbols_.assign(steps_.symbols, -1);
-  std::size_t next = 0;
-  for (std::size_t value = 0; value < steps_.values.size(); ++value) {
-    const Value& given = steps_.values[value];
-    if (given.kind == Value::Kind::kInput) {
-      if (next == inputs.size()) throw std::invalid_argument("inputs are missing");
-      check_shape(given, inputs[next++], symbols_);
-    } else if (given.kind == Value::Kind::kBound) {
+  if (bound_symbols_.empty()) {
+    std::vector<std::int64_t> found(steps_.symbols, -1);
+    for (const std::size_t value : bound_values_) {
       if (bound_[value].data == nullptr) throw std::invalid_argument("a bound tensor is missing");
-      check_shape(given, bound_[value], symbols_);
+      check_shape(steps_.values[value], bound_[value], found);
     }
+    bound_symbols_ = std::move(found);
   }
-  if (next != inputs.size()) throw std::invalid_argument("there are too many inputs");
+  symbols_ = bound_symbols_;
+  if (inputs.size() < inputs_.size()) throw std::invalid_argument("inputs are missing");
+  if (inputs.size() > inputs_.size()) throw std::invalid_argument("there are too many inputs");
+  for (std::size_t i = 0; i < inputs.size(); ++i) check_shape(steps_.values[inputs_[i]], inputs[i], symbols_);
   const auto known = std::find_if(plans_.begin(), plans_.end(), [&](const auto& plan) { return plan->symbols == symbols_; });
   if (known != plans_.end()) {
     std::rotate(plans_.begin(), known, known + 1);
@@ -90,11 +97,9 @@ const std::vector<Tensor>& Runner::run(const std::vector<Tensor>& inputs, std::s
   using Clock = std::chrono::steady_clock;
   cancelled_.store(false);
   const Plan& plan = plan_for(inputs);
-  std::size_t next = 0;
-  for (std::size_t value = 0; value < steps_.values.size(); ++value) {
-    if (steps_.values[value].kind != Value::Kind::kInput) continue;
-    const Tensor& given = inputs[next++];
-    if (given.size() != 0) std::memcpy(plan.inputs[value].data, given.data, given.size() * bytes_of(given.element));
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const Tensor& given = inputs[i];
+    if (given.size() != 0) std::memcpy(plan.inputs[inputs_[i]].data, given.data, given.size() * bytes_of(given.element));
   }
   for (const PlannedCall& call : plan.calls) {
     if (cancelled_.load(std::memory_order_relaxed)) throw Cancelled{};

@@ -30,7 +30,7 @@ class Arena {
 // The state of one caller: bound tensors, memory, and the plans of the sizes that came lately. One call at a time.
 class Runner {
  public:
-  explicit Runner(const Steps& steps) : steps_(steps), bound_(steps.values.size()) {}
+  explicit Runner(const Steps& steps);
 
   void bind(std::size_t value, const Tensor& tensor);
 
@@ -48,7 +48,9 @@ class Runner {
   const Plan& plan_for(const std::vector<Tensor>& inputs);
 
   const Steps& steps_;
+  std::vector<std::size_t> inputs_, bound_values_;  // values of these kinds
   std::vector<Tensor> bound_;
+  std::vector<std::int64_t> bound_symbols_;  // empty until all are bound; -1 where none says the size
   std::vector<std::unique_ptr<Plan>> plans_;  // the latest first
   std::vector<std::int64_t> symbols_;
   Arena arena_;

@@ -68,13 +68,15 @@ class CpuSession(Session):
         """Bytes of the memory for activations."""
         return self._runner.arena_bytes
 
-    def profile(
-        self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
-    ) -> list[tuple[str, int]]:
-        """Take a step, and give the node and nanoseconds of each instruction; errors as in :meth:`step`."""
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The node that each instruction stands for."""
+        return self._assembled.steps
+
+    def profile(self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> list[int]:
+        """Take a step, and give the nanoseconds of each instruction; errors as in :meth:`step`."""
         self._check(tokens, slots, starts, rows)
-        spent = self._runner.profile(self._given(tokens, slots, starts, rows), torch.get_num_threads())
-        return list(zip(self._assembled.steps, spent, strict=True))
+        return self._runner.profile(self._given(tokens, slots, starts, rows), torch.get_num_threads())
 
     def _step(
         self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
