@@ -185,11 +185,12 @@ class System:
 def main() -> int:
     """Run the comparison."""
     options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=7, help="turns of each system")
     options.add_argument("--remake", action="store_true", help="make our own models again")
     arguments = options.parse_args()
     rows, bounds = Rows(), Bounds(THREADS)
-    # Before there are rivals, whose threads look for work for a while.
-    peaks = max(bounds.int8_tops() or 0.0 for _ in range(3)), max(bounds.float32_tflops() or 0.0 for _ in range(3))
+    # Before there are rivals, whose threads look for work for a while; often, as two threads may share a core at first.
+    peaks = max(bounds.int8_tops() or 0.0 for _ in range(12)), max(bounds.float32_tflops() or 0.0 for _ in range(12))
     everyone = [*ours(), *rivals()]
     if arguments.remake:
         for path in MODELS.glob("*.packed"):
@@ -204,7 +205,7 @@ def main() -> int:
             running.append(system)
         except RivalError as error:
             _give_up(rows, system, error)
-    measure(rows, bounds, peaks, running, tasks, rounds=3 if arguments.quick else 7)
+    measure(rows, bounds, peaks, running, tasks, rounds=3 if arguments.quick else arguments.rounds)
     if not arguments.quick:
         overhead(rows, running)
         lookup(rows, running)
