@@ -161,8 +161,9 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     batch, calibration = encode(tokenizer, SENTENCES), [encode(tokenizer, CALIBRATION)]
 
-    int8 = gw.QuantizeLinears(bits=8, activations="int8", calibration=calibration, damping=0.1)
-    int4 = gw.QuantizeLinears(bits=4, group_size=32, symmetric=False, calibration=calibration, damping=0.1)
+    gptq = gw.Gptq(damping=0.1)
+    int8 = gw.QuantizeLinears(bits=8, activations="int8", calibration=calibration, rounding=gptq)
+    int4 = gw.QuantizeLinears(bits=4, group_size=32, symmetric=False, calibration=calibration, rounding=gptq)
     recipes: dict[str, list[gw.Pass]] = {
         "fp32": [],
         "int8": [int8, gw.QuantizeEmbeddings(bits=8)],

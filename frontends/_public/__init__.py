@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from graphwright.passes.base import Pass as Pass
     from graphwright.passes.base import RulePass as RulePass
     from graphwright.passes.bisection import bisect as bisect
+    from graphwright.passes.calibration import CalibrationData as CalibrationData
     from graphwright.passes.cleanup import CanonicalizeLinears as CanonicalizeLinears
     from graphwright.passes.cleanup import Cleanup as Cleanup
     from graphwright.passes.cleanup import EliminateCommonSubexpressions as EliminateCommonSubexpressions
@@ -104,6 +105,8 @@ if TYPE_CHECKING:
     from graphwright.passes.hooks import Hook as Hook
     from graphwright.passes.pipeline import Pipeline as Pipeline
     from graphwright.passes.pipeline import run_passes as run_passes
+    from graphwright.passes.quantization import Gptq as Gptq
+    from graphwright.passes.quantization import Nearest as Nearest
     from graphwright.passes.quantization import QuantizeEmbeddings as QuantizeEmbeddings
     from graphwright.passes.quantization import QuantizeLinears as QuantizeLinears
     from graphwright.passes.report import PassRecord as PassRecord
@@ -118,6 +121,7 @@ if TYPE_CHECKING:
 _EXPORTS: dict[str, str] = {
     "Approximate": "graphwright.passes.contract",
     "BackendError": "graphwright.ir.errors",
+    "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
     "Cleanup": "graphwright.passes.cleanup",
@@ -144,12 +148,14 @@ _EXPORTS: dict[str, str] = {
     "FuseRotaryEmbedding": "graphwright.passes.fusion",
     "Generation": "graphwright.frontends.generation.result",
     "GenerationError": "graphwright.ir.errors",
+    "Gptq": "graphwright.passes.quantization",
     "GraphwrightError": "graphwright.ir.errors",
     "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
     "InputError": "graphwright.ir.errors",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
+    "Nearest": "graphwright.passes.quantization",
     "OptimizedDecoder": "graphwright.frontends.generation.optimized",
     "OptimizedModel": "graphwright.frontends.api",
     "OrderError": "graphwright.ir.errors",

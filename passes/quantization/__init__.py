@@ -2,5 +2,7 @@
 
 from graphwright.passes.quantization.embeddings import QuantizeEmbeddings
 from graphwright.passes.quantization.linears import QuantizeLinears
+from graphwright.passes.quantization.rounding.gptq import Gptq
+from graphwright.passes.quantization.rounding.nearest import Nearest
 
-__all__ = ["QuantizeEmbeddings", "QuantizeLinears"]
+__all__ = ["Gptq", "Nearest", "QuantizeEmbeddings", "QuantizeLinears"]

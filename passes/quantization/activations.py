@@ -12,10 +12,12 @@ import torch
 
 from graphwright.ir.errors import InputError
 from graphwright.ir.ops.quantization import quantize_activations
-from graphwright.passes.quantization.calibration import Observed
+from graphwright.passes.calibration import Observed
 
 # Migration strengths tried; None for one scale for all features.
 _STRENGTHS = (None, 0.5, 0.65, 0.8)
+# Error of a linear's outputs up to which static grids are taken for granted: 8-bit rounding itself makes 1 to 2 %.
+_SMALL_ERROR = 0.02
 # Fractions of the observed range tried. What lies beyond is clipped.
 _RANGES = (1.0, 0.92, 0.84, 0.7)
 # Output channels that roundings are compared on.
@@ -71,6 +73,24 @@ def static_grid(inputs: Observed, weight: torch.Tensor) -> StaticGrid:
                 best = StaticGrid(factors * step, zero, error)
     assert best is not None
     return best
+
+
+@dataclass(frozen=True)
+class GridChoice:
+    """Whether the inputs of a linear get a static grid.
+
+    Attributes:
+        always: they do; else only where its error is small, or no larger than that of grids made for each token.
+    """
+
+    always: bool
+
+    def choose(self, inputs: Observed, weight: torch.Tensor) -> StaticGrid | None:
+        """The grid, or ``None`` for one per token; see :func:`static_grid`."""
+        grid = static_grid(inputs, weight)
+        if self.always or grid.error <= _SMALL_ERROR or grid.error <= per_token_error(inputs, weight):
+            return grid
+        return None
 
 
 def per_token_error(inputs: Observed, weight: torch.Tensor) -> float:

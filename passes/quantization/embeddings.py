@@ -16,10 +16,11 @@ from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract
+from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.linears import check_format, stem, store
 from graphwright.passes.quantization.loss import Loss, report_entries
 from graphwright.passes.quantization.targets import LinearTarget, embedding_objection, linear_target
-from graphwright.passes.quantization.weights import Format, quantize_weight
+from graphwright.passes.quantization.weights import quantize_weight
 from graphwright.passes.selection import Predicate
 
 _LOCAL_LIMITS = {8: 0.05, 4: 0.35}

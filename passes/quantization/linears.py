@@ -3,49 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from graphwright.ir.errors import InputError
-from graphwright.ir.mapped import release
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
+from graphwright.passes.calibration import CalibrationData
 from graphwright.passes.contract import Approximate, Contract
-from graphwright.passes.quantization.activations import StaticGrid, per_token_error, static_grid
-from graphwright.passes.quantization.calibration import Batch, Observations, Observed
-from graphwright.passes.quantization.loss import report_entries
+from graphwright.passes.quantization.activations import GridChoice, StaticGrid
+from graphwright.passes.quantization.formats import Format
+from graphwright.passes.quantization.loss import Loss, report_entries
+from graphwright.passes.quantization.rounding import BlockRounding, InputRounding, Rounding, rounding_of
+from graphwright.passes.quantization.schedule import Schedule, weight_name
 from graphwright.passes.quantization.targets import LinearTarget, half_shared, is_head, linear_target
-from graphwright.passes.quantization.weights import (
-    ChannelWeight,
-    Format,
-    PackedWeight,
-    check_finite,
-    quantize_weight,
-    quantize_weight_gptq,
-    quantize_weight_int8,
-    quantize_weight_int8_gptq,
-)
+from graphwright.passes.quantization.weights import ChannelWeight, PackedWeight
 
 # Relative error (root mean square) of one linear's output beyond which its weights are taken for wrong, not for
 # rounded. Rounding to nearest gives about 0.005 (INT8), 0.01 (INT8 with INT8 activations) and 0.1 (INT4) on normal
 # weights.
 _LOCAL_LIMITS = {(8, "none"): 0.05, (8, "int8"): 0.15, (4, "none"): 0.35}
 
-# Error of a linear's outputs up to which static ranges are taken for granted: 8-bit rounding itself makes 1 to 2 %.
-_SMALL_ERROR = 0.02
-
 _ACTIVATIONS = ("none", "int8")
 _RANGES = ("auto", "static", "per_token", "per_tensor")
-_ROUNDINGS = ("nearest", "gptq")
-
-_Packed: TypeAlias = tuple[PackedWeight | ChannelWeight, StaticGrid | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +70,10 @@ class QuantizeLinears(Pass):
             moved into the weights (SmoothQuant); the fastest. ``"auto"``: static where the linear's outputs on the
             calibration data then err by 2 % at most, or by no more than per token; per token elsewhere, and without
             such data.
-        rounding: ``"nearest"``, or ``"gptq"`` (Frantar et al. 2023), which needs ``calibration``. By default GPTQ when
-            there is calibration data.
-        calibration: batches of typical inputs, each as the model is called.
-        damping: GPTQ: added to the second moments' diagonal, as a fraction of its mean.
+        rounding: how codes are chosen: the name of a method of :mod:`graphwright.passes.quantization.rounding` or one
+            with options, such as ``Gptq(damping=0.1)``. By default GPTQ when there is calibration data, else nearest.
+        calibration: typical inputs: batches, each as the model is called, a ``DataLoader`` of such, or
+            :class:`CalibrationData`. Every linear is rounded for the inputs it gets from those rounded before it.
         lm_head: quantise the output head too.
     """
 
@@ -101,9 +87,8 @@ class QuantizeLinears(Pass):
     clip_search: bool = True
     activations: str = "none"
     activation_ranges: str = "auto"
-    rounding: str | None = None
-    calibration: Sequence[Batch] | None = field(default=None, compare=False)
-    damping: float = 0.01
+    rounding: str | Rounding | None = None
+    calibration: Iterable[Any] | None = field(default=None, compare=False)
     lm_head: bool = False
 
     def __post_init__(self) -> None:
@@ -111,12 +96,13 @@ class QuantizeLinears(Pass):
         check_format(self.name, self.bits, self.group_size)
         _one_of(self.name, "activations", self.activations, _ACTIVATIONS)
         _one_of(self.name, "activation_ranges", self.activation_ranges, _RANGES)
-        if self.rounding is not None:
-            _one_of(self.name, "rounding", self.rounding, _ROUNDINGS)
-        if not 0.0 < self.damping < 10.0:
-            raise InputError(f"must be above 0, not {self.damping!r}", where=f"{self.name}: damping")
-        for option, value in (("rounding", "gptq"), ("activation_ranges", "static")):
-            if getattr(self, option) == value and self.calibration is None:
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
+        chosen = self._rounding()
+        needy = {"rounding": chosen.method} if isinstance(chosen, InputRounding | BlockRounding) else {}
+        needy |= {"activation_ranges": "static"} if self.activation_ranges == "static" else {}
+        for option, value in needy.items():
+            if self.calibration is None:
                 raise InputError(
                     "needs calibration data",
                     where=f"{self.name}: {option}={value!r}",
@@ -135,11 +121,17 @@ class QuantizeLinears(Pass):
         return base if self.max_error is None else dataclasses.replace(base, max_relative_error=float(self.max_error))
 
     def options(self) -> dict[str, Any]:
-        """Options as JSON values; calibration data as its number of batches."""
+        """Options as JSON values; calibration data in words."""
         found = super().options()
+        if isinstance(self.rounding, Rounding):
+            found["rounding"] = {"method": self.rounding.method, **found["rounding"]}
         if self.calibration is not None:
-            found["calibration"] = f"{len(self.calibration)} batches"
+            found["calibration"] = str(self.calibration)
         return found
+
+    def _rounding(self) -> Rounding:
+        usual = "nearest" if self.calibration is None else "gptq"
+        return rounding_of(self.rounding or usual, where=f"{self.name}: rounding")
 
     def run(self, program: Program) -> bool:
         """Quantise every linear that is selected and can be.
@@ -148,21 +140,19 @@ class QuantizeLinears(Pass):
             InputError: a weight or the calibration data holds NaN or infinity.
         """
         targets = self._targets(program)
-        inputs = self._inputs(program, targets)
-        sources = _sources(targets)
-        packed: dict[str, _Packed] = {}
+        losses: dict[str, Loss] = {}
+        static = 0
         with program.edit() as rewriter:
-            for target in targets:
-                name = str(target.weight.target)
-                if name not in packed:
-                    packed[name] = self._quantize(program, target, inputs.get(target.x), len(sources[name]) == 1)
-                    release(program.tensor(target.weight))
-                self._rewrite(rewriter, self._now(program, target), *packed[name])
+            schedule = Schedule(program, targets, self._forms(targets), self._rounding(), self._grids())
+            for found in schedule.run(self.calibration):
+                losses[weight_name(found.target)] = found.packed.loss
+                static += found.grid is not None
+                self._rewrite(rewriter, self._now(program, found.target), found.packed, found.grid)
             program.notes["linears"] = len(targets)
             if self.activations == "int8":
-                program.notes["static_ranges"] = sum(grid is not None for _, grid in packed.values())
-            if packed:
-                program.notes.update(report_entries({name: found.loss for name, (found, _) in packed.items()}))
+                program.notes["static_ranges"] = static
+            if losses:
+                program.notes.update(report_entries(losses))
             return rewriter.changed
 
     # -- choosing ------------------------------------------------------------------------------------------------------
@@ -195,49 +185,17 @@ class QuantizeLinears(Pass):
             return "it is the output head, which is left in floating point (set lm_head=True to quantise it)"
         return None
 
-    def _inputs(self, program: Program, targets: list[LinearTarget]) -> Mapping[fx.Node, Observed]:
-        ranges = self.activations == "int8" and self.activation_ranges in ("auto", "static")
-        if self.calibration is None or (self.rounding == "nearest" and not ranges):
-            return {}
-        return Observations(program, list(dict.fromkeys(target.x for target in targets)), self.calibration)
-
     # -- quantising ----------------------------------------------------------------------------------------------------
 
-    def _quantize(self, program: Program, target: LinearTarget, inputs: Observed | None, one_source: bool) -> _Packed:
-        weight, name = program.tensor(target.weight), str(target.weight.target)
-        if target.transposed:
-            weight = weight.t()
-        moment = inputs.moment if inputs is not None and self.rounding != "nearest" else None
-        if self.activations == "int8":
-            grid = self._grid(weight, name, inputs, one_source)
-            if grid is not None:
-                weight = weight.detach().to(torch.float32) * grid.scales
-                moment = moment / (grid.scales.unsqueeze(-1) * grid.scales) if moment is not None else None
-            if moment is not None:
-                return quantize_weight_int8_gptq(
-                    weight, moment, clip_search=self.clip_search, damping=self.damping, name=name
-                ), grid
-            return quantize_weight_int8(weight, clip_search=self.clip_search, name=name), grid
-        form = Format(self.bits, self.group_size, self.symmetric, self.clip_search)
-        if moment is not None:
-            return quantize_weight_gptq(weight, moment, form, damping=self.damping, name=name), None
-        return quantize_weight(weight, form, name=name), None
+    def _forms(self, targets: Sequence[LinearTarget]) -> dict[str, Format]:
+        products = self.activations == "int8"
+        form = Format(self.bits, self.group_size, self.symmetric, self.clip_search, integer_products=products)
+        return {weight_name(target): form for target in targets}
 
-    def _grid(self, weight: torch.Tensor, name: str, inputs: Observed | None, one_source: bool) -> StaticGrid | None:
-        """The static grid of a linear's input; ``None`` for grids made as the data comes.
-
-        A weight that linears with several inputs share holds no input's scales.
-        """
-        if inputs is None or not one_source or self.activation_ranges not in ("auto", "static"):
+    def _grids(self) -> GridChoice | None:
+        if self.activations != "int8" or self.calibration is None or self.activation_ranges not in ("auto", "static"):
             return None
-        check_finite(weight, name)
-        try:
-            grid = static_grid(inputs, weight)
-        except InputError as error:
-            raise InputError(error.what, where=f"the input of weight {name!r}", hint="look at the batches") from error
-        if self.activation_ranges == "static" or grid.error <= _SMALL_ERROR:
-            return grid
-        return grid if grid.error <= per_token_error(inputs, weight) else None
+        return GridChoice(always=self.activation_ranges == "static")
 
     @staticmethod
     def _now(program: Program, target: LinearTarget) -> LinearTarget:
@@ -265,14 +223,6 @@ class QuantizeLinears(Pass):
             factors = rewriter.weight(f"{base}input_scales", grid.scales, like=node, tags=tags)
             op, rest = "graphwright.linear_int8_static", (factors, grid.zero_point)
         rewriter.replace(node, rewriter.call(op, target.x, codes, scales, target.bias, *rest, like=node, tags=tags))
-
-
-def _sources(targets: Sequence[LinearTarget]) -> dict[str, set[fx.Node]]:
-    """The inputs that each weight meets."""
-    found: dict[str, set[fx.Node]] = {}
-    for target in targets:
-        found.setdefault(str(target.weight.target), set()).add(target.x)
-    return found
 
 
 def stem(weight: str) -> str:

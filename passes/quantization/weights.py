@@ -9,39 +9,14 @@ import torch
 
 from graphwright.ir.errors import InputError
 from graphwright.ir.mapped import release
-from graphwright.ir.ops.quantization import pack
-from graphwright.passes.quantization.gptq import FitGroup, gptq
-from graphwright.passes.quantization.grids import fit_grid, round_to_grid
+from graphwright.ir.ops.quantization import dequantize, pack
+from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss
+from graphwright.passes.quantization.rounding.base import Codes
 
 # Elements worked on at once: temporaries of a slice stay in the cache, and its operations are long enough to be shared
 # among threads.
 _SLICE_ELEMENTS = 1 << 19
-
-# Scales are stored in half precision where all of them are normal numbers there.
-_HALF = torch.finfo(torch.float16)
-
-
-@dataclass(frozen=True)
-class Format:
-    """How weights are stored.
-
-    Attributes:
-        bits: 4 or 8.
-        group_size: columns to a scale; ``None`` for one scale per row (output channel).
-        symmetric: zero point fixed at the middle code, and not stored.
-        clip_search: look for the range with the least squared error.
-    """
-
-    bits: int
-    group_size: int | None
-    symmetric: bool
-    clip_search: bool
-
-    def columns_per_group(self, columns: int) -> int:
-        """The group size for a weight of so many columns; even, so that 4-bit codes pair up."""
-        size = columns if self.group_size is None else self.group_size
-        return size + size % 2
 
 
 @dataclass(frozen=True)
@@ -53,6 +28,12 @@ class PackedWeight:
     zero_points: torch.Tensor | None
     group_size: int
     loss: Loss
+    form: Format
+    columns: int
+
+    def dense(self) -> torch.Tensor:
+        """The weight it stands for, ``[rows, columns]`` float32."""
+        return dequantize(self.qweight, self.scales, self.zero_points, self.form.bits, self.columns, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -62,6 +43,10 @@ class ChannelWeight:
     qweight: torch.Tensor
     scales: torch.Tensor
     loss: Loss
+
+    def dense(self) -> torch.Tensor:
+        """The weight it stands for, ``[rows, columns]`` float32."""
+        return self.qweight.to(torch.float32) * self.scales.unsqueeze(-1)
 
 
 def _not_finite(name: str) -> InputError:
@@ -101,21 +86,19 @@ def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight")
     scales, zeros = torch.empty(rows, groups), torch.empty(rows, groups)
     with torch.no_grad():
         for span, block in _blocks(weight, group):
-            scales[span], zeros[span] = fit_grid(
-                block, bits=form.bits, symmetric=form.symmetric, clip_search=form.clip_search
-            )
+            scales[span], zeros[span] = form.fit(block)
             # NaN and infinity reach the scales: the extremes they are made from take them over.
             if not bool(torch.isfinite(scales[span]).all()):
                 raise _not_finite(name)
-        stored, points = _stored_scales(scales), _stored_zeros(zeros, form)
+        stored, points = form.stored(scales), _stored_zeros(zeros, form)
         loss = Loss()
         for span, block in _blocks(weight, group):
             scale, zero = stored[span].to(torch.float32), zeros[span]
-            found = round_to_grid(block, scale, zero, form.bits)
+            found = form.round(block, scale, zero)
             padding = points[span] if points is not None else None
             qweight[span] = pack(found.flatten(1).to(torch.uint8), form.bits, group, padding)
-            loss.add(found.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)), block)
-    return PackedWeight(qweight, stored, points, group, loss)
+            loss.add(form.values(found, scale, zero), block)
+    return PackedWeight(qweight, stored, points, group, loss, form, columns)
 
 
 def _blocks(weight: torch.Tensor, group: int) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
@@ -137,47 +120,15 @@ def _blocks(weight: torch.Tensor, group: int) -> Iterator[tuple[tuple[slice, sli
         release(weight[down])
 
 
-def quantize_weight_gptq(
-    weight: torch.Tensor, second_moment: torch.Tensor, form: Format, *, damping: float, name: str = "weight"
-) -> PackedWeight:
-    """Quantise a weight with GPTQ; see :func:`graphwright.passes.quantization.gptq.gptq`.
-
-    Raises:
-        InputError: the weight or the second moment holds NaN or infinity, or the latter is singular.
-    """
-    group = form.columns_per_group(weight.shape[1])
-
-    def fit(columns: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale, zero = fit_grid(
-            columns.contiguous(),
-            bits=form.bits,
-            symmetric=form.symmetric,
-            clip_search=form.clip_search,
-            importance=importance,
-        )
-        return _stored_scales(scale).to(torch.float32), zero
-
-    codes, scales, zeros = _gptq(weight, second_moment, form.bits, group, fit, damping, name)
-    stored, group_of = _stored_scales(scales), torch.arange(weight.shape[1]) // group
-    rounded = (codes - zeros[:, group_of]) * stored.to(torch.float32)[:, group_of]
-    loss, points = Loss.of_outputs(rounded, weight.detach(), second_moment), _stored_zeros(zeros, form)
-    return PackedWeight(pack(codes, form.bits, group, points), stored, points, group, loss)
-
-
-def _gptq(
-    weight: torch.Tensor,
-    second_moment: torch.Tensor,
-    bits: int,
-    group_size: int,
-    fit: FitGroup,
-    damping: float,
-    name: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_finite(weight, name)
-    try:
-        return gptq(weight, second_moment, bits=bits, group_size=group_size, fit_group=fit, damping=damping)
-    except InputError as error:
-        raise InputError(error.what, where=f"weight {name!r}", hint=error.hint) from error
+def pack_codes(found: Codes, form: Format) -> PackedWeight | ChannelWeight:
+    """Pack what a rounding method chose."""
+    if form.integer_products:
+        steps = (found.codes.to(torch.int16) - 2 ** (form.bits - 1)).to(torch.int8)
+        return ChannelWeight(steps, found.scales.squeeze(1), found.loss)
+    columns = found.codes.shape[1]
+    group, points = form.columns_per_group(columns), _stored_zeros(found.zeros, form)
+    qweight = pack(found.codes, form.bits, group, points)
+    return PackedWeight(qweight, form.stored(found.scales), points, group, found.loss, form, columns)
 
 
 def quantize_weight_int8(weight: torch.Tensor, *, clip_search: bool, name: str = "weight") -> ChannelWeight:
@@ -192,49 +143,19 @@ def quantize_weight_int8(weight: torch.Tensor, *, clip_search: bool, name: str =
         InputError: the weight holds NaN or infinity.
     """
     rows, columns = weight.shape
+    form = Format(8, None, True, clip_search, integer_products=True)
     codes, scales, loss = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows), Loss()
     with torch.no_grad():
         for (down, _), block in _blocks(weight, columns):
             piece = block.squeeze(1)
-            scale, zero = fit_grid(piece, bits=8, symmetric=True, clip_search=clip_search, full_range=False)
+            scale, zero = form.fit(piece)
             if not bool(torch.isfinite(scale).all()):
                 raise _not_finite(name)
             scales[down] = scale
-            found = round_to_grid(piece, scale, zero, 8, lowest=1.0).sub_(zero.unsqueeze(-1))
-            codes[down] = found.to(torch.int8)
-            loss.add(found.mul_(scale.unsqueeze(-1)), piece)
+            found = form.round(piece, scale, zero)
+            codes[down] = found.sub(zero.unsqueeze(-1)).to(torch.int8)
+            loss.add(form.values(found, scale, zero), piece)
     return ChannelWeight(codes, scales, loss)
-
-
-def quantize_weight_int8_gptq(
-    weight: torch.Tensor, second_moment: torch.Tensor, *, clip_search: bool, damping: float, name: str = "weight"
-) -> ChannelWeight:
-    """As :func:`quantize_weight_int8`, rounded by GPTQ.
-
-    Raises:
-        InputError: the weight or the second moment holds NaN or infinity, or the latter is singular.
-    """
-
-    def fit(columns: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return fit_grid(
-            columns.contiguous(),
-            bits=8,
-            symmetric=True,
-            clip_search=clip_search,
-            importance=importance,
-            full_range=False,
-        )
-
-    codes, scales, _ = _gptq(weight, second_moment, 8, weight.shape[1], fit, damping, name)
-    steps = (codes.to(torch.int16) - 128).clamp_(-127, 127)
-    loss = Loss.of_outputs(steps * scales, weight.detach(), second_moment)
-    return ChannelWeight(steps.to(torch.int8), scales.squeeze(1), loss)
-
-
-def _stored_scales(scales: torch.Tensor) -> torch.Tensor:
-    size = scales.abs()
-    fits = bool(((size >= _HALF.tiny) & (size <= _HALF.max)).all())
-    return scales.to(torch.float16) if fits else scales
 
 
 def _stored_zeros(zeros: torch.Tensor, form: Format) -> torch.Tensor | None:

@@ -15,7 +15,8 @@ from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
 from graphwright.backends.cpu.kernels.byte_packing import pack_int8, pack_nbits
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops import quantization
-from graphwright.passes.quantization.weights import Format, quantize_weight, quantize_weight_int8
+from graphwright.passes.quantization.formats import Format
+from graphwright.passes.quantization.weights import quantize_weight, quantize_weight_int8
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason=native_status().message)
 

@@ -18,7 +18,8 @@ from graphwright.backends.cpu.kernels.byte_packing import pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops import quantization
-from graphwright.passes.quantization.weights import Format, PackedWeight, quantize_weight
+from graphwright.passes.quantization.formats import Format
+from graphwright.passes.quantization.weights import PackedWeight, quantize_weight
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason=native_status().message)
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 import graphwright as gw
+from graphwright.passes.calibration import Observed, Stream
 from graphwright.passes.quantization.activations import per_token_error, static_grid
-from graphwright.passes.quantization.calibration import Observed, observe
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -61,7 +61,9 @@ def test_padding_is_left_out() -> None:
     (node,) = [node for node in program.nodes if gw.op_name(node) == "aten.embedding"]
     ids = torch.arange(10).reshape(2, 5)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    found = observe(program, [node], [{"ids": ids, "attention_mask": mask}])[node]
+    with Stream(program, [{"ids": ids, "attention_mask": mask}]) as stream:
+        stream.advance(next(iter(node.users)))
+        found = Observed.over(stream.rows(node))
     seen = program.tensor(node.args[0]).detach()[ids[mask.bool()]]
     assert torch.equal(found.high, seen.amax(0))
     assert len(found.rows) == 8

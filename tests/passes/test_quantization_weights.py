@@ -1,11 +1,10 @@
-"""Whole weights: layout, dtypes, rows that do not divide, what cannot be quantised, and what GPTQ makes better."""
+"""Whole weights: layout, dtypes, rows that do not divide, what cannot be quantised."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,16 +13,9 @@ from hypothesis import strategies as st
 import graphwright as gw
 from graphwright.ir.ops.quantization import dequantize
 from graphwright.passes.quantization import weights as module
-from graphwright.passes.quantization.gptq import gptq
+from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss, report_entries
-from graphwright.passes.quantization.weights import (
-    Format,
-    PackedWeight,
-    quantize_weight,
-    quantize_weight_gptq,
-    quantize_weight_int8,
-    quantize_weight_int8_gptq,
-)
+from graphwright.passes.quantization.weights import PackedWeight, quantize_weight, quantize_weight_int8
 
 
 def opened(packed: PackedWeight, bits: int, columns: int) -> torch.Tensor:
@@ -180,13 +172,10 @@ def test_zeros_and_subnormal_numbers() -> None:
 def test_nan_and_infinity_are_refused_by_name(value: float, place: tuple[int, int]) -> None:
     weight = torch.randn(4, 67)
     weight[place] = value
-    moment = torch.eye(67)
     attempts: list[Callable[[], object]] = [
         lambda: quantize_weight(weight, Format(4, 32, True, True), name="a.b.weight"),
         lambda: quantize_weight(weight, Format(8, None, False, False), name="a.b.weight"),
         lambda: quantize_weight_int8(weight, clip_search=True, name="a.b.weight"),
-        lambda: quantize_weight_gptq(weight, moment, Format(4, 32, True, True), damping=0.01, name="a.b.weight"),
-        lambda: quantize_weight_int8_gptq(weight, moment, clip_search=True, damping=0.01, name="a.b.weight"),
     ]
     for attempt in attempts:
         with pytest.raises(gw.InputError, match=r"NaN or infinity .*weight 'a.b.weight'"):
@@ -210,97 +199,6 @@ def test_int8_channels(columns: int, search: bool) -> None:
     assert (exact[3] == 0).all()
     assert relative(exact, weight) < 0.01
     assert found.loss.relative == pytest.approx(relative(exact, weight), rel=1e-3, abs=1e-7)
-
-
-# -- GPTQ --------------------------------------------------------------------------------------------------------------
-
-
-def correlated(rows: int, columns: int) -> torch.Tensor:
-    """Inputs whose features move together, as those of a real layer do."""
-    return torch.randn(rows, columns // 4) @ torch.randn(columns // 4, columns) + 0.3 * torch.randn(rows, columns)
-
-
-def test_gptq_is_the_algorithm_of_the_paper() -> None:
-    """Against column-by-column elimination on the explicit inverse, as in the paper's equations 2 and 3."""
-    x, weight = correlated(256, 24), torch.randn(5, 24)
-    moment = x.T @ x
-    scale, zero = weight.abs().amax(-1) / 7, torch.full((5,), 8.0)
-    codes, scales, _ = gptq(weight, moment, bits=4, group_size=24, fit_group=lambda *_: (scale, zero), damping=0.01)
-    hessian = moment.double().numpy()
-    hessian = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(24)
-    inverse, work = np.linalg.inv(hessian), weight.double().numpy().copy()
-    expected = np.zeros((5, 24))
-    for column in range(24):
-        steps = scale.double().numpy()
-        expected[:, column] = np.clip(np.rint(work[:, column] / steps), -8, 7)
-        error = (work[:, column] - expected[:, column] * steps) / inverse[column, column]
-        work[:, column:] -= np.outer(error, inverse[column, column:])
-        inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    assert torch.equal(scales[:, 0], scale)
-    agree = (codes.double().numpy() - 8 == expected).mean()
-    assert agree >= 0.99  # float32 against float64: a value halfway between two codes may fall either way
-
-
-@pytest.mark.parametrize(("group", "symmetric"), [(32, True), (32, False), (None, True), (48, True)])
-def test_gptq_keeps_outputs_better_than_rounding_to_nearest(group: int | None, symmetric: bool) -> None:
-    x, weight = correlated(512, 160), torch.randn(40, 160)
-    form = Format(4, group, symmetric, True)
-    near = quantize_weight(weight, form)
-    better = quantize_weight_gptq(weight, x.T @ x, form, damping=0.01)
-    exact = x.double() @ weight.double().T
-    errors = [relative(x.double() @ opened(packed, 4, 160).T, exact) for packed in (near, better)]
-    assert errors[1] < 0.75 * errors[0]
-    assert better.loss.relative == pytest.approx(errors[1], rel=0.01)
-
-
-def test_gptq_for_int8_channels() -> None:
-    x, weight = correlated(512, 64), torch.randn(16, 64)
-    exact = x.double() @ weight.double().T
-    near = quantize_weight_int8(weight, clip_search=True)
-    better = quantize_weight_int8_gptq(weight, x.T @ x, clip_search=True, damping=0.01)
-    errors = [
-        relative(x.double() @ (found.qweight.double() * found.scales.double()[:, None]).T, exact)
-        for found in (near, better)
-    ]
-    assert errors[1] < 0.8 * errors[0]
-    assert better.loss.relative == pytest.approx(errors[1], rel=0.02)
-    assert better.qweight.abs().max() <= 127
-
-
-def test_features_that_never_fire_are_rounded_to_nearest() -> None:
-    x, weight = correlated(128, 32), torch.randn(4, 32)
-    x[:, 5] = 0
-    form = Format(4, None, True, False)
-    packed = quantize_weight_gptq(weight, x.T @ x, form, damping=0.01)
-    scale = packed.scales.double()[:, 0]
-    nearest = (weight[:, 5].double() / scale).round().clamp(-8, 7) * scale
-    assert torch.equal(opened(packed, 4, 32)[:, 5], nearest)
-
-
-@pytest.mark.parametrize(
-    ("moment", "message"),
-    [
-        (torch.zeros(8, 8), "all zero"),
-        (torch.full((8, 8), float("nan")), "hold NaN"),
-        (torch.eye(7), "second moment is"),
-        (-torch.eye(8) + 2 * torch.ones(8, 8), "singular"),
-    ],
-)
-def test_second_moments_that_cannot_be_used(moment: torch.Tensor, message: str) -> None:
-    with pytest.raises(gw.InputError, match=rf"{message}.*weight 'w'"):
-        quantize_weight_gptq(torch.randn(4, 8), moment, Format(4, None, True, True), damping=0.01, name="w")
-
-
-def test_gptq_fits_a_group_with_the_updates_it_has_had() -> None:
-    """A group larger than the block of columns updated at once."""
-    x, weight = correlated(400, 200), torch.randn(8, 200)
-    for group in (64, 192, 200):
-        form = Format(4, group, True, True)
-        packed = quantize_weight_gptq(weight, x.T @ x, form, damping=0.01)
-        near = quantize_weight(weight, form)
-        exact = x.double() @ weight.double().T
-        errors = [relative(x.double() @ opened(found, 4, 200).T, exact) for found in (near, packed)]
-        assert errors[1] < 0.75 * errors[0]
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

@@ -6,42 +6,50 @@ Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from graphwright.ir.errors import InputError
+from graphwright.passes.calibration import Observed
+from graphwright.passes.quantization.formats import Format
+from graphwright.passes.quantization.loss import Loss
+from graphwright.passes.quantization.rounding.base import Codes, InputRounding
 
 # Columns whose updates are gathered before they reach the rest of the matrix: one large product instead of many small
 # ones.
 _BLOCK = 128
 
-# (columns [out, group], importance [group]) -> scales [out], zero points [out]
-FitGroup = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+@dataclass(frozen=True)
+class Gptq(InputRounding):
+    """GPTQ (Frantar et al. 2023).
+
+    Attributes:
+        damping: added to the second moments' diagonal, as a fraction of its mean.
+    """
+
+    method: ClassVar[str] = "gptq"
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.damping < 10.0:
+            raise InputError(f"must be above 0, not {self.damping!r}", where="gptq: damping")
+
+    def codes(self, weight: torch.Tensor, form: Format, inputs: Observed) -> Codes:
+        """See :func:`gptq`."""
+        return gptq(weight, inputs.moment, form, damping=self.damping)
 
 
-def gptq(
-    weight: torch.Tensor,
-    second_moment: torch.Tensor,
-    *,
-    bits: int,
-    group_size: int,
-    fit_group: FitGroup,
-    damping: float = 0.01,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gptq(weight: torch.Tensor, second_moment: torch.Tensor, form: Format, *, damping: float = 0.01) -> Codes:
     """Quantise one weight so that ``X Wᵀ`` changes least.
 
     Args:
         weight: ``[out, in]``, floating.
         second_moment: ``[in, in]``, ``Σ x xᵀ`` over calibration tokens; any positive factor does not matter.
-        bits: bits per code.
-        group_size: columns that share a scale; the last group may be shorter.
-        fit_group: chooses scales and zero points of one group of columns.
+        form: the format; its grids are fitted when their group is reached.
         damping: added to the diagonal, as a fraction of its mean.
-
-    Returns:
-        codes ``[out, in]`` uint8, scales and zero points ``[out, groups]`` float32; ``weight ≈ (code - zero point) *
-        scale``.
 
     Raises:
         InputError: the second moment is not finite, of another size, or not positive even when damped.
@@ -53,10 +61,11 @@ def gptq(
         raise InputError("the calibration inputs hold NaN or infinity", hint="check the calibration data")
     factor, diagonal = _inverse_factor(second_moment, damping)
     work = weight.detach().to(torch.float32).clone()
+    rounded = torch.empty_like(work)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
+    group_size = form.columns_per_group(columns)
     groups = -(-columns // group_size)
     scales, zeros = torch.empty(rows, groups), torch.empty(rows, groups)
-    highest = float(2**bits - 1)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         errors = torch.empty(rows, stop - start)
@@ -65,17 +74,18 @@ def gptq(
             if column % group_size == 0:
                 end = min(column + group_size, columns)
                 ahead = _with_pending(work, errors, factor, start, column, end) if end > stop else work[:, column:end]
-                scales[:, group], zeros[:, group] = fit_group(ahead, diagonal[column:end])
+                scales[:, group], zeros[:, group] = form.fit(ahead, diagonal[column:end])
             scale, zero = scales[:, group], zeros[:, group]
-            code = torch.clamp(torch.round(work[:, column] / scale) + zero, 0.0, highest)
-            codes[:, column] = code.to(torch.uint8)
-            error = (work[:, column] - (code - zero) * scale) / factor[column, column]
+            code = form.round(work[:, column : column + 1], scale, zero)
+            value = form.values(code, scale, zero).squeeze(1)
+            codes[:, column], rounded[:, column] = code.squeeze(1).to(torch.uint8), value
+            error = (work[:, column] - value) / factor[column, column]
             errors[:, column - start] = error
             if column + 1 < stop:
                 work[:, column + 1 : stop] -= torch.outer(error, factor[column, column + 1 : stop])
         if stop < columns:
             work[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes, scales, zeros
+    return Codes(codes, scales, zeros, Loss.of_outputs(rounded, weight.detach(), second_moment))
 
 
 def _with_pending(
