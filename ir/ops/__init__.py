@@ -22,6 +22,7 @@ DIALECT: dict[str, str] = {
     "cached_attention": "cache",
     "embedding_nbits": "quantization",
     "gated_activation": "activation",
+    "linear_codebook": "codebook",
     "linear_int8_dynamic": "quantization",
     "linear_int8_static": "quantization",
     "linear_nbits": "quantization",

@@ -1,13 +1,16 @@
 """Quantised linears and embeddings, and the packed layout their weights are stored in.
 
-Layout (``linear_nbits``, ``embedding_nbits``): rows are cut into ``G = ceil(in / group_size)`` groups along the input
-dimension. A group of 8-bit codes is ``group_size`` bytes; a group of 4-bit codes is ``group_size / 2`` bytes, the even
-column in the low nibble. The last group is padded with its zero point, which stands for exactly 0. A weight is
+Layout (``linear_nbits``, ``embedding_nbits``, ``linear_codebook``): rows are cut into ``G = ceil(in / group_size)``
+groups along the input dimension. A group is a little-endian stream of bits: column ``i`` of it lies in bits
+``[i · bits, (i + 1) · bits)``, counted from the lowest bit of its first byte. So an 8-bit code is a byte; of two 4-bit
+codes the even column lies in the low nibble; four 2-bit codes share a byte and eight 3-bit codes three bytes. A group
+fills whole bytes. The last group is padded with its zero point, which stands for exactly 0. A weight is
 ``(code - zero point) · scale``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch.nn import functional
 
 from graphwright.ir.ops.definition import OpDefinition
 
-BITS = (4, 8)
+BITS = (2, 3, 4, 8)
 ACTIVATION_MODES = ("per_token", "per_tensor")
 
 # Weights are dequantised in slices of at most this many elements: no float copy of a large layer ever exists, and a
@@ -24,13 +27,18 @@ ACTIVATION_MODES = ("per_token", "per_tensor")
 _SLICE_ELEMENTS = 1 << 19
 
 
+def codes_per_unit(bits: int) -> int:
+    """The fewest codes that fill whole bytes: 4, 8, 2 and 1 of 2, 3, 4 and 8 bits."""
+    return 8 // math.gcd(bits, 8)
+
+
 def pack(codes: torch.Tensor, bits: int, group_size: int, zero_points: torch.Tensor | None) -> torch.Tensor:
     """Codes in the packed layout.
 
     Args:
         codes: uint8 ``[rows, columns]``, each below ``2**bits``.
-        bits: 4 or 8.
-        group_size: columns to a group; even for 4 bits.
+        bits: 2, 3, 4 or 8.
+        group_size: columns to a group; a multiple of :func:`codes_per_unit`.
         zero_points: uint8 ``[rows, G]``, or ``None`` for ``2**(bits - 1)``.
 
     Returns:
@@ -42,16 +50,28 @@ def pack(codes: torch.Tensor, bits: int, group_size: int, zero_points: torch.Ten
         padding = groups * group_size - columns
         fill = zero_points[:, -1:] if zero_points is not None else codes.new_full((rows, 1), 2 ** (bits - 1))
         codes = torch.cat((codes, fill.expand(rows, padding)), dim=1)
-    if bits == 4:
-        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    return codes.reshape(rows, groups, group_size * bits // 8).contiguous()
+    if bits == 8:
+        return codes.reshape(rows, groups, group_size).contiguous()
+    unit = codes_per_unit(bits)
+    units = codes.reshape(rows, groups, group_size // unit, unit)
+    octets = codes.new_zeros(*units.shape[:-1], unit * bits // 8)
+    for column, (octet, shift, spills) in enumerate(_places(bits)):
+        code = units[..., column]
+        octets[..., octet] |= code << shift
+        if spills:
+            octets[..., octet + 1] |= code >> (8 - shift)
+    return octets.flatten(2)
 
 
 def unpack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes of packed weights, uint8 ``[rows, G, group_size]``; the inverse of :func:`pack`, padding included."""
-    if bits == 8:
-        return qweight
-    return torch.stack((qweight & 15, qweight >> 4), dim=-1).flatten(-2)
+    return qweight if bits == 8 else _unpack_as(qweight, bits, torch.uint8)
+
+
+def _places(bits: int) -> list[tuple[int, int, bool]]:
+    """Where each code of a unit lies: its first byte, the lowest bit there, and whether it goes on in the next byte."""
+    starts = [column * bits for column in range(codes_per_unit(bits))]
+    return [(start // 8, start % 8, start % 8 + bits > 8) for start in starts]
 
 
 def dequantize(
@@ -70,12 +90,17 @@ def dequantize(
 
 
 def _unpack_as(qweight: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Codes as floats, a tensor of its own; each nibble is converted on its way to its place."""
+    """Codes in ``dtype``, a tensor of its own; each code is converted on its way to its place."""
     if bits == 8:
-        return qweight.to(dtype)
-    codes = torch.empty(*qweight.shape, 2, dtype=dtype, device=qweight.device)
-    codes[..., 0] = qweight & 15
-    codes[..., 1] = qweight >> 4
+        return qweight.to(dtype, copy=True)
+    unit = codes_per_unit(bits)
+    octets = qweight.unflatten(-1, (-1, unit * bits // 8))
+    codes = torch.empty(*octets.shape[:-1], unit, dtype=dtype, device=qweight.device)
+    for column, (octet, shift, spills) in enumerate(_places(bits)):
+        code = octets[..., octet] >> shift
+        if spills:
+            code |= octets[..., octet + 1] << (8 - shift)
+        codes[..., column] = code.bitwise_and_(2**bits - 1)
     return codes.flatten(-2)
 
 
@@ -96,7 +121,7 @@ def linear_nbits(
         scales: ``[out, G]``, floating.
         zero_points: uint8 ``[out, G]``, or ``None`` for ``2**(bits - 1)`` (symmetric).
         bias: ``[out]`` or ``None``.
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8.
         group_size: columns to a group.
 
     Returns:
@@ -109,12 +134,12 @@ def linear_nbits(
         zero = zero_points[piece] if zero_points is not None else None
         return functional.linear(values, dequantize(qweight[piece], scales[piece], zero, bits, columns, wide))
 
-    result = _by_rows(values, product, len(qweight), qweight.shape[1] * group_size)
+    result = by_rows(values, product, len(qweight), qweight.shape[1] * group_size)
     return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
 
 
-def _by_rows(x: torch.Tensor, product: Callable[[slice], torch.Tensor], rows: int, columns: int) -> torch.Tensor:
-    """``[..., rows]`` from the products of ``x`` with slices of a weight's rows."""
+def by_rows(x: torch.Tensor, product: Callable[[slice], torch.Tensor], rows: int, columns: int) -> torch.Tensor:
+    """``[..., rows]`` from the products of ``x`` with slices of a weight's rows, made one after another."""
     step = max(1, _SLICE_ELEMENTS // max(1, columns))
     slices = [slice(start, start + step) for start in range(0, rows, step)]
     if len(slices) == 1:
@@ -178,7 +203,7 @@ def linear_int8_dynamic(
     steps = steps + (codes - zero - steps).detach()
     # Integers below 2**53 are exact in float64, and float64 has a fast matrix product where int32 has none.
     exact = steps.double()
-    sums = _by_rows(exact, lambda piece: functional.linear(exact, qweight[piece].double()), *qweight.shape)
+    sums = by_rows(exact, lambda piece: functional.linear(exact, qweight[piece].double()), *qweight.shape)
     result = (sums * scale.double()).to(wide) * scales.to(wide)
     return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
 
@@ -214,7 +239,7 @@ def linear_int8_static(
     steps = (x.to(wide) / input_scales.to(wide)).clamp(-input_zero_point, 255 - input_zero_point)
     steps = steps + (torch.round(steps) - steps).detach()
     exact = steps.double()
-    sums = _by_rows(exact, lambda piece: functional.linear(exact, qweight[piece].double()), *qweight.shape)
+    sums = by_rows(exact, lambda piece: functional.linear(exact, qweight[piece].double()), *qweight.shape)
     result = sums.to(wide) * scales.to(wide)
     return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
 
@@ -235,7 +260,7 @@ def embedding_nbits(
         qweight: packed codes, uint8 ``[vocabulary, G, group_size * bits / 8]``.
         scales: ``[vocabulary, G]``, floating.
         zero_points: uint8 ``[vocabulary, G]``, or ``None`` for ``2**(bits - 1)``.
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8.
         group_size: columns to a group.
         embedding_dim: columns.
 
@@ -259,7 +284,7 @@ def _linear_fake(
     group_size: int,
 ) -> torch.Tensor:
     _check_packed(qweight, scales, zero_points, bits, group_size, x.shape[-1])
-    _check_vectors(qweight.shape[0], bias=bias)
+    check_vectors(qweight.shape[0], bias=bias)
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
@@ -270,7 +295,7 @@ def _dynamic_fake(
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATION_MODES)}")
     torch._check(qweight.dtype == torch.int8, lambda: f"qweight must be int8, not {qweight.dtype}")
     torch._check(qweight.shape[1] == x.shape[-1], lambda: f"x has {x.shape[-1]} features, qweight {qweight.shape[1]}")
-    _check_vectors(qweight.shape[0], scales=scales, bias=bias)
+    check_vectors(qweight.shape[0], scales=scales, bias=bias)
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
@@ -285,7 +310,7 @@ def _static_fake(
     if not 0 <= input_zero_point <= 255:
         raise ValueError(f"the input's zero point must be in 0..255, not {input_zero_point}")
     result = _dynamic_fake(x, qweight, scales, bias, "per_tensor")
-    _check_vectors(qweight.shape[1], input_scales=input_scales)
+    check_vectors(qweight.shape[1], input_scales=input_scales)
     return result
 
 
@@ -313,6 +338,18 @@ def _check_packed(
 ) -> None:
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, not {bits}")
+    check_packed(qweight, scales, bits, group_size, columns)
+    if zero_points is not None:
+        torch._check(zero_points.dtype == torch.uint8, lambda: f"zero points must be uint8, not {zero_points.dtype}")
+        torch._check(zero_points.shape == scales.shape, lambda: "zero points must have the shape of the scales")
+
+
+def check_packed(qweight: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int, columns: Any) -> None:
+    """Check codes and scales against the packed layout.
+
+    Raises:
+        ValueError, RuntimeError: they do not fit; as PyTorch's own shape rules raise.
+    """
     if group_size < 1 or group_size * bits % 8:
         raise ValueError(f"a group of {group_size} codes of {bits} bits does not fill whole bytes")
     groups = -(-int(columns) // group_size)
@@ -322,18 +359,21 @@ def _check_packed(
     torch._check(
         tuple(scales.shape) == expected[:2], lambda: f"scales must be {expected[:2]}, not {tuple(scales.shape)}"
     )
-    if zero_points is not None:
-        torch._check(zero_points.dtype == torch.uint8, lambda: f"zero points must be uint8, not {zero_points.dtype}")
-        torch._check(zero_points.shape == scales.shape, lambda: "zero points must have the shape of the scales")
 
 
-def _check_vectors(rows: int, **vectors: torch.Tensor | None) -> None:
+def check_vectors(rows: int, **vectors: torch.Tensor | None) -> None:
+    """Check that each vector that is given has as many values as there are rows.
+
+    Raises:
+        ValueError: naming the one that has not.
+    """
     for name, vector in vectors.items():
         if vector is not None and tuple(vector.shape) != (rows,):
             raise ValueError(f"{name} must be [{rows}], not {list(vector.shape)}")
 
 
-def _linear_macs(arguments: Mapping[str, Any]) -> int:
+def linear_macs(arguments: Mapping[str, Any]) -> int:
+    """Multiply-accumulates of ``x`` times a weight with a row for each of ``qweight``."""
     count = int(arguments["qweight"][0])
     for size in arguments["x"]:
         count *= int(size)
@@ -352,7 +392,7 @@ LINEAR_NBITS = OpDefinition(
     ),
     reference=linear_nbits,
     fake=_linear_fake,
-    macs=_linear_macs,
+    macs=linear_macs,
     differentiable=("x", "bias"),
 )
 
@@ -361,7 +401,7 @@ LINEAR_INT8_DYNAMIC = OpDefinition(
     schema="(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, str activation) -> Tensor",
     reference=linear_int8_dynamic,
     fake=_dynamic_fake,
-    macs=_linear_macs,
+    macs=linear_macs,
     differentiable=("x", "bias"),
 )
 
@@ -372,7 +412,7 @@ LINEAR_INT8_STATIC = OpDefinition(
     ),
     reference=linear_int8_static,
     fake=_static_fake,
-    macs=_linear_macs,
+    macs=linear_macs,
     differentiable=("x", "bias"),
 )
 

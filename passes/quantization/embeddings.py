@@ -17,18 +17,16 @@ from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract
 from graphwright.passes.quantization.formats import Format
-from graphwright.passes.quantization.linears import check_format, stem, store
+from graphwright.passes.quantization.linears import LOCAL_LIMITS, check_format, packed_linear, stem, store
 from graphwright.passes.quantization.loss import Loss, report_entries
 from graphwright.passes.quantization.targets import LinearTarget, embedding_objection, linear_target
-from graphwright.passes.quantization.weights import quantize_weight
+from graphwright.passes.quantization.weights import PackedWeight, quantize_weight
 from graphwright.passes.selection import Predicate
-
-_LOCAL_LIMITS = {8: 0.05, 4: 0.35}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeEmbeddings(Pass):
-    """Store embedding tables as INT8 or INT4.
+    """Store embedding tables as integers of 2 to 8 bits.
 
     ::
 
@@ -43,7 +41,7 @@ class QuantizeEmbeddings(Pass):
     floating.
 
     Attributes:
-        bits: 8 or 4.
+        bits: 2, 3, 4 or 8.
         group_size: columns to a scale, a multiple of 16; ``None`` for one scale per row.
         symmetric: zero point fixed at the middle code.
         clip_search: choose the range with the least squared error instead of the full one.
@@ -66,7 +64,7 @@ class QuantizeEmbeddings(Pass):
 
     def effective_contract(self) -> Contract:
         """Approximate, with a limit for each table by bits."""
-        base = Approximate(max_local_error=_LOCAL_LIMITS[self.bits])
+        base = Approximate(max_local_error=LOCAL_LIMITS["int", self.bits, self.clip_search])
         return base if self.max_error is None else dataclasses.replace(base, max_relative_error=float(self.max_error))
 
     def run(self, program: Program) -> bool:
@@ -86,7 +84,7 @@ class QuantizeEmbeddings(Pass):
                 operands = store(rewriter, packed, stem(name), users[0])
                 columns = program.tensor(table).shape[1]
                 for user in users:
-                    self._rewrite(rewriter, program, user, operands, packed.group_size, columns)
+                    self._rewrite(rewriter, program, user, operands, packed, columns)
             program.notes["tables"] = len(tables)
             if losses:
                 program.notes.update(report_entries(losses))
@@ -127,7 +125,7 @@ class QuantizeEmbeddings(Pass):
         program: Program,
         user: fx.Node,
         operands: tuple[fx.Node, fx.Node, fx.Node | None],
-        group: int,
+        packed: PackedWeight,
         columns: int,
     ) -> None:
         if op_name(user) == "aten.embedding":
@@ -137,7 +135,7 @@ class QuantizeEmbeddings(Pass):
                 indices,
                 *operands,
                 self.bits,
-                group,
+                packed.group_size,
                 columns,
                 like=user,
                 tags=("quantized",),
@@ -146,16 +144,7 @@ class QuantizeEmbeddings(Pass):
         else:
             found = linear_target(program, user)
             assert isinstance(found, LinearTarget)
-            new = rewriter.call(
-                "graphwright.linear_nbits",
-                found.x,
-                *operands,
-                found.bias,
-                self.bits,
-                group,
-                like=user,
-                tags=("quantized",),
-            )
+            new = packed_linear(rewriter, found, packed, operands)
         rewriter.replace(user, new)
 
     @staticmethod

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 from torch import fx
 
 from graphwright.ir.errors import InputError
+from graphwright.ir.ops.codebook import NAMES, codebook
+from graphwright.ir.ops.quantization import BITS
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of, tags_of
@@ -18,7 +20,7 @@ from graphwright.passes.base import Pass
 from graphwright.passes.calibration import CalibrationData
 from graphwright.passes.contract import Approximate, Contract
 from graphwright.passes.quantization.activations import GridChoice, StaticGrid
-from graphwright.passes.quantization.formats import Format
+from graphwright.passes.quantization.formats import DTYPES, Format
 from graphwright.passes.quantization.loss import Loss, report_entries
 from graphwright.passes.quantization.rounding import BlockRounding, InputRounding, Rounding, rounding_of
 from graphwright.passes.quantization.schedule import Schedule, weight_name
@@ -26,9 +28,28 @@ from graphwright.passes.quantization.targets import LinearTarget, half_shared, i
 from graphwright.passes.quantization.weights import ChannelWeight, PackedWeight
 
 # Relative error (root mean square) of one linear's output beyond which its weights are taken for wrong, not for
-# rounded. Rounding to nearest gives about 0.005 (INT8), 0.01 (INT8 with INT8 activations) and 0.1 (INT4) on normal
-# weights.
-_LOCAL_LIMITS = {(8, "none"): 0.05, (8, "int8"): 0.15, (4, "none"): 0.35}
+# rounded; by dtype, bits, and whether the clip is searched. On normal weights, with one scale per channel, rounding to
+# nearest gives 0.005 (INT8), 0.1 (INT4), 0.2 and 0.27 without the search (INT3), 0.39 and 0.62 (INT2), 0.11 (NF4), 0.12
+# (FP4), 0.026 (E4M3), 0.053 (E5M2); 0.01 with INT8 weights and activations.
+LOCAL_LIMITS = {
+    ("int", 8, True): 0.05,
+    ("int", 8, False): 0.05,
+    ("int", 4, True): 0.35,
+    ("int", 4, False): 0.35,
+    ("int", 3, True): 0.4,
+    ("int", 3, False): 0.55,
+    ("int", 2, True): 0.65,
+    ("int", 2, False): 0.95,
+    ("nf4", 4, True): 0.35,
+    ("nf4", 4, False): 0.35,
+    ("fp4", 4, True): 0.35,
+    ("fp4", 4, False): 0.35,
+    ("fp8_e4m3", 8, True): 0.1,
+    ("fp8_e4m3", 8, False): 0.1,
+    ("fp8_e5m2", 8, True): 0.15,
+    ("fp8_e5m2", 8, False): 0.15,
+}
+_INTEGER_PRODUCTS = 0.15
 
 _ACTIVATIONS = ("none", "int8")
 _RANGES = ("auto", "static", "per_token", "per_tensor")
@@ -36,13 +57,14 @@ _RANGES = ("auto", "static", "per_token", "per_tensor")
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeLinears(Pass):
-    """Store the weights of linears as INT8 or INT4, optionally with activations quantised on the fly.
+    """Store the weights of linears in 2 to 8 bits, optionally with activations quantised on the fly.
 
     ::
 
         %y = aten.linear(%x, %w, %b)
         ->
         %y = graphwright.linear_nbits(%x, %qweight, %scales, %zero_points, %b, 4, 128)      activations="none"
+        %y = graphwright.linear_codebook(%x, %qweight, %scales, %b, "nf4", 64)              dtype="nf4"
         %y = graphwright.linear_int8_dynamic(%x, %qweight, %scales, %b, "per_token")        activations="int8"
         %y = graphwright.linear_int8_static(%x, %qweight, %scales, %b, %input_scales, 131)  the same, with calibration
 
@@ -58,9 +80,13 @@ class QuantizeLinears(Pass):
     stays in floating point (a tied embedding: it would be stored twice); ``addmm`` with factors.
 
     Attributes:
-        bits: 8 or 4.
+        bits: 2, 3, 4 or 8; those of the dtype's codes where that is not ``"int"``.
+        dtype: what a code stands for. ``"int"``: a step. ``"nf4"`` (QLoRA's quantiles of the normal distribution),
+            ``"fp4"`` (E2M1), ``"fp8_e4m3"`` and ``"fp8_e5m2"``: a value of that table, times the scale.
         group_size: columns to a scale: 16, 32, 64, 128, 256 or any larger multiple of 16; ``None`` for one scale per
             output channel. The last group of a row may be shorter.
+        block: instead of a group size: rows and columns that share a scale, such as ``(128, 128)``. Scales are stored
+            for every row, as with groups: one scale of 2 bytes for that many columns.
         symmetric: zero point fixed at the middle code. Asymmetric grids are a little larger and more exact.
         clip_search: choose the range with the least squared error instead of the full one.
         activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too (8 bits, per channel
@@ -82,7 +108,9 @@ class QuantizeLinears(Pass):
     respects: ClassVar[frozenset[str]] = frozenset({"adapter", "masked", "quantized"})
 
     bits: int = 8
+    dtype: str = "int"
     group_size: int | None = None
+    block: tuple[int, int] | None = None
     symmetric: bool = True
     clip_search: bool = True
     activations: str = "none"
@@ -93,7 +121,12 @@ class QuantizeLinears(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dtype in NAMES:
+            object.__setattr__(self, "bits", codebook(self.dtype).bits)
         check_format(self.name, self.bits, self.group_size)
+        check_codes(self.name, self.dtype, self.symmetric)
+        if self.block is not None:
+            object.__setattr__(self, "block", _checked_block(self.name, self.block, self.group_size))
         _one_of(self.name, "activations", self.activations, _ACTIVATIONS)
         _one_of(self.name, "activation_ranges", self.activation_ranges, _RANGES)
         if self.calibration is not None:
@@ -108,16 +141,18 @@ class QuantizeLinears(Pass):
                     where=f"{self.name}: {option}={value!r}",
                     hint="give calibration=[batch, ...]",
                 )
-        if self.activations == "int8" and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+        plain = self.dtype == "int" and self.group_size is None and self.block is None and self.symmetric
+        if self.activations == "int8" and (self.bits != 8 or not plain):
             raise InputError(
                 "INT8 activations go with symmetric INT8 weights, one scale per channel",
                 where=f"{self.name}: activations='int8'",
-                hint="use bits=8, group_size=None, symmetric=True",
+                hint="use bits=8, dtype='int', group_size=None, block=None, symmetric=True",
             )
 
     def effective_contract(self) -> Contract:
         """Approximate, with a limit for each linear by bits."""
-        base = Approximate(max_local_error=_LOCAL_LIMITS[self.bits, self.activations])
+        limit = LOCAL_LIMITS[self.dtype, self.bits, self.clip_search]
+        base = Approximate(max_local_error=_INTEGER_PRODUCTS if self.activations == "int8" else limit)
         return base if self.max_error is None else dataclasses.replace(base, max_relative_error=float(self.max_error))
 
     def options(self) -> dict[str, Any]:
@@ -188,8 +223,15 @@ class QuantizeLinears(Pass):
     # -- quantising ----------------------------------------------------------------------------------------------------
 
     def _forms(self, targets: Sequence[LinearTarget]) -> dict[str, Format]:
-        products = self.activations == "int8"
-        form = Format(self.bits, self.group_size, self.symmetric, self.clip_search, integer_products=products)
+        form = Format(
+            self.bits,
+            self.group_size if self.block is None else self.block[1],
+            self.symmetric,
+            self.clip_search,
+            integer_products=self.activations == "int8",
+            codebook=None if self.dtype == "int" else self.dtype,
+            block_rows=1 if self.block is None else self.block[0],
+        )
         return {weight_name(target): form for target in targets}
 
     def _grids(self) -> GridChoice | None:
@@ -209,13 +251,12 @@ class QuantizeLinears(Pass):
     ) -> None:
         node, tags, base = target.node, ("quantized",), stem(str(target.weight.target))
         if isinstance(packed, PackedWeight):
-            rest: tuple[Any, ...] = (target.bias, self.bits, packed.group_size)
-            operands = (*store(rewriter, packed, base, node), *rest)
-            new = rewriter.call("graphwright.linear_nbits", target.x, *operands, like=node, tags=tags)
-            rewriter.replace(node, new)
+            operands = store(rewriter, packed, base, node)
+            rewriter.replace(node, packed_linear(rewriter, target, packed, operands))
             return
         codes = rewriter.weight(f"{base}qweight", packed.qweight, like=node, tags=tags)
         scales = rewriter.weight(f"{base}scales", packed.scales, like=node, tags=tags)
+        rest: tuple[Any, ...]
         if grid is None:
             mode = "per_tensor" if self.activation_ranges == "per_tensor" else "per_token"
             op, rest = "graphwright.linear_int8_dynamic", (mode,)
@@ -243,14 +284,29 @@ def store(
     return codes, scales, zero_points
 
 
+def packed_linear(
+    rewriter: Rewriter,
+    target: LinearTarget,
+    packed: PackedWeight,
+    operands: tuple[fx.Node, fx.Node, fx.Node | None],
+) -> fx.Node:
+    """The linear on packed weights that stands for another; ``operands`` are those of :func:`store`."""
+    codes, scales, zero_points = operands
+    book, group = packed.form.codebook, packed.group_size
+    op, rest = "graphwright.linear_codebook", [codes, scales, target.bias, book, group]
+    if book is None:
+        op, rest = "graphwright.linear_nbits", [codes, scales, zero_points, target.bias, packed.form.bits, group]
+    return rewriter.call(op, target.x, *rest, like=target.node, tags=("quantized",))
+
+
 def check_format(name: str, bits: int, group_size: int | None) -> None:
     """Check bits and group size.
 
     Raises:
         InputError: naming the option and what it may be.
     """
-    if bits not in (4, 8) or isinstance(bits, bool):
-        raise InputError(f"must be 4 or 8, not {bits!r}", where=f"{name}: bits")
+    if bits not in BITS or isinstance(bits, bool):
+        raise InputError(f"must be 2, 3, 4 or 8, not {bits!r}", where=f"{name}: bits")
     if group_size is None:
         return
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 16 or group_size % 16:
@@ -258,6 +314,33 @@ def check_format(name: str, bits: int, group_size: int | None) -> None:
             f"must be a multiple of 16 (such as 32, 64, 128), or None for one scale per channel, not {group_size!r}",
             where=f"{name}: group_size",
         )
+
+
+def check_codes(name: str, dtype: str, symmetric: bool) -> None:
+    """Check what codes stand for.
+
+    Raises:
+        InputError: naming the option and what it may be.
+    """
+    _one_of(name, "dtype", dtype, DTYPES)
+    if dtype != "int" and not symmetric:
+        raise InputError(
+            f"codes of {dtype!r} have no zero points", where=f"{name}: symmetric=False", hint="use dtype='int'"
+        )
+
+
+def _checked_block(name: str, block: object, group_size: int | None) -> tuple[int, int]:
+    """The rows and columns of a block; a recipe may give them as a list."""
+    sizes = tuple(block) if isinstance(block, list | tuple) else ()
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+    if len(sizes) != 2 or not whole or sizes[1] % 16:
+        raise InputError(
+            f"must be a number of rows and a multiple of 16 columns, such as (128, 128), not {block!r}",
+            where=f"{name}: block",
+        )
+    if group_size not in (None, sizes[1]):
+        raise InputError("is given besides a group size", where=f"{name}: block", hint="leave group_size out")
+    return sizes[0], sizes[1]
 
 
 def _one_of(name: str, option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from graphwright.ir.errors import InputError
 from graphwright.ir.mapped import release
+from graphwright.ir.ops.codebook import dequantize_codebook
 from graphwright.ir.ops.quantization import dequantize, pack
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss
@@ -33,6 +34,8 @@ class PackedWeight:
 
     def dense(self) -> torch.Tensor:
         """The weight it stands for, ``[rows, columns]`` float32."""
+        if self.form.codebook is not None:
+            return dequantize_codebook(self.qweight, self.scales, self.form.codebook, self.columns, torch.float32)
         return dequantize(self.qweight, self.scales, self.zero_points, self.form.bits, self.columns, torch.float32)
 
 
@@ -85,7 +88,7 @@ def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight")
     qweight = torch.empty(rows, groups, group * form.bits // 8, dtype=torch.uint8)
     scales, zeros = torch.empty(rows, groups), torch.empty(rows, groups)
     with torch.no_grad():
-        for span, block in _blocks(weight, group):
+        for span, block in _blocks(weight, group, form.block_rows):
             scales[span], zeros[span] = form.fit(block)
             # NaN and infinity reach the scales: the extremes they are made from take them over.
             if not bool(torch.isfinite(scales[span]).all()):
@@ -95,20 +98,19 @@ def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight")
         for span, block in _blocks(weight, group):
             scale, zero = stored[span].to(torch.float32), zeros[span]
             found = form.round(block, scale, zero)
-            padding = points[span] if points is not None else None
-            qweight[span] = pack(found.flatten(1).to(torch.uint8), form.bits, group, padding)
+            qweight[span] = pack(found.flatten(1).to(torch.uint8), form.bits, group, zeros[span].to(torch.uint8))
             loss.add(form.values(found, scale, zero), block)
     return PackedWeight(qweight, stored, points, group, loss, form, columns)
 
 
-def _blocks(weight: torch.Tensor, group: int) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
+def _blocks(weight: torch.Tensor, group: int, multiple: int = 1) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
     """Slices of a weight in float32, cut into groups ``[rows, groups, group]``, each with the place of its groups.
 
-    The last group of rows that do not divide comes by itself, shorter. Of a weight that is mapped from a file, no more
-    than a slice is in memory.
+    The last group of rows that do not divide comes by itself, shorter. A slice begins at a multiple of so many rows. Of
+    a weight that is mapped from a file, no more than a slice is in memory.
     """
     rows, columns = weight.shape
-    step = max(1, _SLICE_ELEMENTS // max(1, columns))
+    step = max(1, _SLICE_ELEMENTS // max(1, columns * multiple)) * multiple
     whole = columns // group
     for start in range(0, rows, step):
         down = slice(start, min(start + step, rows))
@@ -127,7 +129,7 @@ def pack_codes(found: Codes, form: Format) -> PackedWeight | ChannelWeight:
         return ChannelWeight(steps, found.scales.squeeze(1), found.loss)
     columns = found.codes.shape[1]
     group, points = form.columns_per_group(columns), _stored_zeros(found.zeros, form)
-    qweight = pack(found.codes, form.bits, group, points)
+    qweight = pack(found.codes, form.bits, group, found.zeros.to(torch.uint8))
     return PackedWeight(qweight, form.stored(found.scales), points, group, found.loss, form, columns)
 
 
@@ -159,4 +161,4 @@ def quantize_weight_int8(weight: torch.Tensor, *, clip_search: bool, name: str =
 
 
 def _stored_zeros(zeros: torch.Tensor, form: Format) -> torch.Tensor | None:
-    return None if form.symmetric else zeros.to(torch.uint8)
+    return None if form.symmetric or form.codebook is not None else zeros.to(torch.uint8)

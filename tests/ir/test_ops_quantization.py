@@ -51,7 +51,37 @@ def test_the_last_group_is_padded_with_what_stands_for_zero() -> None:
     assert pack(codes, 8, 2, torch.tensor([[9, 7]], dtype=torch.uint8)).tolist() == [[[1, 2], [3, 7]]]
 
 
-@given(st.integers(1, 5), st.sampled_from(WIDTHS), st.sampled_from((2, 4, 16, 32, 128)), st.sampled_from((4, 8)))
+def test_narrow_codes_are_a_stream_of_bits_from_the_lowest_on() -> None:
+    two = torch.tensor([[0, 1, 2, 3, 3, 0, 0, 1]], dtype=torch.uint8)
+    assert pack(two, 2, 8, None).tolist() == [[[0b11_10_01_00, 0b01_00_00_11]]]
+    three = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]], dtype=torch.uint8)
+    stream = sum(code << (3 * place) for place, code in enumerate(three[0].tolist()))
+    assert pack(three, 3, 8, None).tolist() == [[list(stream.to_bytes(3, "little"))]]
+
+
+@given(
+    st.sampled_from((2, 3, 4, 8)),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+)
+def test_a_group_is_a_little_endian_number(bits: int, rows: int, units: int, columns: int, seed: int) -> None:
+    group = 8 * units
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    zeros = torch.randint(0, 2**bits, (rows, -(-columns // group)), dtype=torch.uint8)
+    packed = pack(codes, bits, group, zeros)
+    assert packed.is_contiguous()
+    for row in range(rows):
+        for part in range(packed.shape[1]):
+            mine = codes[row, part * group : (part + 1) * group].tolist()
+            mine += [int(zeros[row, part])] * (group - len(mine))
+            number = sum(code << (bits * place) for place, code in enumerate(mine))
+            assert packed[row, part].tolist() == list(number.to_bytes(group * bits // 8, "little"))
+    assert torch.equal(unpack(packed, bits).flatten(1)[:, :columns], codes)
+
+
+@given(st.integers(1, 5), st.sampled_from(WIDTHS), st.sampled_from((8, 16, 32, 128)), st.sampled_from((2, 3, 4, 8)))
 def test_unpacking_gives_back_the_codes(rows: int, columns: int, group: int, bits: int) -> None:
     codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
     packed = pack(codes, bits, group, None)
@@ -66,7 +96,7 @@ def test_unpacking_gives_back_the_codes(rows: int, columns: int, group: int, bit
 # -- weight-only linears -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_linear_nbits_is_the_product_with_the_stored_weight(bits: int, symmetric: bool, columns: int) -> None:
@@ -282,7 +312,7 @@ def test_static_operands_that_do_not_fit_are_refused(change: dict[str, object], 
 # -- embeddings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_embedding_nbits_looks_rows_up(bits: int, symmetric: bool) -> None:
     packed, scales, zeros, weight = stored(11, 33, bits, 16, symmetric)
@@ -309,7 +339,7 @@ def test_an_index_beyond_the_table_is_an_error() -> None:
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 4), st.sampled_from(WIDTHS), st.sampled_from((4, 8)), st.booleans())
+@given(st.integers(1, 4), st.sampled_from(WIDTHS), st.sampled_from((2, 3, 4, 8)), st.booleans())
 def test_the_shape_rule_agrees_with_the_reference(rows: int, columns: int, bits: int, symmetric: bool) -> None:
     packed, scales, zeros, _ = stored(rows, columns, bits, 16, symmetric)
     x = torch.randn(2, columns, dtype=torch.bfloat16)
@@ -333,7 +363,8 @@ def test_the_shape_rule_agrees_with_the_reference(rows: int, columns: int, bits:
         ({"zero_points": torch.zeros(3, 2)}, "must be uint8"),
         ({"zero_points": torch.zeros(3, 1, dtype=torch.uint8)}, "shape of the scales"),
         ({"bias": torch.zeros(1)}, r"bias must be \[3\]"),
-        ({"bits": 3}, "bits must be one of"),
+        ({"bits": 5}, "bits must be one of"),
+        ({"bits": 3, "group_size": 12}, "whole bytes"),
         ({"group_size": 15}, "whole bytes"),
         ({"group_size": 0}, "whole bytes"),
     ],
