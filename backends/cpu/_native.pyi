@@ -422,7 +422,7 @@ class FloatLinear(LinearInstruction):
         """
 
 class NbitsLinear(LinearInstruction):
-    """A linear on packed integer weights that computes in floats.
+    """A linear on packed codes that computes in floats.
 
     Raises:
         ValueError: sizes do not fit, or the instruction set is unknown or cannot run here.
@@ -433,12 +433,13 @@ class NbitsLinear(LinearInstruction):
         isa: str,
         outputs: int,
         columns: int,
-        bits: int,
+        coding: str,
         group_size: int,
         bfloat16: bool,
         codes: npt.NDArray[np.uint8],
         scales: npt.NDArray[np.float16] | npt.NDArray[np.float32],
         zeros: npt.NDArray[np.uint8] | None,
+        table: npt.NDArray[np.float32] | None,
         bias: npt.NDArray[np.float32] | None,
     ) -> None: ...
     @property

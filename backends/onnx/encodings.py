@@ -1,6 +1,6 @@
 """Quantised weights in the layouts ONNX and onnxruntime want.
 
-The dialect keeps ``[N, G, group bytes]`` with 4-bit values packed low nibble first, which is the layout of
+The dialect keeps ``[N, G, group bytes]`` with codes packed from the lowest bits on, which is the layout of
 ``MatMulNBits`` when the group size is one of its block sizes. Other group sizes are split into legal blocks and the
 scales repeated, which changes no weight.
 """
@@ -8,6 +8,8 @@ scales repeated, which changes no weight.
 from __future__ import annotations
 
 import torch
+
+from graphwright.ir.ops import quantization
 
 # The block sizes MatMulNBits has kernels for; DequantizeLinear is fused for the same ones.
 BLOCK_SIZES = (256, 128, 64, 32, 16)
@@ -30,7 +32,7 @@ def unpack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     """Packed ``[N, G, bytes]`` as one uint8 per value, ``[N, G * group]``."""
     if bits == 8:
         return qweight.flatten(1)
-    return torch.stack((qweight & 15, qweight >> 4), dim=-1).flatten(1)
+    return quantization.unpack(qweight, bits).flatten(1)
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -49,7 +51,7 @@ def blocked(qweight: torch.Tensor, bits: int, group_size: int, columns: int, blo
     flat = qweight.flatten(1)
     if flat.shape[1] < width:
         middle = 1 << (bits - 1)
-        filler = middle | middle << 4 if bits == 4 else middle
+        filler = sum(middle << shift for shift in range(0, 8, bits))
         flat = torch.cat((flat, flat.new_full((rows, width - flat.shape[1]), filler)), dim=1)
     return flat[:, :width].reshape(rows, count, block * bits // 8)
 
@@ -64,12 +66,10 @@ def per_block(values: torch.Tensor, group_size: int, columns: int, block: int) -
 
 
 def packed_zero_points(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Zero points ``[N, blocks]`` as MatMulNBits reads them: 4-bit ones packed by row."""
-    if bits == 8:
-        return values
-    if values.shape[1] % 2:
-        values = torch.cat((values, values.new_zeros(values.shape[0], 1)), dim=1)
-    return pack(values, 4)
+    """Zero points ``[N, blocks]`` as MatMulNBits reads them: packed by row like codes; the last byte is filled up."""
+    per_byte = 8 // bits
+    size = -(-values.shape[1] // per_byte) * per_byte
+    return quantization.pack(values, bits, size, values.new_zeros(values.shape[0], 1)).squeeze(1)
 
 
 def pack_flat(values: torch.Tensor, bits: int) -> torch.Tensor:

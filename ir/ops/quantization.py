@@ -68,6 +68,18 @@ def unpack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     return qweight if bits == 8 else _unpack_as(qweight, bits, torch.uint8)
 
 
+def widened(qweight: torch.Tensor, bits: int, *, symmetric: bool) -> torch.Tensor:
+    """Packed codes of 2 or 3 bits as codes of 4 that stand for the same weights.
+
+    Without zero points every code is moved so that the middle of 4 bits is 0; zero points stay as they are.
+    """
+    codes = unpack(qweight, bits)
+    if symmetric:
+        codes = codes + (8 - 2 ** (bits - 1))
+    rows, groups, size = codes.shape
+    return pack(codes.reshape(rows, groups * size), 4, size, None)
+
+
 def _places(bits: int) -> list[tuple[int, int, bool]]:
     """Where each code of a unit lies: its first byte, the lowest bit there, and whether it goes on in the next byte."""
     starts = [column * bits for column in range(codes_per_unit(bits))]

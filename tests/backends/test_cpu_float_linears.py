@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ import graphwright as gw
 from graphwright.backends.cpu import ISA_VARIABLE, CpuBackend, features, native_status
 from graphwright.backends.cpu.kernels.base import Kernel
 from graphwright.backends.cpu.kernels.byte_packing import pack_nbits
-from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
+from graphwright.backends.cpu.kernels.float_linear import CodebookLinear, FloatLinear, NbitsLinear, pack_floats
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops import quantization
+from graphwright.ir.ops.codebook import NAMES, codebook, dequantize_codebook
+from graphwright.ir.ops.quantization import pack
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.weights import PackedWeight, quantize_weight
 
@@ -42,6 +46,12 @@ CODED = [
     (20, 21, 8, 3, False),
     (100, 333, 8, None, True),
     (17, 5, 8, None, False),
+    (65, 100, 2, 32, False),
+    (130, 1160, 2, 128, True),
+    (70, 41, 2, None, True),
+    (33, 330, 2, 16, False),
+    (65, 100, 3, 32, False),
+    (70, 41, 3, None, True),
 ]
 UNIT = 2.0**-24
 
@@ -140,6 +150,82 @@ def test_weight_only_linears(
         error = roundings * UNIT / (1 - roundings * UNIT)
         bound = error * (x.double().abs() @ apart.T + bias.double().abs())
         assert ((results["scalar"].double() - x.double() @ exact.T - bias.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("outputs", "columns", "group"), [(1, 16, 16), (65, 100, 32), (130, 1160, 128), (70, 41, None)]
+)
+def test_linears_on_codebooks(name: str, outputs: int, columns: int, group: int | None) -> None:
+    book = codebook(name)
+    form = Format(book.bits, group, True, clip_search=False, codebook=name)
+    weight, bias = quantize_weight(weight_of(outputs, columns), form), torch.randn(outputs)
+    for scales in (weight.scales.half(), weight.scales.float()):
+        packed, size = pack_nbits(weight.qweight, scales, None, book.bits, columns), weight.group_size
+        exact = dequantize_codebook(weight.qweight, scales, name, columns, torch.float64)
+        rounded = dequantize_codebook(weight.qweight, scales, name, columns, torch.float32).bfloat16()
+        kernels = {isa: CodebookLinear(packed, name, size, isa, bias) for isa in isas()}
+        halves = {isa: CodebookLinear(packed, name, size, isa, bias, bfloat16=True) for isa in isas()}
+        roundings = columns + -(-columns // size) + columns // 128 + 6
+        for count in ROWS[1:-1]:
+            x = rows_of(count, columns)
+            results = {isa: kernel(x) for isa, kernel in kernels.items()}
+            assert all(torch.equal(found, results["scalar"]) for found in results.values()), f"{count} rows differ"
+            check(results["scalar"], x, exact, bias, roundings)
+            for isa, kernel in halves.items():
+                if count <= 8 or not pairs_of_bfloat16(isa):
+                    assert torch.equal(kernel(x), results["scalar"]), "it is rounded only where that is faster"
+                else:
+                    check(kernel(x), x.bfloat16(), rounded, bias, roundings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_every_code_of_a_codebook(name: str, rows: int) -> None:
+    """One column for each code of a number, subnormal ones too: what comes out is its value."""
+    book = codebook(name)
+    codes = torch.tensor([code for code, value in enumerate(book.values) if math.isfinite(value)], dtype=torch.uint8)
+    width = len(codes) + len(codes) % 2
+    stored = pack(codes.expand(3, -1), book.bits, width, torch.full((3, 1), book.zero, dtype=torch.uint8))
+    packed = pack_nbits(stored, torch.ones(3, 1), None, book.bits, len(codes))
+    for isa in isas():
+        kernel = CodebookLinear(packed, name, width, isa)
+        for begin in range(0, len(codes), rows):
+            here = min(rows, len(codes) - begin)
+            x = torch.zeros(rows, len(codes))
+            x[range(here), range(begin, begin + here)] = 1.0
+            found = kernel(x)[:here, 1]
+            assert torch.equal(found, book.table[codes[begin : begin + here].long()]), isa
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_on_codebooks_run_in_kernels_and_are_packed(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 40, bias=False))
+    x = rows_of(5, 64)
+    reference = gw.optimize(model, [gw.QuantizeLinears(dtype=name, group_size=32)], example_inputs=x)
+    small = gw.optimize(model, [gw.QuantizeLinears(dtype=name, group_size=32)], example_inputs=x, target="cpu")
+    used = [use.kernel for use in small.explain() if use.op == "graphwright.linear_codebook"]
+    assert len(used) == 2
+    assert all(kernel.startswith("codebook_linear") and f"{name} weights" in kernel for kernel in used)
+    torch.testing.assert_close(small(x), reference(x).detach(), rtol=1e-4, atol=1e-4)
+    small.save_packed(tmp_path / "small.gwpacked")
+    assert torch.equal(gw.load_packed(tmp_path / "small.gwpacked")(x), small(x))
+
+
+@pytest.mark.parametrize(("bits", "says"), [(2, "2-bit weights"), (3, "3-bit weights stored as 4-bit codes")])
+@pytest.mark.parametrize("target", ["cpu", "cpu:int8"])
+def test_narrow_programs_run_in_kernels_and_are_packed(bits: int, says: str, target: str, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 40)), rows_of(5, 64)
+    item = gw.QuantizeLinears(bits=bits, group_size=32, symmetric=False)
+    reference = gw.optimize(model, [item], example_inputs=x)
+    small = gw.optimize(model, [item], example_inputs=x, target=target)
+    used = [use.kernel for use in small.explain() if use.op == "graphwright.linear_nbits"]
+    assert len(used) == 2
+    assert all(says in kernel for kernel in used)
+    wanted = reference(x).detach()
+    assert (small(x) - wanted).norm() <= (1e-5 if target == "cpu" else 0.02) * wanted.norm()
+    small.save_packed(tmp_path / "small.gwpacked")
+    assert torch.equal(gw.load_packed(tmp_path / "small.gwpacked")(x), small(x))
 
 
 def some_kernels(isa: str, outputs: int = 200, columns: int = 300) -> list[Kernel]:

@@ -234,10 +234,10 @@ def test_embedding(dtype: torch.dtype) -> None:
             assert equal([kernel(indices.t().int()), functional.embedding(indices.t(), table)])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_packed_embedding(bits: int, symmetric: bool) -> None:
-    for columns, group in [(1, 2), (7, 4), (16, 16), (33, 16), (64, 32), (100, 128), (1000, 32)]:
+    for columns, group in [(1, 8), (7, 8), (16, 16), (33, 16), (64, 32), (100, 128), (1000, 32)]:
         groups = -(-columns // group)
         zeros = None if symmetric else torch.randint(0, 2**bits, (40, groups), dtype=torch.uint8)
         codes = torch.randint(0, 2**bits, (40, columns), dtype=torch.uint8)

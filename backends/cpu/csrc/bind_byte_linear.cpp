@@ -14,7 +14,7 @@ void pack(const nb::ndarray<const std::uint8_t, nb::ndim<3>, nb::c_contig, nb::d
           const Array<std::uint8_t>& codes, std::size_t threads) {
   const std::size_t outputs = stored.shape(0), groups = stored.shape(1), group_bytes = stored.shape(2);
   const std::size_t panels = (outputs + kPanel - 1) / kPanel;
-  expect(bits == 4 || bits == 8, "bits must be 4 or 8");
+  expect(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8");
   expect(codes.shape(0) == panels * groups * ((group_bytes + 3) / 4) * kStepBytes, "codes has the wrong size");
   nb::gil_scoped_release release;
   pack_codes(stored.data(), bits, outputs, groups, group_bytes, codes.data(), threads);
@@ -30,8 +30,8 @@ class HeldByteLinear : public LinearInstruction {
              int zero)
       : kernels_(graphwright::isa(isa).kernels()), columns_(columns), codes_(std::move(codes)), scales_(std::move(scales)),
         zeros_(std::move(zeros)), sums_(std::move(sums)), bias_(std::move(bias)), steps_(std::move(steps)) {
-    expect(bits == 4 || bits == 8, "bits must be 4 or 8");
-    const std::size_t step = bits == 8 ? 4 : 8;
+    expect(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8");
+    const std::size_t step = 32 / static_cast<std::size_t>(bits);
     expect(group > 0 && group % step == 0, "a group must be whole steps");
     expect(outputs > 0 && columns > 0, "there must be outputs and columns");
     const std::size_t panels = (outputs + kPanel - 1) / kPanel, groups = (columns + group - 1) / group;
@@ -45,7 +45,7 @@ class HeldByteLinear : public LinearInstruction {
            "scales must be float32 or float16");
     weights_ = {codes_.data(), scales_.data(), data_of(zeros_, cells, "zeros has the wrong size"),
                 data_of(sums_, panels * kPanel, "sums has the wrong size"), outputs, panels, groups, group, bits,
-                bits == 8 ? 128 : 8, half};
+                1 << (bits - 1), half};
     data_of(bias_, outputs, "bias has the wrong size");
     if (rounding == "symmetric") grid_.rounding = Rounding::kSymmetric;
     else if (rounding == "shifted") grid_.rounding = Rounding::kShifted;

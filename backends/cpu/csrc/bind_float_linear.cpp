@@ -1,5 +1,6 @@
 // Linears that compute in floats, for Python.
 #include <string_view>
+#include <utility>
 
 #include "bindings.h"
 #include "float_linear.h"
@@ -63,16 +64,32 @@ class HeldFloatLinear : public LinearInstruction {
 
 using Scales = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+Coding coding_of(std::string_view name) {
+  constexpr std::pair<std::string_view, Coding> kCodings[] = {{"int2", Coding::kInt2},   {"int4", Coding::kInt4},
+                                                              {"int8", Coding::kInt8},   {"table4", Coding::kTable4},
+                                                              {"e4m3", Coding::kE4m3},   {"e5m2", Coding::kE5m2}};
+  for (const auto& [known, coding] : kCodings) {
+    if (known == name) return coding;
+  }
+  throw nb::value_error("coding must be int2, int4, int8, table4, e4m3 or e5m2");
+}
+
 class HeldNbitsLinear : public LinearInstruction {
  public:
-  HeldNbitsLinear(std::string_view isa, std::size_t outputs, std::size_t columns, int bits, std::size_t group_size,
-                  bool bfloat16, Array<const std::uint8_t> codes, Scales scales,
-                  std::optional<Array<const std::uint8_t>> zeros, std::optional<Array<const float>> bias)
+  HeldNbitsLinear(std::string_view isa, std::size_t outputs, std::size_t columns, std::string_view coding,
+                  std::size_t group_size, bool bfloat16, Array<const std::uint8_t> codes, Scales scales,
+                  std::optional<Array<const std::uint8_t>> zeros, std::optional<Array<const float>> table,
+                  std::optional<Array<const float>> bias)
       : kernels_(graphwright::isa(isa).kernels()), bfloat16_(bfloat16), codes_(std::move(codes)),
-        scales_(std::move(scales)), zeros_(std::move(zeros)), bias_(std::move(bias)) {
-    expect(bits == 4 || bits == 8, "bits must be 4 or 8");
+        scales_(std::move(scales)), zeros_(std::move(zeros)), table_(std::move(table)), bias_(std::move(bias)) {
+    weights_.coding = coding_of(coding);
+    const bool integers = weights_.coding <= Coding::kInt8, looked_up = weights_.coding == Coding::kTable4;
+    expect(looked_up == table_.has_value(), "codes of a table, and no others, come with a table");
+    expect(integers || !zeros_, "only integers have zero points");
+    weights_.table = data_of(table_, 16, "table has the wrong size");
+    const int bits = width_of(weights_.coding);
     expect(outputs > 0 && columns > 0 && group_size > 0, "there must be outputs, columns and groups of columns");
-    const std::size_t step = bits == 8 ? 4 : 8;
+    const std::size_t step = 32 / static_cast<std::size_t>(bits);
     const std::size_t panels = (outputs + kPanel - 1) / kPanel, groups = (columns + group_size - 1) / group_size;
     const std::size_t group = (group_size + step - 1) / step * step, cells = panels * groups * kPanel;
     expect(codes_.shape(0) == panels * groups * (group / step) * kStepBytes, "codes has the wrong size");
@@ -82,7 +99,7 @@ class HeldNbitsLinear : public LinearInstruction {
     expect(kind.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && (half || kind.bits == 32),
            "scales must be float32 or float16");
     weights_.packed = {codes_.data(), scales_.data(), data_of(zeros_, cells, "zeros has the wrong size"), nullptr, outputs,
-                       panels, groups, group, bits, bits == 8 ? 128 : 8, half};
+                       panels, groups, group, bits, 1 << (bits - 1), half};
     weights_.columns = columns;
     weights_.group_size = group_size;
     data_of(bias_, outputs, "bias has the wrong size");
@@ -116,7 +133,7 @@ class HeldNbitsLinear : public LinearInstruction {
   Array<const std::uint8_t> codes_;
   Scales scales_;
   std::optional<Array<const std::uint8_t>> zeros_;
-  std::optional<Array<const float>> bias_;
+  std::optional<Array<const float>> table_, bias_;
 };
 
 }  // namespace
@@ -137,11 +154,12 @@ void bind_float_linear(nb::module_& m) {
                                    const std::optional<Rows>&, const std::optional<Rows>&>(&HeldFloatLinear::run, nb::const_), "x"_a, "y"_a, "threads"_a, "activation"_a = "", "factor"_a = nb::none(),
            "residual"_a = nb::none(), run);
 
-  nb::class_<HeldNbitsLinear, LinearInstruction>(m, "NbitsLinear", "A linear on packed integer weights that computes in floats.")
-      .def(nb::init<std::string_view, std::size_t, std::size_t, int, std::size_t, bool, Array<const std::uint8_t>, Scales,
-                    std::optional<Array<const std::uint8_t>>, std::optional<Array<const float>>>(),
-           "isa"_a, "outputs"_a, "columns"_a, "bits"_a, "group_size"_a, "bfloat16"_a, "codes"_a, "scales"_a,
-           "zeros"_a.none(), "bias"_a.none())
+  nb::class_<HeldNbitsLinear, LinearInstruction>(m, "NbitsLinear", "A linear on packed codes that computes in floats.")
+      .def(nb::init<std::string_view, std::size_t, std::size_t, std::string_view, std::size_t, bool,
+                    Array<const std::uint8_t>, Scales, std::optional<Array<const std::uint8_t>>,
+                    std::optional<Array<const float>>, std::optional<Array<const float>>>(),
+           "isa"_a, "outputs"_a, "columns"_a, "coding"_a, "group_size"_a, "bfloat16"_a, "codes"_a, "scales"_a,
+           "zeros"_a.none(), "table"_a.none(), "bias"_a.none())
       .def_prop_ro("isa", &HeldNbitsLinear::isa, "The instruction set of the kernel that runs.")
       .def_prop_ro("exact_rows", &HeldNbitsLinear::exact_rows,
                    "Beyond so many rows weights and activations are rounded to bfloat16; None: never.")

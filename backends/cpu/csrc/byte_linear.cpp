@@ -74,9 +74,10 @@ void pack_codes(const std::uint8_t* stored, std::int32_t bits, std::size_t outpu
             std::copy_n(four, 4, dword);
             continue;
           }
-          for (unsigned column = 0; column < 8; ++column) {
-            const unsigned code = (four[column / 2] >> (column % 2 * 4)) & 15U;
-            dword[column % 4] = static_cast<std::uint8_t>(dword[column % 4] | (code << (column / 4 * 4)));
+          const auto width = static_cast<unsigned>(bits), each = 8 / width;  // codes in a byte
+          for (unsigned column = 0; column < 4 * each; ++column) {
+            const unsigned code = (four[column / each] >> (column % each * width)) & ((1U << width) - 1U);
+            dword[column % 4] = static_cast<std::uint8_t>(dword[column % 4] | (code << (column / 4 * width)));
           }
         }
       }

@@ -13,10 +13,21 @@ struct DenseWeights {
   std::size_t outputs, columns;
 };
 
-// Codes that become floats: (code - zero point) * scale.
+// What a code stands for: an integer; a float of a table of sixteen; or the float whose eight bits it is, of four bits of
+// exponent and three of mantissa, or of five and two. The kernels know no codes of infinity or NaN.
+enum class Coding : std::uint8_t { kInt2, kInt4, kInt8, kTable4, kE4m3, kE5m2 };
+
+constexpr int width_of(Coding coding) {
+  if (coding == Coding::kInt2) return 2;
+  return coding == Coding::kInt4 || coding == Coding::kTable4 ? 4 : 8;
+}
+
+// Codes that become floats: (code - zero point) * scale, or what the code stands for times the scale.
 struct CodedWeights {
   PackedLinear packed;
   std::size_t columns, group_size;  // columns of a group as they are stored; packed.group is padded
+  Coding coding;
+  const float* table;               // of kTable4
 };
 
 // Rows as a kernel reads them: floats; or bfloat16, where FloatLinearKernels::pairs holds and the product is of those.

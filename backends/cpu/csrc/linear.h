@@ -2,7 +2,7 @@
 //
 // Outputs are cut into panels of 64 and columns into steps: a panel's step is 256 bytes, dword n of which belongs to
 // output n. With 8 bits its bytes are the codes of columns 0..3 of the step; with 4 bits byte b holds column b in its low
-// and column b + 4 in its high nibble. A group of columns has one scale and one zero point for each output. What is
+// and column b + 4 in its high nibble; with 2 bits it holds columns b, b + 4, b + 8 and b + 12 from the lowest bits on. A group of columns has one scale and one zero point for each output. What is
 // padded (outputs to 64, columns to a whole step) has code 0, scale 0 and zero point 0, and meets activations that are 0.
 #pragma once
 

@@ -34,6 +34,7 @@ KERNELS: dict[str, type[Kernel]] = {
         decoder_attention.DecoderAttention,
         embedding.Embedding,
         embedding.PackedEmbedding,
+        float_linear.CodebookLinear,
         float_linear.FloatLinear,
         float_linear.NbitsLinear,
         heads.HeadsAttention,

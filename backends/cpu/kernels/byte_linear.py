@@ -52,7 +52,7 @@ class ByteLinear(Linear):
             stored_floats(input_scales),
             input_zero_point,
         )
-        label = f"byte_linear {kernel.isa}, {packed.bits}-bit weights, activations rounded to int8 ({rounding})"
+        label = f"byte_linear {kernel.isa}, {packed.described}, activations rounded to int8 ({rounding})"
         super().__init__(kernel, packed.columns, packed.outputs, label)
         self.packed, self.rounding = packed, rounding
 
@@ -68,8 +68,9 @@ def _nbits(site: Site) -> Kernel | str:
     if refusal:
         return refusal
     columns, bits, size = int(site.value("x").shape[-1]), site.arguments["bits"], site.arguments["group_size"]
-    if rounded and site.stored("scales").shape[1] > 1 and size % (32 // bits):
-        return f"the kernel rounds activations in groups of whole steps of {32 // bits} columns"
+    step = 32 // (4 if bits == 3 else bits)
+    if rounded and site.stored("scales").shape[1] > 1 and size % step:
+        return f"the kernel rounds activations in groups of whole steps of {step} columns"
     names, bias = ("qweight", "scales", "zero_points"), site.maybe_stored("bias")
     operands = site.stored("qweight"), site.stored("scales"), site.maybe_stored("zero_points")
     packed = site.packed_once(names, lambda: pack_nbits(*operands, bits, columns))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from graphwright.ir.ops.quantization import widened
+
 PANEL = 64
 STEP_BYTES = 256
 
@@ -16,12 +18,13 @@ class PackedLinear:
 
     Attributes:
         outputs, columns: of the matrix.
-        bits: 4 or 8.
+        bits: 2, 4 or 8, of a code as the kernels read it.
         group: columns of a group, padded to whole steps.
         codes: uint8, flat, ``[panels, groups, steps of a group, 256]``.
         scales: float16 or float32, flat, ``[panels, groups, 64]``.
         zeros: uint8 like the scales, or ``None`` for the middle code everywhere.
         sums: int32 ``[panels * 64]``, of each row's codes less their zero points; for activations with a shift.
+        narrow: bits of a code in the program, where those are fewer.
     """
 
     outputs: int
@@ -32,6 +35,14 @@ class PackedLinear:
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
     sums: torch.Tensor | None = None
+    narrow: int | None = None
+
+    @property
+    def described(self) -> str:
+        """Its weights in words."""
+        if self.narrow is None:
+            return f"{self.bits}-bit weights"
+        return f"{self.narrow}-bit weights stored as {self.bits}-bit codes"
 
     @property
     def nbytes(self) -> int:
@@ -49,13 +60,16 @@ def pack_nbits(
         qweight: uint8 ``[out, G, bytes]``, see :mod:`graphwright.ir.ops.quantization`.
         scales: ``[out, G]``.
         zero_points: uint8 ``[out, G]`` or ``None``.
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8. Codes of 3 bits are stored in 4, which changes no value.
         columns: input features.
     """
+    narrow = 3 if bits == 3 else None
+    if narrow is not None:
+        qweight, bits = widened(qweight, bits, symmetric=zero_points is None), 4
     codes, group = _codes(qweight.contiguous(), bits)
     kept = scales if scales.dtype in (torch.float16, torch.float32) else scales.to(torch.float32)
     zeros = _cells(zero_points) if zero_points is not None else None
-    return PackedLinear(qweight.shape[0], columns, bits, group, codes, _cells(kept.detach()), zeros)
+    return PackedLinear(qweight.shape[0], columns, bits, group, codes, _cells(kept.detach()), zeros, narrow=narrow)
 
 
 def pack_int8(qweight: torch.Tensor, scales: torch.Tensor) -> PackedLinear:

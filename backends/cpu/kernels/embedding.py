@@ -10,6 +10,7 @@ import torch
 
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Shape, Site, Step, stored_floats
 from graphwright.ir.errors import BackendError
+from graphwright.ir.ops.quantization import widened
 
 
 class _Lookup(Kernel):
@@ -92,9 +93,13 @@ class PackedEmbedding(_Lookup):
         from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
         self._columns = embedding_dim
+        described = f"{bits}-bit table"
+        if bits in (2, 3):
+            described += " stored as 4-bit codes"
+            qweight, bits = widened(qweight, bits, symmetric=zero_points is None), 4
         codes, zeros = qweight.contiguous().numpy(), None if zero_points is None else zero_points.contiguous().numpy()
         self._kernel = _native.PackedTable(isa, bits, embedding_dim, group_size, codes, stored_floats(scales), zeros)
-        self.label = f"embedding_nbits {self._kernel.isa}, {bits}-bit table"
+        self.label = f"embedding_nbits {self._kernel.isa}, {described}"
 
     def _run(self, indices: np.ndarray, result: torch.Tensor) -> None:
         self._kernel.run(indices, result.numpy().reshape(len(indices), self._columns), torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""Linears that compute in float32 or bfloat16: dense weights, and packed integers whose activations stay floats."""
+"""Linears that compute in float32 or bfloat16: dense weights, and packed codes whose activations stay floats."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
-from graphwright.backends.cpu.kernels.byte_packing import PANEL, STEP_BYTES, PackedLinear
+from graphwright.backends.cpu.kernels.byte_packing import PANEL, STEP_BYTES, PackedLinear, pack_nbits
 from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
+from graphwright.ir.ops.codebook import codebook
 
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -105,20 +106,71 @@ class NbitsLinear(Linear):
             isa,
             packed.outputs,
             packed.columns,
-            packed.bits,
+            f"int{packed.bits}",
             group_size,
             bfloat16,
             packed.codes.numpy(),
             packed.scales.numpy(),
             packed.zeros.numpy() if packed.zeros is not None else None,
+            None,
             stored_floats(bias),
         )
-        rounds = "float32"
-        if kernel.exact_rows is not None:
-            rounds = f"weights and activations rounded to bfloat16 beyond {kernel.exact_rows} rows"
-        label = f"nbits_linear {kernel.isa}, {packed.bits}-bit weights, {rounds}"
+        label = f"nbits_linear {kernel.isa}, {packed.described}, {_rounding(kernel.exact_rows)}"
         super().__init__(kernel, packed.columns, packed.outputs, label)
         self.packed = packed
+
+
+class CodebookLinear(Linear):
+    """``linear_codebook``: the weights stay packed, and are looked up or taken apart in registers.
+
+    Args:
+        packed: the weights.
+        format: of :func:`graphwright.ir.ops.codebook.codebook`.
+        group_size: columns of a group.
+        isa: instruction set of the kernel.
+        bias: ``[out]`` or ``None``.
+        bfloat16: see :class:`NbitsLinear`.
+    """
+
+    def __init__(
+        self,
+        packed: PackedLinear,
+        format: str,
+        group_size: int,
+        isa: str,
+        bias: torch.Tensor | None = None,
+        *,
+        bfloat16: bool = False,
+    ) -> None:
+        from graphwright.backends.cpu import _native  # not at the top: it may be absent
+
+        coding = _CODINGS.get(format, "table4")
+        kernel = _native.NbitsLinear(
+            isa,
+            packed.outputs,
+            packed.columns,
+            coding,
+            group_size,
+            bfloat16,
+            packed.codes.numpy(),
+            packed.scales.numpy(),
+            None,
+            codebook(format).table.numpy() if coding == "table4" else None,
+            stored_floats(bias),
+        )
+        label = f"codebook_linear {kernel.isa}, {format} weights, {_rounding(kernel.exact_rows)}"
+        super().__init__(kernel, packed.columns, packed.outputs, label)
+        self.packed = packed
+
+
+# Formats whose codes the kernels take apart; the others have a table of sixteen.
+_CODINGS = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
+
+
+def _rounding(exact_rows: int | None) -> str:
+    if exact_rows is None:
+        return "float32"
+    return f"weights and activations rounded to bfloat16 beyond {exact_rows} rows"
 
 
 def _dense(site: Site) -> Kernel | str:
@@ -154,4 +206,19 @@ def _packed(site: Site, name: str, bias: torch.Tensor | None, *, transposed: boo
     return FloatLinear(packed, site.isa, bias, note)
 
 
-LOWERINGS: dict[str, Lowering] = {"aten.addmm": _addmm, "aten.linear": _dense}
+def _codebook(site: Site) -> Kernel | str:
+    refusal = unsuitable(site, ("qweight", "scales", "bias"))
+    if refusal:
+        return refusal
+    columns, format = int(site.value("x").shape[-1]), site.arguments["format"]
+    stored = site.stored("qweight"), site.stored("scales")
+    packed = site.packed_once(("qweight", "scales"), lambda: pack_nbits(*stored, None, codebook(format).bits, columns))
+    bias, bfloat16 = site.maybe_stored("bias"), site.compute == "bfloat16"
+    return CodebookLinear(packed, format, site.arguments["group_size"], site.isa, bias, bfloat16=bfloat16)
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "aten.addmm": _addmm,
+    "aten.linear": _dense,
+    "graphwright.linear_codebook": _codebook,
+}

@@ -81,6 +81,7 @@ TRANSLATIONS: dict[str, str] = {
     "graphwright.rotary_embedding": "position:rotary_embedding",
     "graphwright.gated_activation": "unary:gated_activation",
     "graphwright.linear_nbits": "weight_only:linear_nbits",
+    "graphwright.linear_codebook": "weight_only:linear_codebook",
     "graphwright.embedding_nbits": "embedding_table:embedding_nbits",
     "graphwright.linear_int8_dynamic": "integer:linear_int8_dynamic",
     "graphwright.linear_int8_static": "integer:linear_int8_static",

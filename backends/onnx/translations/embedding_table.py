@@ -12,6 +12,7 @@ from graphwright.backends.onnx import encodings
 from graphwright.backends.onnx.graph import CONTRIB
 from graphwright.backends.onnx.lowering import Lowering
 from graphwright.backends.onnx.translations.weight_only import StoredWeights
+from graphwright.ir.ops.quantization import widened
 
 
 def embedding_nbits(
@@ -67,7 +68,7 @@ def _gather_block_quantized(
         gather_axis=0,
         quantize_axis=2,
         block_size=block,
-        bits=bits,
+        bits=weights.bits,
     )
     lower.set(node, value, (*lower.shape(indices), weights.blocks, block))
 
@@ -82,16 +83,27 @@ def _gather_rows(
 ) -> None:
     graph, dtype = lower.graph, lower.dtype(node)
     position = lower.tensor(indices)
-    rows, *_ = lower.shape(stored[0])
     groups = lower.shape(stored[1])[1]
-    del rows
+    assert isinstance(groups, int)
     shape = (*lower.shape(indices), groups)
 
     def gathered(each: fx.Node) -> ir.Value:
         return graph.call("Gather", lower.tensor(each), position, axis=0)
 
-    table = gathered(stored[0])
-    if bits == 4:
+    if bits in (2, 3):
+        codes = lower.program.tensor(stored[0]).detach()
+        shape_of = (codes.shape[0], groups, group_size // 2)
+        wide = graph.derived(
+            f"{stored[0].target}.widened",
+            torch.uint8,
+            shape_of,
+            lambda: widened(codes, bits, symmetric=stored[2] is None),
+        )
+        table = graph.call("Gather", wide, position, axis=0)
+    else:
+        table = gathered(stored[0])
+    middle = 128 if bits == 8 else 8
+    if bits != 8:
         low = graph.call("BitwiseAnd", table, graph.constant(15, torch.uint8))
         high = graph.call("BitShift", table, graph.constant(4, torch.uint8), direction="RIGHT")
         last = graph.integers(-1)
@@ -100,12 +112,11 @@ def _gather_rows(
         table = graph.call("Reshape", table, lower.sizes.vector((*shape, group_size)))
     integers = graph.call("Cast", table, to=_code(dtype))
     last = graph.integers(-1)
-    points: Any = graph.constant(1 << (bits - 1), dtype)
+    points: Any = graph.constant(middle, dtype)
     if stored[2] is not None:
         points = graph.call("Unsqueeze", graph.call("Cast", gathered(stored[2]), to=_code(dtype)), last)
     scale = graph.call("Unsqueeze", lower.cast(gathered(stored[1]), lower.dtype(stored[1]), dtype), last)
     values = graph.call("Mul", graph.call("Sub", integers, points), scale)
-    assert isinstance(groups, int)
     flat = graph.call("Reshape", values, lower.sizes.vector((*lower.shape(indices), groups * group_size)))
     width = lower.shape(node)[-1]
     if width != groups * group_size:

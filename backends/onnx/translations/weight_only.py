@@ -9,9 +9,13 @@ from torch import fx
 from graphwright.backends.onnx import encodings
 from graphwright.backends.onnx.graph import CONTRIB
 from graphwright.backends.onnx.lowering import Lowering
+from graphwright.ir.names import op_name
+from graphwright.ir.ops.quantization import widened
 
 KERNEL = "MatMulNBits"
 _KINDS: dict[int, torch.dtype | ir.DataType] = {4: ir.DataType.UINT4, 8: torch.uint8}
+# Widths that onnxruntime multiplies. It has no kernel for 3 bits, and fuses no DequantizeLinear of 2.
+_WIDTHS, _PORTABLE_WIDTHS = (2, 4, 8), (4, 8)
 
 
 def linear_nbits(
@@ -28,7 +32,8 @@ def linear_nbits(
     """``MatMulNBits`` for the runtime; ``DequantizeLinear(axis=0) -> MatMul`` in portable files.
 
     The portable spelling stands on weights stored as ``[K, N]``, which onnxruntime fuses to ``MatMulNBits``; weights
-    stored as ``[N, K]`` with a Transpose, or fed to a Gemm, it would unpack on every call.
+    stored as ``[N, K]`` with a Transpose, or fed to a Gemm, it would unpack on every call. Codes of a width that it has
+    no kernel for are stored in 4 bits, which changes no weight.
 
     Raises:
         ExportError: the group size cannot be written in blocks that have a kernel.
@@ -37,8 +42,6 @@ def linear_nbits(
     if not isinstance(columns, int):
         raise lower.refuse(node, "the input features vary from call to call")
     block = encodings.block_size(group_size, columns)
-    if bits not in _KINDS:
-        raise lower.refuse(node, f"onnxruntime has no kernel for {bits}-bit weights", "quantise to 4 or 8 bits")
     if block is None:
         raise lower.refuse(
             node,
@@ -48,15 +51,48 @@ def linear_nbits(
     for each in (qweight, scales, zero_points):
         if each is not None and each.op != "get_attr":
             raise lower.refuse(node, "quantised weights must be stored, here they are computed")
-    weights = StoredWeights(lower, (qweight, scales, zero_points), bits, group_size, columns, block)
+    widths = _WIDTHS if lower.options.has_contrib and not _is_looked_up(lower, qweight) else _PORTABLE_WIDTHS
+    weights = StoredWeights(lower, (qweight, scales, zero_points), bits, group_size, columns, block, widths)
     emit = _matmul_nbits if lower.options.has_contrib else _dequantize_matmul
     results = emit(lower, node, x, weights, bias)
     lower.set_rows(node, results[-1])
     lower.expect(node, KERNEL, results)
 
 
+def _is_looked_up(lower: Lowering, qweight: fx.Node) -> bool:
+    """Whether a table shares the codes, whose operator takes no others than 4 and 8 bits."""
+    same = [node for node in lower.program.nodes if node.op == "get_attr" and node.target == qweight.target]
+    return any(op_name(user) == "graphwright.embedding_nbits" for node in same for user in node.users)
+
+
+def linear_codebook(
+    lower: Lowering,
+    node: fx.Node,
+    x: fx.Node,
+    qweight: fx.Node,
+    scales: fx.Node,
+    bias: fx.Node | None,
+    format: str,
+    group_size: int,
+) -> None:
+    """Nothing: whatever spells it, onnxruntime's CPU kernels make the weights floats and multiply those.
+
+    Raises:
+        ExportError: always.
+    """
+    raise lower.refuse(
+        node,
+        f"onnxruntime has no kernel for {format} weights: it would run this linear in float",
+        "quantise to integers for ONNX (dtype='int'), or run on target='cpu'",
+    )
+
+
 class StoredWeights:
-    """The stored tensors of a quantised linear or table, and how they are blocked."""
+    """The stored tensors of a quantised linear or table, and how they are blocked.
+
+    Attributes:
+        bits: of a code in the file; 4 where the stored ones have a width that is not among ``widths``.
+    """
 
     def __init__(
         self,
@@ -66,21 +102,32 @@ class StoredWeights:
         group_size: int,
         columns: int,
         block: int,
+        widths: tuple[int, ...] = _PORTABLE_WIDTHS,
     ) -> None:
         self.names = [str(each.target) if each is not None else "" for each in stored]
-        self.qweight = lower.program.tensor(stored[0]).detach()
+        self._stored, self._bits = lower.program.tensor(stored[0]).detach(), bits
         self.scales = lower.program.tensor(stored[1]).detach()
         self.zero_points = lower.program.tensor(stored[2]).detach() if stored[2] is not None else None
-        self.bits = bits
+        self.bits = bits if bits in widths else 4
         self.group = group_size
         self.columns = columns
-        self.rows = int(self.qweight.shape[0])
+        self.rows = int(self._stored.shape[0])
         self.block = block
         self.blocks = -(-columns // block)
 
+    def qweight(self) -> torch.Tensor:
+        """``[N, groups, group bytes]``."""
+        if self.bits == self._bits:
+            return self._stored
+        return widened(self._stored, self._bits, symmetric=self.zero_points is None)
+
     def blocked(self) -> torch.Tensor:
         """``[N, blocks, block bytes]``."""
-        return encodings.blocked(self.qweight, self.bits, self.group, self.columns, self.block)
+        return encodings.blocked(self.qweight(), self.bits, self.group, self.columns, self.block)
+
+    def is_blocked(self) -> bool:
+        """Whether the codes can be written as they are stored."""
+        return self.bits == self._bits and self.block == self.group and self._stored.shape[1] == self.blocks
 
     def per_block(self, values: torch.Tensor) -> torch.Tensor:
         """``[N, blocks]``."""
@@ -92,8 +139,8 @@ class StoredWeights:
         A linear and a table that share their storage get the same ones.
         """
         graph = lower.graph
-        if self.blocked() is self.qweight:
-            packed = graph.weight(self.names[0], self.qweight)
+        if self.is_blocked():
+            packed = graph.weight(self.names[0], self._stored)
             scales = graph.weight(self.names[1], self.scales)
         else:
             shape = (self.rows, self.blocks, self.block * self.bits // 8)
@@ -116,7 +163,7 @@ def _matmul_nbits(
     zero_points = None
     if weights.zero_points is not None:
         points = weights.zero_points
-        width = weights.blocks if weights.bits == 8 else -(-weights.blocks // 2)
+        width = -(-weights.blocks * weights.bits // 8)
         zero_points = graph.derived(
             f"{names[2]}.packed",
             torch.uint8,
@@ -151,7 +198,7 @@ def _dequantize_matmul(
         kind,
         shape,
         lambda: encodings.pack_flat(
-            encodings.unpack(weights.qweight, weights.bits)[:, : weights.columns].t().contiguous(), weights.bits
+            encodings.unpack(weights.qweight(), weights.bits)[:, : weights.columns].t().contiguous(), weights.bits
         ),
     )
     scales = graph.derived(

@@ -13,11 +13,10 @@ struct V : Floats {};
 
 // The code of a column for an output of a panel.
 std::int32_t code_of(const PackedLinear& w, std::size_t panel, std::size_t output, std::size_t column) {
-  const std::size_t columns = w.bits == 8 ? 4 : 8, steps = w.groups * w.group / columns;
+  const auto bits = static_cast<std::size_t>(w.bits), columns = 32 / bits, steps = w.groups * w.group / columns;
   const std::uint8_t* dword = w.codes + ((panel * steps + column / columns) * kPanel + output) * 4;
   const std::size_t place = column % columns;
-  if (w.bits == 8) return dword[place];
-  return place < 4 ? dword[place] & 15 : dword[place - 4] >> 4;
+  return (dword[place % 4] >> (place / 4 * bits)) & ((1 << bits) - 1);
 }
 
 void linear_bytes(const PackedLinear& w, const ByteRows& x, const LinearOutput& y, const LinearBlock& block) {
