@@ -369,10 +369,22 @@ def test_the_extension_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="values has the wrong size"):
         _native.pack_floats(np.zeros((20, 47), np.float32), False, values, 1)
     codes, scales = np.zeros(6 * 256, np.uint8), np.zeros(3 * 64, np.float32)
-    _native.NbitsLinear("scalar", 20, 48, 4, 16, False, codes, scales, None, None)
-    for outputs, bits, size, message in [(20, 3, 16, "bits"), (65, 4, 16, "codes"), (20, 4, 0, "groups of columns")]:
+    _native.NbitsLinear("scalar", 20, 48, "int4", 16, False, codes, scales, None, None, None)
+    refused = [(20, "int3", 16, "coding"), (65, "int4", 16, "codes"), (20, "int4", 0, "groups of columns")]
+    for outputs, coding, size, message in [
+        *refused,
+        (20, "int8", 16, "codes"),
+        (20, "table4", 16, "come with a table"),
+    ]:
         with pytest.raises(ValueError, match=message):
-            _native.NbitsLinear("scalar", outputs, 48, bits, size, False, codes, scales, None, None)
+            _native.NbitsLinear("scalar", outputs, 48, coding, size, False, codes, scales, None, None, None)
+    table, zeros = np.zeros(16, np.float32), np.zeros(3 * 64, np.uint8)
+    with pytest.raises(ValueError, match="come with a table"):
+        _native.NbitsLinear("scalar", 20, 48, "int4", 16, False, codes, scales, None, table, None)
+    with pytest.raises(ValueError, match="table has the wrong size"):
+        _native.NbitsLinear("scalar", 20, 48, "table4", 16, False, codes, scales, None, table[:15], None)
+    with pytest.raises(ValueError, match="only integers have zero points"):
+        _native.NbitsLinear("scalar", 20, 48, "table4", 16, False, codes, scales, zeros, table, None)
 
 
 # -- lowering ----------------------------------------------------------------------------------------------------------

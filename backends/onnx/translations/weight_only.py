@@ -115,15 +115,16 @@ class StoredWeights:
         self.block = block
         self.blocks = -(-columns // block)
 
+    @property
     def qweight(self) -> torch.Tensor:
-        """``[N, groups, group bytes]``."""
+        """``[N, groups, group bytes]``, made anew where the width is another than the stored one's."""
         if self.bits == self._bits:
             return self._stored
         return widened(self._stored, self._bits, symmetric=self.zero_points is None)
 
     def blocked(self) -> torch.Tensor:
         """``[N, blocks, block bytes]``."""
-        return encodings.blocked(self.qweight(), self.bits, self.group, self.columns, self.block)
+        return encodings.blocked(self.qweight, self.bits, self.group, self.columns, self.block)
 
     def is_blocked(self) -> bool:
         """Whether the codes can be written as they are stored."""
@@ -198,7 +199,7 @@ def _dequantize_matmul(
         kind,
         shape,
         lambda: encodings.pack_flat(
-            encodings.unpack(weights.qweight(), weights.bits)[:, : weights.columns].t().contiguous(), weights.bits
+            encodings.unpack(weights.qweight, weights.bits)[:, : weights.columns].t().contiguous(), weights.bits
         ),
     )
     scales = graph.derived(
