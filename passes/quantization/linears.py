@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -75,6 +76,8 @@ class QuantizeLinears(Pass):
         calibration: typical inputs: batches, each as the model is called, a ``DataLoader`` of such, or
             :class:`CalibrationData`. Every linear is rounded for the inputs it gets from those rounded before it.
         lm_head: quantise the output head too.
+        checkpoint: folder in which every weight is kept as soon as it is done. A run that was killed and is started
+            again with the same things goes on there, with the same result to the last bit.
     """
 
     name: ClassVar[str] = "quantize-linears"
@@ -90,12 +93,15 @@ class QuantizeLinears(Pass):
     rounding: str | Rounding | None = None
     calibration: Iterable[Any] | None = field(default=None, compare=False)
     lm_head: bool = False
+    checkpoint: str | os.PathLike[str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_format(self.name, self.bits, self.group_size)
         _one_of(self.name, "activations", self.activations, _ACTIVATIONS)
         _one_of(self.name, "activation_ranges", self.activation_ranges, _RANGES)
+        if self.checkpoint is not None:
+            object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
         if self.calibration is not None:
             object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
         chosen = self._rounding()
@@ -137,13 +143,15 @@ class QuantizeLinears(Pass):
         """Quantise every linear that is selected and can be.
 
         Raises:
-            InputError: a weight or the calibration data holds NaN or infinity.
+            InputError: a weight or the calibration data holds NaN or infinity, the calibration data is too short, or
+                the checkpoint is of another run.
         """
         targets = self._targets(program)
         losses: dict[str, Loss] = {}
         static = 0
         with program.edit() as rewriter:
-            schedule = Schedule(program, targets, self._forms(targets), self._rounding(), self._grids())
+            forms, method, grids = self._forms(targets), self._rounding(), self._grids()
+            schedule = Schedule(program, targets, forms, method, grids, self.checkpoint)
             for found in schedule.run(self.calibration):
                 losses[weight_name(found.target)] = found.packed.loss
                 static += found.grid is not None
