@@ -63,9 +63,12 @@ class Observed:
             self.rows, self._stride = self.rows[::2].clone(), 2 * self._stride
 
     def _mirror(self) -> None:
-        for start in range(_PANEL, self.moment.shape[0], _PANEL):
+        """Take over the moment's lower half from the upper one, so that it is symmetric to the last bit."""
+        for start in range(0, self.moment.shape[0], _PANEL):
             panel = slice(start, start + _PANEL)
             self.moment[panel, :start] = self.moment[:start, panel].T
+            square = self.moment[panel, panel]
+            square.triu_().add_(square.triu(1).T)
 
     @classmethod
     def over(cls, batches: Iterable[torch.Tensor]) -> Observed:

@@ -189,7 +189,7 @@ class Stream:
     def rows(self, node: fx.Node) -> Iterator[torch.Tensor]:
         """Values of a live node as float32 rows ``[n, features]``, batch by batch, without padding."""
         for batch in range(self.batches):
-            yield self.without_padding(self.value(node, batch), batch).to(torch.float32)
+            yield self.without_padding(self.value(node, batch).detach(), batch).to(torch.float32)
 
     def without_padding(self, value: torch.Tensor, batch: int) -> torch.Tensor:
         """Rows ``[n, features]`` of a value ``[..., features]``, except at padding where it has a row per position:

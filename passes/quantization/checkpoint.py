@@ -188,7 +188,7 @@ def _pieces(tensor: torch.Tensor) -> list[bytes]:
     return found
 
 
-# -- results as JSON and tensors ----------------------------------------------------------------------------------------
+# -- results as JSON and tensors ---------------------------------------------------------------------------------------
 
 _HOUSE = "graphwright.passes."
 
