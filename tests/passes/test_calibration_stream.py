@@ -183,7 +183,9 @@ def test_linears_see_what_the_rounded_ones_before_them_give(monkeypatch: pytest.
     seen: list[torch.Tensor] = []
     original = Gptq.codes
     monkeypatch.setattr(
-        Gptq, "codes", lambda self, w, form, inputs: seen.append(inputs.moment.clone()) or original(self, w, form, inputs)
+        Gptq,
+        "codes",
+        lambda self, w, form, inputs: seen.append(inputs.moment.clone()) or original(self, w, form, inputs),
     )
     exact = program.tensor("1.weight").clone()
     small = gw.optimize(program, [gw.QuantizeLinears(bits=4, group_size=16, calibration=[x])], example_inputs=x)
