@@ -18,13 +18,18 @@ _SWITCH = "GRAPHWRIGHT_PROGRESS"
 class Progress:
     """How far one piece of work is."""
 
-    def __init__(self, display: Any, line: Any, what: str) -> None:
-        self._display, self._line, self._what = display, line, what
+    def __init__(self, display: Any, line: Any) -> None:
+        self._display, self._line = display, line
 
-    def now(self, detail: str = "") -> None:
+    def now(self, detail: str) -> None:
         """Say what is being worked on, such as a module path."""
         if self._display is not None:
-            self._display.update(self._line, description=self._what, detail=detail)
+            self._display.update(self._line, detail=detail)
+
+    def rename(self, what: str) -> None:
+        """Say anew what is done."""
+        if self._display is not None:
+            self._display.update(self._line, description=what)
 
     def expect(self, total: int) -> None:
         """Say how much work there is, where it was not known at first."""
@@ -52,7 +57,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Progress]:
         yield from _line(_displays[-1], what, total)
         return
     if not is_shown():
-        yield Progress(None, None, what)
+        yield Progress(None, None)
         return
     with _display() as display:
         _displays.append(display)
@@ -70,7 +75,7 @@ def is_shown() -> bool:
 def _line(display: Any, what: str, total: int | None) -> Iterator[Progress]:
     line = display.add_task(what, total=total, detail="")
     try:
-        yield Progress(display, line, what)
+        yield Progress(display, line)
     finally:
         display.remove_task(line)
 

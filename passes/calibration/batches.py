@@ -84,8 +84,8 @@ class CalibrationData:
 
     def _items(self) -> Iterator[Any]:
         # The data sets of torch need not say where they end, except by their length.
-        indexed = not isinstance(self.items, Iterable)
-        items = (self.items[index] for index in range(len(self.items))) if indexed else iter(self.items)
+        given: Any = self.items
+        items = iter(given) if isinstance(given, Iterable) else (given[index] for index in range(len(given)))
         for index in itertools.count() if self.limit is None else range(self.limit):
             try:
                 item = next(items)
@@ -126,7 +126,9 @@ def flatten(
     where = f"calibration batch {index + 1}"
     mask: torch.Tensor | None = None
     try:
-        if decoder is not None and (isinstance(batch, torch.Tensor) or _is_tokens(batch)):
+        if decoder is not None and isinstance(batch, torch.Tensor):
+            flat, mask = first_step(program, decoder, {"input_ids": batch})
+        elif decoder is not None and isinstance(batch, Mapping) and "slots" not in batch and "input_ids" in batch:
             flat, mask = first_step(program, decoder, batch)
         elif isinstance(batch, torch.Tensor):
             flat = program.signature.flatten((batch,), {})
@@ -145,7 +147,3 @@ def flatten(
         if bool(wrong.any()):
             raise InputError("holds NaN or infinity", where=f"{where}, input {name!r}")
     return flat, mask
-
-
-def _is_tokens(batch: Batch) -> bool:
-    return isinstance(batch, Mapping) and "slots" not in batch and "input_ids" in batch

@@ -16,7 +16,7 @@ _KNOWN = ("input_ids", "attention_mask")
 
 
 def first_step(
-    program: Program, layout: DecoderLayout, batch: Mapping[str, Any] | torch.Tensor
+    program: Program, layout: DecoderLayout, batch: Mapping[str, Any]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The inputs of a step that brings texts, see :class:`graphwright.ir.decoder.DecoderLayout`.
 
@@ -27,8 +27,7 @@ def first_step(
     Args:
         program: a decoding step.
         layout: its layout.
-        batch: token ids int64 ``[B, S]``, or a mapping with these as ``input_ids`` and optionally ``attention_mask``
-            ``[B, S]``, 0 at padding.
+        batch: ``input_ids``, token ids int64 ``[B, S]``, and optionally ``attention_mask`` ``[B, S]``, 0 at padding.
 
     Returns:
         the inputs in order, and a mask ``[B, S]``, bool, of what is no padding.
@@ -36,15 +35,14 @@ def first_step(
     Raises:
         InputError: there is anything else in the batch, the padding is not at an end, or the texts are too long.
     """
-    given = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
-    unknown = [name for name, value in given.items() if name not in _KNOWN and value is not None]
+    unknown = [name for name, value in batch.items() if name not in _KNOWN and value is not None]
     if unknown:
         raise InputError(
             "is not among what a decoder's calibration batch has",
             where=f"argument {unknown[0]!r}",
             hint="give input_ids and, with padding, attention_mask",
         )
-    ids, mask = given["input_ids"], given.get("attention_mask")
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
         shown = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise InputError(f"must be token ids [batch, tokens], not {shown}", where="input 'input_ids'")
@@ -91,5 +89,6 @@ def _padded_behind(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.
 
 def without_caches(program: Program) -> None:
     """Let a decoding step give back the caches it was given, so that nothing keeps those it made. Changes the graph."""
-    logits, *caches = program.output.args[0]  # type: ignore[misc,union-attr]
-    program.output.args = ((logits, *program.inputs[-len(caches) :]),)
+    results = program.output.args[0]
+    assert isinstance(results, tuple | list)
+    program.output.args = ((results[0], *program.inputs[1 - len(results) :]),)

@@ -112,7 +112,7 @@ class QuantizeLinears(Pass):
                 raise InputError(
                     "needs calibration data",
                     where=f"{self.name}: {option}={value!r}",
-                    hint="give calibration=[batch, ...]",
+                    hint="give calibration=[batch, ...], on the command line --calibration FILE",
                 )
         if self.activations == "int8" and (self.bits != 8 or self.group_size is not None or not self.symmetric):
             raise InputError(
@@ -130,7 +130,7 @@ class QuantizeLinears(Pass):
         """Options as JSON values; calibration data in words."""
         found = super().options()
         if isinstance(self.rounding, Rounding):
-            found["rounding"] = {"method": self.rounding.method, **found["rounding"]}
+            found["rounding"] = {"method": self.rounding.method, **self.rounding.options()}
         if self.calibration is not None:
             found["calibration"] = str(self.calibration)
         return found

@@ -129,7 +129,8 @@ def test_an_interrupted_run_goes_on(
         stop_after(patch, stop)
         with pytest.raises(KeyboardInterrupt):
             quantised(program, checkpoint=folder, **CASES[case])
-    assert len(list(folder.glob("weight-*"))) == stop and not list(folder.glob(".*"))
+    assert len(list(folder.glob("weight-*"))) == stop
+    assert not list(folder.glob(".*"))
     done = stop_after(monkeypatch, 99)
     assert same(quantised(program, checkpoint=folder, **CASES[case]), whole)
     again = 3 * (stop // 3) if case == "block by block" else stop  # a block's weights are fitted together
@@ -239,7 +240,8 @@ def test_folders_of_other_things_are_refused(program: gw.Program, tmp_path: Path
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(gw.InputError, match="is no checkpoint"):
         quantised(program, bits=4, group_size=16, checkpoint=tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("weight-*"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob("weight-*"))
 
 
 def test_a_file_in_the_way(program: gw.Program, tmp_path: Path) -> None:
@@ -280,10 +282,14 @@ def test_results_come_back_whole(tmp_path: Path) -> None:
     assert kept.get("w") is None
     kept.put("w", results_module.Result(packed, grid))
     found = Checkpoint(tmp_path, fingerprint, ["w", "v"]).get("w")
-    assert torch.equal(found.packed.qweight, packed.qweight) and torch.equal(found.packed.scales, packed.scales)
-    assert torch.equal(found.packed.zero_points, packed.zero_points) and found.packed.form == form
-    assert found.packed.loss == packed.loss and found.packed.columns == 40
-    assert torch.equal(found.grid.scales, grid.scales) and (found.grid.zero_point, found.grid.error) == (131, 0.25)
+    assert torch.equal(found.packed.qweight, packed.qweight)
+    assert torch.equal(found.packed.scales, packed.scales)
+    assert torch.equal(found.packed.zero_points, packed.zero_points)
+    assert found.packed.form == form
+    assert found.packed.loss == packed.loss
+    assert found.packed.columns == 40
+    assert torch.equal(found.grid.scales, grid.scales)
+    assert (found.grid.zero_point, found.grid.error) == (131, 0.25)
     document = json.loads((tmp_path / "run.json").read_text())
     assert document["options"] == "x"
     with pytest.raises(SerializationError, match="cannot hold a set"):

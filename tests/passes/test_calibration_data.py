@@ -1,4 +1,4 @@
-"""Calibration data as people have it: lists, loaders, data sets, generators, transforms; and what is wrong with some."""
+"""Calibration data as people have it: lists, loaders, data sets, generators, transforms; and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_limits(limit: Any) -> None:
     with pytest.raises(gw.InputError, match="limit"):
         gw.CalibrationData([X], limit=limit)
     with pytest.raises(gw.InputError, match="must be a function"):
-        gw.CalibrationData([X], transform=3)  # type: ignore[arg-type]
+        gw.CalibrationData([X], transform=3)
 
 
 def raising(item: int) -> torch.Tensor:
@@ -138,7 +138,7 @@ def without_end(number: float) -> torch.Tensor:
     [
         ([], "there is no calibration data"),
         (gw.CalibrationData([0, 1, 2], raising), r"ZeroDivisionError: no such thing \(at calibration item 3\)"),
-        (gw.CalibrationData([0], lambda _: None), "calibration batch 1 does not fit: is a NoneType"),  # type: ignore[arg-type,return-value]
+        (gw.CalibrationData([0], lambda _: None), "calibration batch 1 does not fit: is a NoneType"),
         ([batch_of(0), {"y": batch_of(0)}], r"calibration batch 2 does not fit: is missing \(at argument 'x'\)"),
         ([{"x": batch_of(0), "labels": batch_of(0)}], "calibration batch 1 does not fit.*\n?.*labels"),
         ([batch_of(0), "text"], "calibration batch 2 does not fit: is a str"),
@@ -159,7 +159,7 @@ def test_items_that_cannot_be_read(program: gw.Program) -> None:
         gw.CalibrationData(broken())
     Broken = type("Broken", (Numbers,), {"__getitem__": lambda self, index: 1 / (1 - index)})
     with pytest.raises(gw.InputError, match=r"ZeroDivisionError.*calibration item 2"):
-        inputs_of(program, gw.CalibrationData(Broken(), lambda item: batch_of(item)))
+        inputs_of(program, gw.CalibrationData(Broken(), batch_of))
 
 
 # -- how much is enough ------------------------------------------------------------------------------------------------
@@ -208,14 +208,16 @@ def test_moments_are_sums_of_products(features: int, exact: bool) -> None:
     bound = len(rows) * torch.finfo(torch.float32).eps * (rows.double().abs().T @ rows.double().abs())
     assert bool(((found.moment.double() - wanted).abs() <= bound).all())
     assert torch.equal(found.moment, found.moment.T)
-    assert torch.equal(found.low, rows.amin(0)) and torch.equal(found.high, rows.amax(0))
+    assert torch.equal(found.low, rows.amin(0))
+    assert torch.equal(found.high, rows.amax(0))
     assert found.count == len(rows)
     assert torch.equal(found.rows, rows[:: found._stride])
     one_by_one = Observed.nothing(features)
     for batch in batches:
         one_by_one.add(batch)
     assert bool(((one_by_one.moment.double() - wanted).abs() <= bound).all())
-    assert one_by_one.moment.equal(one_by_one.moment.T) and one_by_one.count == len(rows)
+    assert one_by_one.moment.equal(one_by_one.moment.T)
+    assert one_by_one.count == len(rows)
 
 
 def test_values_beyond_bfloat16_are_multiplied_in_float32() -> None:
@@ -223,7 +225,8 @@ def test_values_beyond_bfloat16_are_multiplied_in_float32() -> None:
     rows = torch.full((64, 4), 1 + 2.0**-12)
     moment = Observed.over([rows]).moment
     torch.testing.assert_close(moment, torch.full((4, 4), 64 * (1 + 2.0**-12) ** 2), rtol=1e-6, atol=0)
-    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+    settings: Any = torch.backends.mkldnn
+    assert settings.matmul.fp32_precision != "bf16"
 
 
 def test_a_copy_keeps_the_moment() -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import graphwright as gw
+from graphwright.frontends.generation.tokenizer import load_tokenizer
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.passes.calibration import Stream
 from graphwright.passes.calibration.batches import flatten
@@ -71,15 +73,18 @@ def test_caches_take_no_memory(step: gw.Program) -> None:
 def test_steps_as_they_are_called_count_too(step: gw.Program) -> None:
     layout = DecoderLayout.of(step)
     (flat, mask) = flatten(step, IDS, 0, layout)
-    assert mask is not None and bool(mask.all())
+    assert mask is not None
+    assert bool(mask.all())
     names = step.signature.names
-    assert torch.equal(flat[3], torch.arange(40).expand(3, 40)) and flat[4].shape[2] == 40
+    assert torch.equal(flat[3], torch.arange(40).expand(3, 40))
+    assert flat[4].shape[2] == 40
     given = dict(zip(names, flat, strict=True))
     keys = [given[f"keys_{layer}"] for layer in range(layout.layers)]
     values = [given[f"values_{layer}"] for layer in range(layout.layers)]
     call = {name: given[name] for name in ("input_ids", "slots", "starts", "rows")} | {"keys": keys, "values": values}
     again, none = flatten(step, call, 0, layout)
-    assert none is None and all(torch.equal(a, b) for a, b in zip(flat, again, strict=True))
+    assert none is None
+    assert all(torch.equal(a, b) for a, b in zip(flat, again, strict=True))
 
 
 HOLES = torch.ones_like(IDS)
@@ -108,32 +113,42 @@ def test_texts_that_do_not_fit(step: gw.Program, batch: Any, message: str) -> No
         pass
 
 
-def test_a_folder_is_rounded_like_the_whole_model(tinylm_dir: Path, whole: gw.Program) -> None:
-    """Weights quantised in a prepared, fused decoding step for the cpu give what those of the traced model give."""
-    generator = torch.Generator().manual_seed(7)
-    tokens = [torch.randint(5, 4000, (1, 256), generator=generator) for _ in range(4)]
-    options = {"bits": 4, "group_size": 128, "clip_search": False}
-    batches = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in tokens]
-    examples = {name: value[:, :8] for name, value in batches[0].items()}
-    reference = gw.optimize(
-        whole, [gw.QuantizeLinears(calibration=batches, **options)], example_inputs=examples, verify=False
-    )
-    step = gw.load_decoder(tinylm_dir, dtype="float32", check=False)
-    passes = [gw.PrepareDecoder(), gw.QuantizeLinears(calibration=tokens, **options)]
-    small: Any = gw.optimize(step, passes, target="cpu", verify=False)
-    assert small.report.rows[-1].notes["linears"] > 0
-    text = torch.randint(5, 4000, (2, 128), generator=generator)
-    (flat, _) = flatten(step, text, 0, DecoderLayout.of(step))
+def test_a_step_is_rounded_like_the_whole_model(
+    tinylm_dir: Path, shared_dir: Path, step: gw.Program, whole: gw.Program
+) -> None:
+    """For the same texts: in a prepared, fused step on the cpu target as in the traced model.
+
+    Inputs differ by rounding in float32, and a code that falls on the other side moves those of the columns after it.
+    So in the first layer nearly all weights agree, later on what they are worth.
+    """
+    tokenizer = load_tokenizer(tinylm_dir)
+
+    def windows(text: str, count: int) -> torch.Tensor:
+        ids = tokenizer(text[: 8 * 256 * count], add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids[: 256 * count]).reshape(count, 256)
+
+    valid = (shared_dir / "data" / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
+    calibration, text = windows(valid[200_000:], 6), windows(valid, 4)
+    options: dict[str, Any] = {"bits": 4, "group_size": 128}
+    batches = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in calibration.split(2)]
+    item = gw.QuantizeLinears(calibration=batches, **options)
+    wanted = gw.optimize(whole, [item], example_inputs=batches[0], verify=False)
+    item = gw.QuantizeLinears(calibration=calibration.split(2), **options)
+    small: Any = gw.optimize(step, [item], target="cpu", verify=False)
+    assert small.report.rows[0].notes["linears"] == len(linears(step)) - 1
+
+    (down,) = (name for name in small.tensors() if name.startswith("model.layers.0.") and "down_proj.qweight" in name)
+    codes = [each.tensors()[down] for each in (small, wanted)]
+    assert float((codes[0] == codes[1]).float().mean()) > 0.5
+    flat, _ = flatten(step, text, 0, DecoderLayout.of(step))
+    mask = torch.ones_like(text)
     with torch.no_grad():
-        found = small.signature.unflatten(small._executable(*flat))["logits"]
-        wanted = reference(input_ids=text, attention_mask=torch.ones_like(text)).logits
-        exact = whole(input_ids=text, attention_mask=torch.ones_like(text)).logits
-    # Both round the same weights for inputs that differ by float32 rounding; a few codes fall on the other side.
-    assert float((found - wanted).norm()) < 0.2 * float((wanted - exact).norm())
-    assert float((found.argmax(-1) == wanted.argmax(-1)).float().mean()) > 0.97
-    losses = [
-        float(torch.nn.functional.cross_entropy(each[:, :-1].flatten(0, 1), text[:, 1:].flatten()))
-        for each in (found, wanted)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
-    assert len(small.generate(text[0].tolist(), max_new_tokens=3).tokens[0]) <= 3
+        logits = [small.signature.unflatten(small._executable(*flat))["logits"]]
+        logits += [each(input_ids=text, attention_mask=mask).logits for each in (wanted, whole)]
+    found, expected, exact = (
+        float(cross_entropy(each[:, :-1].flatten(0, 1), text[:, 1:].flatten())) for each in logits
+    )
+    assert abs(found - expected) < 0.01
+    assert abs(found - exact) < 0.03
+    answer = small.generate(text[0, :40].tolist(), max_new_tokens=2)
+    assert answer.tokens[0][0] == int(logits[0][0, 39].argmax())
