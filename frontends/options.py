@@ -14,10 +14,13 @@ from graphwright.ir.errors import InputError, RecipeError
 from graphwright.passes import registry
 from graphwright.passes.base import Pass
 from graphwright.passes.pipeline import Pipeline
+from graphwright.passes.quantization.rounding import METHODS, Rounding, rounding_of
 from graphwright.passes.selection import Select, Where
 
 # TOML has no null; this stands for it where an option may be absent.
 NONE = "none"
+# The option of passes that learn from typical inputs.
+CALIBRATION = "calibration"
 
 Locate = Callable[[str | None], str]
 
@@ -128,6 +131,10 @@ def _convert(value: Any, hint: Any, where: Locate) -> Any:
 
 
 def _plain(value: Any, kind: type, where: Locate) -> Any:
+    if issubclass(kind, Rounding):
+        if not isinstance(value, dict):
+            raise _WrongType(value)
+        return _rounding(value, where)
     if issubclass(kind, Pass):
         if not isinstance(value, dict):
             raise _WrongType(value)
@@ -139,6 +146,23 @@ def _plain(value: Any, kind: type, where: Locate) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and kind is not object):
         raise _WrongType(value)
     return value
+
+
+def _rounding(table: Mapping[str, Any], where: Locate) -> Rounding:
+    """A rounding method from a table of its name, as ``method``, and its options."""
+    options = dict(table)
+    method = options.pop("method", None)
+    if method is None:
+        raise RecipeError(
+            "the table of a rounding method has no 'method'", where=where(None), hint=f"methods: {', '.join(METHODS)}"
+        )
+    try:
+        kind = type(rounding_of(method, where="method"))
+        return kind(**read_options(kind, options, where, owner=f"the rounding method {method!r}"))
+    except RecipeError:
+        raise
+    except InputError as error:
+        raise RecipeError(str(error).splitlines()[0], where=where(None), hint=error.hint) from error
 
 
 def _selection(value: Any, where: Locate) -> Where:

@@ -3,6 +3,7 @@
 ::
 
     target = "reference"            # optional
+    calibration = true              # optional: the passes were given calibration data, and are to be given some again
 
     [verification]                  # optional; `verify = false` checks structure only
     fresh = 2
@@ -17,7 +18,9 @@
     ignore = ["lm_head", "re:.*router"]
 
 Options are the fields of the pass. A selection by several properties is a table: ``where = { op = "aten.linear" }``.
-TOML has no null: an option that may be absent is switched off by ``"none"``.
+So is a rounding method with options: ``rounding = { method = "gptq", damping = 0.1 }``. TOML has no null: an option
+that may be absent is switched off by ``"none"``. Calibration data is no part of a recipe: it is given to
+:func:`load_recipe`, which hands it to the passes that can use it.
 """
 
 from __future__ import annotations
@@ -28,14 +31,15 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphwright.frontends.options import Locate, nearest, read_options, read_pass
-from graphwright.frontends.toml import table_of, to_toml
+from graphwright.frontends.options import CALIBRATION, Locate, nearest, read_options, read_pass
+from graphwright.frontends.toml import needs_calibration, table_of, to_toml
 from graphwright.ir.errors import InputError, RecipeError
+from graphwright.passes import registry
 from graphwright.passes.base import Pass
 from graphwright.passes.pipeline import Pipeline
 from graphwright.passes.verification import Verification
@@ -45,7 +49,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_TOP_LEVEL = ("pass", "target", "verify", "verification")
+_TOP_LEVEL = ("pass", "target", "calibration", "verify", "verification")
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,27 @@ class Recipe:
     verify: bool | Verification = True
 
 
-def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], *, calibration: Iterable[Any] | None = None) -> Recipe:
     """Read a recipe file.
+
+    Args:
+        path: of the file.
+        calibration: typical inputs, for all passes that can use them; see :class:`CalibrationData`.
 
     Raises:
         RecipeError: it cannot be read, is not valid TOML, or names an unknown pass or option, or gives a value of the
-            wrong type; says the file, the line and the nearest known spelling.
+            wrong type; says the file, the line and the nearest known spelling. Or a pass needs calibration data and
+            there is none, or there is some and no pass can use it.
     """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe cannot be read: {error}", where=str(file)) from error
-    return parse_recipe(text, origin=str(file))
+    return parse_recipe(text, origin=str(file), calibration=calibration)
 
 
-def parse_recipe(text: str, *, origin: str = "recipe") -> Recipe:
+def parse_recipe(text: str, *, origin: str = "recipe", calibration: Iterable[Any] | None = None) -> Recipe:
     """A recipe from TOML text; ``origin`` names it in messages.
 
     Raises:
@@ -100,7 +109,11 @@ def parse_recipe(text: str, *, origin: str = "recipe") -> Recipe:
     target = data.get("target")
     if target is not None and not isinstance(target, str):
         raise RecipeError(f"must be a string, not {target!r}", where=place.key("target"))
+    _check_calibration(data, place, calibration)
+    users = [_calibrated(table, place.of_pass(index), calibration) for index, table in enumerate(tables)]
     passes = tuple(read_pass(table, place.of_pass(index)) for index, table in enumerate(tables))
+    if calibration is not None and not any(users):
+        raise RecipeError("there is calibration data, which no pass of the recipe can use", where=origin)
     return Recipe(passes, target, _verify_of(data, place))
 
 
@@ -145,6 +158,8 @@ def format_recipe(
     lines: list[str] = []
     if recipe.target is not None:
         lines.append(f"target = {to_toml(recipe.target, 'target')}")
+    if any(map(needs_calibration, recipe.passes)):
+        lines.append("calibration = true")
     if recipe.verify is False:
         lines.append("verify = false")
     if isinstance(recipe.verify, Verification):
@@ -167,6 +182,34 @@ def _opened(passes: Pipeline | Sequence[Pass]) -> tuple[Pass, ...]:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _check_calibration(data: Mapping[str, Any], place: _Places, calibration: Iterable[Any] | None) -> None:
+    wanted = data.get(CALIBRATION, False)
+    hint = "give it to load_recipe(path, calibration=...), on the command line as --calibration FILE"
+    if not isinstance(wanted, bool):
+        raise RecipeError("calibration data is no part of a recipe", where=place.key(CALIBRATION), hint=hint)
+    if wanted and calibration is None:
+        raise RecipeError("the recipe was made with calibration data", where=place.key(CALIBRATION), hint=hint)
+
+
+def _calibrated(table: dict[str, Any], where: Locate, data: Iterable[Any] | None) -> bool:
+    """Hand calibration data to a pass, or to those inside it; whether one of them can use it."""
+    if CALIBRATION in table:
+        raise RecipeError(
+            "calibration data is no part of a recipe",
+            where=where(CALIBRATION),
+            hint="give it to load_recipe(path, calibration=...), on the command line as --calibration FILE",
+        )
+    inner = table.get("passes", [])
+    tables = [each for each in inner if isinstance(each, dict)] if isinstance(inner, list) else []
+    users = [_calibrated(each, where, data) for each in tables]
+    with contextlib.suppress(InputError):  # whoever reads the table says that there is no such pass
+        kind = registry.get(str(table.get("name")))
+        if any(item.name == CALIBRATION and item.init for item in dataclasses.fields(kind)):
+            table.update({CALIBRATION: data} if data is not None else {})
+            return True
+    return any(users)
 
 
 class _Places:

@@ -9,17 +9,26 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from graphwright.frontends.options import NONE
+from graphwright.frontends.options import CALIBRATION, NONE
 from graphwright.ir.errors import RecipeError
 from graphwright.passes.base import Pass
+from graphwright.passes.pipeline import Pipeline
+from graphwright.passes.quantization.rounding import Rounding
 
 
 def table_of(item: Pass) -> dict[str, Any]:
     """Name and options of a pass, as they are set rather than as they print."""
     table: dict[str, Any] = {"name": item.name}
     for option in item.options():
-        table[option] = getattr(item, option)
+        if option != CALIBRATION:
+            table[option] = getattr(item, option)
     return table
+
+
+def needs_calibration(item: Pass) -> bool:
+    """Whether calibration data was given to a pass, or to one inside it. It is no part of a recipe."""
+    inner = item.passes if isinstance(item, Pipeline) else ()
+    return getattr(item, CALIBRATION, None) is not None or any(map(needs_calibration, inner))
 
 
 def to_toml(value: Any, where: str) -> str:
@@ -40,6 +49,8 @@ def to_toml(value: Any, where: str) -> str:
         return _text(value)
     if isinstance(value, Pass):
         return to_toml(table_of(value), where)
+    if isinstance(value, Rounding):
+        return to_toml({"method": value.method, **value.options()}, where)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         given = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
         return to_toml({key: entry for key, entry in given.items() if entry is not None}, where)

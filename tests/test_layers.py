@@ -32,6 +32,7 @@ FOLDERS: dict[str, frozenset[str]] = {
 }
 # What a single file may import besides, and why.
 FILES: dict[str, frozenset[str]] = {
+    "passes/progress.py": frozenset({"rich"}),  # draws the progress bar in a terminal
     "passes/rendering/terminal.py": frozenset({"rich"}),  # draws the report table in a terminal
 }
 # Backends do not know each other. What they share lies in backends/ itself, or is the reference.

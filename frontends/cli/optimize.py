@@ -8,6 +8,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    from graphwright.frontends.cli.calibration import add_calibration_options
     from graphwright.frontends.cli.models import add_model_options
 
     parser.add_argument("model", metavar="MODEL", help="a saved Program or a Hugging Face folder")
@@ -23,16 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-program", action="store_true", help="of a decoder for the cpu, write the Program too, to optimize again"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_calibration_options(parser)
     add_model_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from graphwright.frontends.cli.calibration import as_inputs, read_windows
     from graphwright.frontends.cli.output import check_new_folder, new_folder
     from graphwright.frontends.recipes import load_recipe
 
-    recipe = load_recipe(options.recipe)
     output = Path(options.output)
+    windows = read_windows(options)
+    recipe = load_recipe(options.recipe, calibration=windows)  # what is wrong with it is said before minutes of work
     check_new_folder(output, force=options.force)
 
     from graphwright.frontends.api import find_backend, optimize
@@ -56,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
         program, examples = open_model(options.model, options, quiet=options.json)
         if (Path(options.model) / DECODER).is_file():
             program.origin = DecoderFacts.of_folder(options.model)
+    if windows is not None:
+        recipe = load_recipe(options.recipe, calibration=as_inputs(windows, program))
     with pass_progress() as hooks:
         optimized = optimize(
             program,

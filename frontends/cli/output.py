@@ -31,7 +31,9 @@ def console() -> Console:
 
 
 def _terminal() -> bool:
-    return sys.stderr.isatty()
+    from graphwright.passes.progress import is_shown
+
+    return is_shown()
 
 
 @contextlib.contextmanager
@@ -48,30 +50,26 @@ def working(what: str, *, quiet: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pass_progress() -> Iterator[list[Hook]]:
-    """Hooks that draw a progress bar over the passes; none where there is no terminal."""
+    """Hooks that draw a progress bar over the passes; none where progress is not shown."""
     if not _terminal():
         yield []
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from graphwright.passes.hooks import Hook
+    from graphwright.passes.progress import progress
 
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("starting", total=None)
+    with progress("starting") as shown:
 
         class Bar(Hook):
             """Moves the bar."""
 
             def started(self, program: Any, passes: Sequence[Any]) -> None:
-                progress.update(bar, total=len(passes))
+                shown.expect(len(passes))
 
             def before_pass(self, program: Any, item: Any) -> None:
-                progress.update(bar, description=item.name)
+                shown.rename(item.name)
 
             def after_pass(self, program: Any, item: Any, before: Any, record: Any) -> None:
-                progress.advance(bar)
+                shown.step()
 
         yield [Bar()]
 

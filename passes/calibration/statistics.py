@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from graphwright.passes.calibration.products import exact_products
+
+# Rows that are multiplied at once: products of few rows are bound by reading and writing the moment.
+_CHUNK_ROWS = 2048
+# Columns of the moment computed at once; those left of its diagonal are taken over from its other half.
+_PANEL = 1024
 # Rows kept of each input, spread over the calibration data: enough to compare roundings, little to hold.
 _SAMPLE_ROWS = 1024
 
@@ -39,27 +46,55 @@ class Observed:
         """Count more rows, ``[n, features]`` float32."""
         if not len(rows):
             return
-        self.moment.addmm_(rows.T, rows)
+        self._accumulate([rows])
+        self._mirror()
+
+    def _accumulate(self, pieces: Sequence[torch.Tensor]) -> None:
+        """Count more rows, the moment's upper half only."""
+        rows = pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces))
+        with exact_products(rows):
+            for start in range(0, rows.shape[1], _PANEL):
+                panel = slice(start, start + _PANEL)
+                self.moment[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
         self.low, self.high = torch.minimum(self.low, rows.amin(0)), torch.maximum(self.high, rows.amax(0))
         self.rows = torch.cat((self.rows, rows[-self._seen % self._stride :: self._stride]))
         self._seen += len(rows)
         while len(self.rows) > _SAMPLE_ROWS:
             self.rows, self._stride = self.rows[::2].clone(), 2 * self._stride
 
+    def _mirror(self) -> None:
+        """Take over the moment's lower half from the upper one, so that it is symmetric to the last bit."""
+        for start in range(0, self.moment.shape[0], _PANEL):
+            panel = slice(start, start + _PANEL)
+            self.moment[panel, :start] = self.moment[:start, panel].T
+            square = self.moment[panel, panel]
+            square.triu_().add_(square.triu(1).T)
+
     @classmethod
     def over(cls, batches: Iterable[torch.Tensor]) -> Observed:
         """Statistics over batches of rows, ``[n, features]`` float32 each; at least one batch."""
         found: Observed | None = None
+        waiting: list[torch.Tensor] = []
         for rows in batches:
             found = found if found is not None else cls.nothing(rows.shape[-1])
-            found.add(rows)
+            waiting += [rows] if len(rows) else []
+            if sum(map(len, waiting)) >= _CHUNK_ROWS:
+                found._accumulate(waiting)
+                waiting = []
         assert found is not None
+        if waiting:
+            found._accumulate(waiting)
+        found._mirror()
         return found
 
     def scaled(self, factors: torch.Tensor) -> Observed:
         """Statistics of the same rows with every feature multiplied by its factor, ``[features]``, positive."""
         moment = self.moment * factors * factors.unsqueeze(-1)
         return Observed(moment, self.low * factors, self.high * factors, self.rows * factors, self._stride, self._seen)
+
+    def copy(self) -> Observed:
+        """The same, for someone who may use the moment up."""
+        return dataclasses.replace(self, moment=self.moment.clone())
 
     @property
     def count(self) -> int:

@@ -31,12 +31,21 @@ class _Filed:
         self.path.unlink(missing_ok=True)
 
 
+class _Held:
+    """A tensor in memory, and the bytes that it keeps there."""
+
+    def __init__(self, value: torch.Tensor, size: int) -> None:
+        self.value, self.size = value, size
+
+
 class ValueStore:
     """Values by batch and name. Tensors, numbers, and lists of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = _IN_MEMORY) -> None:
+        """Make an empty one; tensors beyond ``limit`` bytes go to files."""
         self._folder = tempfile.TemporaryDirectory(prefix="graphwright-calibration-")
         self._entries: dict[tuple[int, str], Any] = {}
+        self._limit = limit
         self._bytes = 0
         self._count = 0
 
@@ -49,7 +58,7 @@ class ValueStore:
     def get(self, batch: int, name: str) -> Any:
         """A value that was put here."""
         leaves, spec = self._entries[batch, name]
-        return pytree.tree_unflatten([leaf.load() if isinstance(leaf, _Filed) else leaf for leaf in leaves], spec)
+        return pytree.tree_unflatten([_opened(leaf) for leaf in leaves], spec)
 
     def drop(self, batch: int, name: str) -> None:
         """Forget a value, if it is here."""
@@ -57,19 +66,38 @@ class ValueStore:
         for leaf in leaves:
             if isinstance(leaf, _Filed):
                 leaf.remove()
-            elif isinstance(leaf, torch.Tensor):
-                self._bytes -= leaf.nbytes
+            elif isinstance(leaf, _Held):
+                self._bytes -= leaf.size
 
     def close(self) -> None:
         """Forget everything."""
         self._entries.clear()
+        self._bytes = 0
         self._folder.cleanup()
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes of the tensors that are in memory."""
+        return self._bytes
+
+    @property
+    def in_files(self) -> int:
+        """How many tensors lie in files."""
+        return sum(isinstance(leaf, _Filed) for leaves, _ in self._entries.values() for leaf in leaves)
 
     def _kept(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        if leaf.nbytes < _LEAST or self._bytes + leaf.nbytes <= _IN_MEMORY:
-            self._bytes += leaf.nbytes
-            return leaf
+        # A part of a larger tensor would keep all of it; an expanded one is less than it looks.
+        size = min(leaf.nbytes, leaf.untyped_storage().nbytes())
+        if size < _LEAST or self._bytes + size <= self._limit:
+            self._bytes += size
+            return _Held(leaf.detach() if leaf.untyped_storage().nbytes() <= size else leaf.detach().clone(), size)
         self._count += 1
         return _Filed(Path(self._folder.name) / f"{self._count}.bin", leaf)
+
+
+def _opened(leaf: Any) -> Any:
+    if isinstance(leaf, _Filed):
+        return leaf.load()
+    return leaf.value if isinstance(leaf, _Held) else leaf

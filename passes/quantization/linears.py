@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -101,6 +102,8 @@ class QuantizeLinears(Pass):
         calibration: typical inputs: batches, each as the model is called, a ``DataLoader`` of such, or
             :class:`CalibrationData`. Every linear is rounded for the inputs it gets from those rounded before it.
         lm_head: quantise the output head too.
+        checkpoint: folder in which every weight is kept as soon as it is done. A run that was killed and is started
+            again with the same things goes on there, with the same result to the last bit.
     """
 
     name: ClassVar[str] = "quantize-linears"
@@ -118,6 +121,7 @@ class QuantizeLinears(Pass):
     rounding: str | Rounding | None = None
     calibration: Iterable[Any] | None = field(default=None, compare=False)
     lm_head: bool = False
+    checkpoint: str | os.PathLike[str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +133,8 @@ class QuantizeLinears(Pass):
             object.__setattr__(self, "block", _checked_block(self.name, self.block, self.group_size))
         _one_of(self.name, "activations", self.activations, _ACTIVATIONS)
         _one_of(self.name, "activation_ranges", self.activation_ranges, _RANGES)
+        if self.checkpoint is not None:
+            object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
         if self.calibration is not None:
             object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
         chosen = self._rounding()
@@ -139,7 +145,7 @@ class QuantizeLinears(Pass):
                 raise InputError(
                     "needs calibration data",
                     where=f"{self.name}: {option}={value!r}",
-                    hint="give calibration=[batch, ...]",
+                    hint="give calibration=[batch, ...], on the command line --calibration FILE",
                 )
         plain = self.dtype == "int" and self.group_size is None and self.block is None and self.symmetric
         if self.activations == "int8" and (self.bits != 8 or not plain):
@@ -159,7 +165,7 @@ class QuantizeLinears(Pass):
         """Options as JSON values; calibration data in words."""
         found = super().options()
         if isinstance(self.rounding, Rounding):
-            found["rounding"] = {"method": self.rounding.method, **found["rounding"]}
+            found["rounding"] = {"method": self.rounding.method, **self.rounding.options()}
         if self.calibration is not None:
             found["calibration"] = str(self.calibration)
         return found
@@ -172,13 +178,15 @@ class QuantizeLinears(Pass):
         """Quantise every linear that is selected and can be.
 
         Raises:
-            InputError: a weight or the calibration data holds NaN or infinity.
+            InputError: a weight or the calibration data holds NaN or infinity, the calibration data is too short, or
+                the checkpoint is of another run.
         """
         targets = self._targets(program)
         losses: dict[str, Loss] = {}
         static = 0
         with program.edit() as rewriter:
-            schedule = Schedule(program, targets, self._forms(targets), self._rounding(), self._grids())
+            forms, method, grids = self._forms(targets), self._rounding(), self._grids()
+            schedule = Schedule(program, targets, forms, method, grids, self.checkpoint)
             for found in schedule.run(self.calibration):
                 losses[weight_name(found.target)] = found.packed.loss
                 static += found.grid is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,14 @@ from torch import fx
 from graphwright.ir.errors import InputError
 from graphwright.ir.mapped import release
 from graphwright.ir.program import Program
+from graphwright.ir.provenance import path_of
 from graphwright.passes.calibration import Batch, Block, Observed, Stream, blocks_of
+from graphwright.passes.calibration.sufficiency import Sufficiency
+from graphwright.passes.progress import Progress, progress
 from graphwright.passes.quantization.activations import GridChoice, StaticGrid
+from graphwright.passes.quantization.checkpoint import Checkpoint, fingerprint_of
 from graphwright.passes.quantization.formats import Format
+from graphwright.passes.quantization.results import Result, Results, weight_name
 from graphwright.passes.quantization.rounding.base import (
     BlockRounding,
     BlockTask,
@@ -31,6 +37,8 @@ from graphwright.passes.quantization.weights import (
     quantize_weight,
     quantize_weight_int8,
 )
+
+__all__ = ["Quantized", "Schedule", "weight_name"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Schedule:
         forms: formats of the weights, by name.
         rounding: chooses the codes.
         grids: chooses static grids of inputs; ``None`` where activations are not quantised, or as they come.
+        checkpoint: folder in which finished weights are kept, see :class:`Checkpoint`; ``None`` for none.
     """
 
     program: Program
@@ -65,6 +74,7 @@ class Schedule:
     forms: Mapping[str, Format]
     rounding: Rounding
     grids: GridChoice | None = None
+    checkpoint: str | os.PathLike[str] | None = None
 
     def run(self, calibration: Iterable[Batch] | None) -> Iterator[Quantized]:
         """The linears with their new weights, each as soon as it is known.
@@ -73,47 +83,77 @@ class Schedule:
             calibration: typical inputs; needed by static grids and by methods that look at inputs.
 
         Raises:
-            InputError: a weight is not finite, or the calibration data does not serve.
+            InputError: a weight is not finite, the calibration data does not serve, or the checkpoint is of another
+                run.
+            SerializationError: the checkpoint cannot be written.
         """
-        if isinstance(self.rounding, BlockRounding):
-            assert calibration is not None
-            yield from self._block_by_block(self.rounding, calibration)
-        elif calibration is not None and (isinstance(self.rounding, InputRounding) or self.grids is not None):
-            yield from self._one_by_one(calibration)
-        else:
-            packed: dict[str, PackedWeight | ChannelWeight] = {}
-            for target in self.targets:
-                name = weight_name(target)
-                if name not in packed:
-                    packed[name] = self._quantize(target, None, None)
-                yield Quantized(target, packed[name])
+        with progress("quantising weights", len(self._names())) as shown:
+            if isinstance(self.rounding, BlockRounding):
+                assert calibration is not None
+                yield from self._block_by_block(self.rounding, calibration, shown)
+            elif calibration is not None and (isinstance(self.rounding, InputRounding) or self.grids is not None):
+                yield from self._one_by_one(calibration, shown)
+            else:
+                results = self._results("none", shown)
+                for target in self.targets:
+                    name = weight_name(target)
+                    if name not in results:
+                        shown.now(path_of(target.node))
+                        results.put(name, self._quantize(target, None, None))
+                    yield Quantized(target, results[name].packed)
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(map(weight_name, self.targets)))
+
+    def _results(self, calibration: str, shown: Progress) -> Results:
+        names = self._names()
+        if self.checkpoint is None:
+            return Results(names, shown, None)
+        chosen = [(target.node.name, weight_name(target), target.transposed) for target in self.targets]
+        words = f"{chosen} {[self.forms[name] for name in names]} {self.rounding} {self.grids}"
+        kept = Checkpoint(self.checkpoint, fingerprint_of(self.program, words, calibration), names)
+        return Results(names, shown, kept)
 
     # -- every linear for the inputs that it gets from those before it ------------------------------------------------
 
-    def _one_by_one(self, calibration: Iterable[Batch]) -> Iterator[Quantized]:
+    def _one_by_one(self, calibration: Iterable[Batch], shown: Progress) -> Iterator[Quantized]:
         sources: dict[str, set[fx.Node]] = {}
         by_input: dict[fx.Node, list[LinearTarget]] = {}
         for target in self.targets:
             sources.setdefault(weight_name(target), set()).add(target.x)
             by_input.setdefault(target.x, []).append(target)
-        done: dict[str, Quantized] = {}
+        sufficiency = Sufficiency(of_methods=isinstance(self.rounding, InputRounding))
+        passed: set[str] = set()
         with Stream(self.program, calibration) as stream:
+            results = self._results(stream.digest() if self.checkpoint is not None else "", shown)
             for source, targets in by_input.items():
-                new = [target for target in targets if weight_name(target) not in done]
-                if new:
+                todo = [name for name in dict.fromkeys(map(weight_name, targets)) if name not in results]
+                if results.missing and not passed.issuperset(map(weight_name, targets)):
                     stream.advance(targets[0].node)
-                    inputs = Observed.over(stream.rows(source))
+                inputs = Observed.over(stream.rows(source)) if todo else None
+                if inputs is not None:
+                    sufficiency.check(inputs, todo[0])
                 for target in targets:
                     name = weight_name(target)
-                    if name not in done:
+                    if name not in results:
+                        shown.now(path_of(target.node))
                         # A weight that linears with several inputs share holds no input's scales.
                         grid = self._grid(target, inputs) if len(sources[name]) == 1 else None
-                        done[name] = Quantized(target, self._quantize(target, inputs, grid), grid)
-                        stream.replace_weight(name, _dense(done[name], self.program.tensor(target.weight).dtype))
-                    yield Quantized(target, done[name].packed, done[name].grid)
+                        found = self._quantize(target, inputs, grid, last=name == todo[-1])
+                        results.put(name, found, grid)
+                    self._replace(stream, target, results, passed)
+                    yield Quantized(target, results[name].packed, results[name].grid)
 
-    def _grid(self, target: LinearTarget, inputs: Observed) -> StaticGrid | None:
-        if self.grids is None:
+    def _replace(self, stream: Stream, target: LinearTarget, results: Results, passed: set[str]) -> None:
+        """Let what comes after a weight see it rounded; needless once nothing is left to do."""
+        name = weight_name(target)
+        if name not in passed and results.missing:
+            dtype = self.program.tensor(target.weight).dtype
+            stream.replace_weight(name, _dense(results[name], dtype, transposed=target.transposed))
+        passed.add(name)
+
+    def _grid(self, target: LinearTarget, inputs: Observed | None) -> StaticGrid | None:
+        if self.grids is None or inputs is None:
             return None
         name = weight_name(target)
         weight = self._matrix(target)
@@ -124,13 +164,16 @@ class Schedule:
             raise InputError(error.what, where=f"the input of weight {name!r}", hint="look at the batches") from error
 
     def _quantize(
-        self, target: LinearTarget, inputs: Observed | None, grid: StaticGrid | None
+        self, target: LinearTarget, inputs: Observed | None, grid: StaticGrid | None, *, last: bool = True
     ) -> PackedWeight | ChannelWeight:
+        """The new weight; ``inputs`` may be used up where it is the last that is given them."""
         name, weight, rounding = weight_name(target), self._matrix(target), self.rounding
         form = self.forms[name]
         if grid is not None:
             weight = weight.detach().to(torch.float32) * grid.scales
             inputs = inputs.scaled(1 / grid.scales) if inputs is not None else None
+        elif inputs is not None and not last:
+            inputs = inputs.copy()
         found: PackedWeight | ChannelWeight
         if not isinstance(rounding, InputRounding | WeightRounding):
             found = (
@@ -163,35 +206,41 @@ class Schedule:
 
     # -- all linears of a block together -------------------------------------------------------------------------------
 
-    def _block_by_block(self, rounding: BlockRounding, calibration: Iterable[Batch]) -> Iterator[Quantized]:
-        done: dict[str, PackedWeight | ChannelWeight] = {}
-        with Stream(self.program, calibration) as exact, Stream(self.program, calibration) as rounded:
+    def _block_by_block(
+        self, rounding: BlockRounding, calibration: Iterable[Batch], shown: Progress
+    ) -> Iterator[Quantized]:
+        with Stream(self.program, calibration) as rounded, rounded.fork() as exact:
+            results = self._results(rounded.digest() if self.checkpoint is not None else "", shown)
+            passed: set[str] = set()
             for block in blocks_of(rounded.program):
                 inside = {node.name for node in block.nodes}
                 targets = [target for target in self.targets if target.node.name in inside]
                 if not targets:
                     continue
-                task = self._task(block, targets, done, rounded, exact)
-                for target in task.targets:
-                    check_finite(self._matrix(target), weight_name(target))
-                for name, codes in rounding.codes(task).items():
-                    done[name] = pack_codes(codes, self.forms[name])
+                if results.missing:
+                    rounded.advance(block.nodes[0])
+                # Weights of a block are fitted together: where one of them was lost, all of them are done again.
+                if any(weight_name(target) not in results for target in targets):
+                    shown.now(block.path)
+                    task = self._task(block, targets, passed, rounded, exact)
+                    for target in task.targets:
+                        check_finite(self._matrix(target), weight_name(target))
+                    for name, codes in rounding.codes(task).items():
+                        results.put(name, pack_codes(codes, self.forms[name]))
                 for target in targets:
-                    found = Quantized(target, done[weight_name(target)])
-                    rounded.replace_weight(weight_name(target), _dense(found, self.program.tensor(target.weight).dtype))
-                    yield found
+                    self._replace(rounded, target, results, passed)
+                    yield Quantized(target, results[weight_name(target)].packed)
 
     def _task(
         self,
         block: Block,
         targets: Sequence[LinearTarget],
-        done: Mapping[str, object],
+        done: Collection[str],
         rounded: Stream,
         exact: Stream,
     ) -> BlockTask:
         nodes = rounded.program.nodes
         behind = nodes[nodes.index(block.nodes[-1]) + 1]
-        rounded.advance(block.nodes[0])
         exact.advance(behind)
         inside = set(block.nodes)
         outputs = [
@@ -207,14 +256,9 @@ class Schedule:
         return BlockTask(block, found, {name: self.forms[name] for name in new}, rounded, exact, outputs)
 
 
-def weight_name(target: LinearTarget) -> str:
-    """The name of a linear's weight."""
-    return str(target.weight.target)
-
-
-def _dense(found: Quantized, dtype: torch.dtype) -> torch.Tensor:
+def _dense(found: Result, dtype: torch.dtype, *, transposed: bool) -> torch.Tensor:
     """The weight that a packed one stands for, as the linear stores it."""
     weight = found.packed.dense()
     if found.grid is not None:
         weight /= found.grid.scales
-    return (weight.t() if found.target.transposed else weight).to(dtype)
+    return (weight.t() if transposed else weight).to(dtype)

@@ -342,7 +342,7 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_progress_is_for_terminals(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphwright.frontends.cli.output._terminal", lambda: True)
+    monkeypatch.setattr("graphwright.passes.progress.is_shown", lambda: True)
     recipe = write(tmp_path / "r.toml", CLEANUP)
     assert main(["optimize", str(saved), "--recipe", recipe, "-o", str(tmp_path / "out"), "--json"]) == 0
     json.loads(capsys.readouterr().out)

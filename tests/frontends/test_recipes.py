@@ -22,6 +22,8 @@ from graphwright.passes import registry
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract
 from graphwright.passes.pipeline import Pipeline
+from graphwright.passes.quantization import QuantizeLinears
+from graphwright.passes.quantization.rounding.gptq import Gptq
 from graphwright.passes.selection import Select
 from graphwright.passes.verification import Verification
 
@@ -228,3 +230,86 @@ _VALUES = st.recursive(
 @given(_VALUES)
 def test_any_value_is_written_so_that_it_reads_back(value: Any) -> None:
     assert tomllib.loads(f"value = {to_toml(value, 'here')}")["value"] == value
+
+
+# -- rounding methods and calibration data ----------------------------------------------------------------------------
+
+
+QUANTIZE = '[[pass]]\nname = "quantize-linears"\nbits = 4\n'
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ('"gptq"', "gptq"),
+        ('{ method = "gptq" }', Gptq()),
+        ('{ method = "gptq", damping = 0.1 }', Gptq(damping=0.1)),
+        ('{ damping = 1, method = "gptq" }', Gptq(damping=1.0)),
+    ],
+)
+def test_rounding_methods(written: str, expected: object, tmp_path: Path) -> None:
+    text = f"{QUANTIZE}rounding = {written}\n"
+    (item,) = parse_recipe(text, calibration=[{}]).passes
+    assert isinstance(item, QuantizeLinears)
+    assert item.rounding == expected
+    save_recipe([item], tmp_path / "r.toml")
+    again = load_recipe(tmp_path / "r.toml", calibration=[{}])
+    assert again.passes == (item,)
+    assert isinstance(again.passes[0], QuantizeLinears)
+    assert again.passes[0].rounding == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('"gptp"', r"not 'gptp' \(at quantize-linears: rounding\) \(at recipe, line 4"),
+        ('{ method = "gptp" }', "'gptp'.*line 4, pass 1.*\n.*did you mean 'gptq'"),
+        ("{ damping = 0.1 }", "has no 'method'.*line 4, pass 1"),
+        ('{ method = "gptq", dampnig = 0.1 }', "'gptq' has no option 'dampnig'.*line 4, pass 1.*\n.*'damping'"),
+        ('{ method = "gptq", damping = "much" }', "'damping' must be a number, not 'much'.*line 4"),
+        ('{ method = "gptq", damping = -1 }', "must be above 0.*line 4, pass 1"),
+        ("3", "'rounding' must be"),
+    ],
+)
+def test_rounding_methods_that_are_none(written: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(f"{QUANTIZE}rounding = {written}\n", calibration=[{}])
+
+
+def test_options_of_rounding_methods_in_reports() -> None:
+    assert QuantizeLinears(rounding=Gptq(), calibration=[{}]).options()["rounding"] == {"method": "gptq"}
+    found = QuantizeLinears(rounding=Gptq(damping=0.5), calibration=[{}]).options()
+    assert found["rounding"] == {"method": "gptq", "damping": 0.5}
+    assert found["calibration"] == "1 batches"
+
+
+def test_calibration_data_is_given_when_a_recipe_is_read(tmp_path: Path) -> None:
+    """Also to passes inside others; what they make of it stays the same, and without it the recipe is refused."""
+    inner = Pipeline(passes=(QuantizeLinears(bits=4, calibration=[{}]),), fixed_point=True)
+    save_recipe([KeepThings(), inner], tmp_path / "r.toml")
+    assert "calibration = true" in (tmp_path / "r.toml").read_text()
+    data = [{"x": 1}]
+    recipe = load_recipe(tmp_path / "r.toml", calibration=data)
+    assert recipe.passes == (KeepThings(), inner)
+    assert isinstance(recipe.passes[1], Pipeline)
+    (item,) = recipe.passes[1].passes
+    assert isinstance(item, QuantizeLinears)
+    assert list(item.calibration or ()) == data
+    with pytest.raises(RecipeError, match=r"made with calibration data \(at .*r.toml, line 1\)\n.*--calibration FILE"):
+        load_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "message"),
+    [
+        (QUANTIZE + 'rounding = "gptq"', None, "needs calibration data.*line 4, pass 1.*\n.*--calibration FILE"),
+        (QUANTIZE + 'calibration = "text.txt"', None, "no part of a recipe.*line 4, pass 1"),
+        (QUANTIZE + 'calibration = ["a"]', [{}], "no part of a recipe.*line 4, pass 1"),
+        ('calibration = "text.txt"\n' + QUANTIZE, None, "no part of a recipe.*line 1"),
+        ('[[pass]]\nname = "keep-things"', [{}], "no pass of the recipe can use"),
+        (QUANTIZE, "text", "must be batches, not a str"),
+    ],
+)
+def test_calibration_data_that_is_missing_or_misplaced(text: str, data: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(text, calibration=data)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -42,6 +43,18 @@ class Rounding(ABC):
     """
 
     method: ClassVar[str]
+
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {
+            item.name: getattr(self, item.name)
+            for item in dataclasses.fields(self)
+            if item.init and getattr(self, item.name) != _default(item)
+        }
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""The weights of a run that are done, and where they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphwright.passes.progress import Progress
+from graphwright.passes.quantization.activations import StaticGrid
+from graphwright.passes.quantization.checkpoint import Checkpoint
+from graphwright.passes.quantization.targets import LinearTarget
+from graphwright.passes.quantization.weights import ChannelWeight, PackedWeight
+
+
+@dataclass(frozen=True)
+class Result:
+    """A weight that is done.
+
+    Attributes:
+        packed: the weight; with a static grid, multiplied with its scales before it was rounded.
+        grid: of the linear's inputs, where it was fixed beforehand.
+    """
+
+    packed: PackedWeight | ChannelWeight
+    grid: StaticGrid | None = None
+
+
+class Results:
+    """Weights by name.
+
+    Attributes:
+        shown: the progress of the run.
+    """
+
+    def __init__(self, names: Sequence[str], shown: Progress, kept: Checkpoint | None) -> None:
+        """Begin with what a checkpoint holds."""
+        self.shown = shown
+        self._kept = kept
+        self._done: dict[str, Result] = {}
+        self._names = tuple(names)
+        for name in names if kept is not None else ():
+            found = kept.get(name) if kept is not None else None
+            if isinstance(found, Result):
+                self._done[name] = found
+                shown.step()
+
+    @property
+    def missing(self) -> bool:
+        """Whether there are weights still to do."""
+        return len(self._done) < len(self._names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._done
+
+    def __getitem__(self, name: str) -> Result:
+        return self._done[name]
+
+    def put(self, name: str, packed: PackedWeight | ChannelWeight, grid: StaticGrid | None = None) -> None:
+        """Keep a weight."""
+        if name not in self._done:
+            self.shown.step()
+        self._done[name] = Result(packed, grid)
+        if self._kept is not None:
+            self._kept.put(name, self._done[name])
+
+
+def weight_name(target: LinearTarget) -> str:
+    """The name of a linear's weight."""
+    return str(target.weight.target)
