@@ -28,10 +28,11 @@ from graphwright.passes.quantization.weights import ChannelWeight, PackedWeight
 # Relative error (root mean square) of one linear's output beyond which its weights are taken for wrong, not for
 # rounded. Rounding to nearest gives about 0.005 (INT8), 0.01 (INT8 with INT8 activations) and 0.1 (INT4) on normal
 # weights.
-_LOCAL_LIMITS = {(8, "none"): 0.05, (8, "int8"): 0.15, (4, "none"): 0.35}
+_LOCAL_LIMITS = {(8, "none"): 0.05, (8, "int8"): 0.15, (4, "none"): 0.35, (4, "int8"): 0.4, (4, "int4"): 0.8}
 
-_ACTIVATIONS = ("none", "int8")
-_RANGES = ("auto", "static", "per_token", "per_tensor")
+# Bits of activations.
+_ACTIVATIONS = {"none": 0, "int8": 8, "int4": 4}
+_RANGES = ("auto", "static", "per_token", "per_tensor", "per_group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class QuantizeLinears(Pass):
         %y = aten.linear(%x, %w, %b)
         ->
         %y = graphwright.linear_nbits(%x, %qweight, %scales, %zero_points, %b, 4, 128)      activations="none"
+        %y = graphwright.linear_nbits_dynamic(%x, %qweight, …, 4, 128, 8, "per_group")      the same, with bits=4
         %y = graphwright.linear_int8_dynamic(%x, %qweight, %scales, %b, "per_token")        activations="int8"
         %y = graphwright.linear_int8_static(%x, %qweight, %scales, %b, %input_scales, 131)  the same, with calibration
 
@@ -63,13 +65,16 @@ class QuantizeLinears(Pass):
             output channel. The last group of a row may be shorter.
         symmetric: zero point fixed at the middle code. Asymmetric grids are a little larger and more exact.
         clip_search: choose the range with the least squared error instead of the full one.
-        activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too (8 bits, per channel
-            weights).
+        activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too, with symmetric 8-bit
+            weights per channel or 4-bit weights of any kind; ``"int4"`` to 4 bits, with 4-bit weights (Ashkboos et al.
+            2023, "QUIK"; :class:`SplitOutlierColumns` keeps out the features that 4 bits cannot hold).
         activation_ranges: with INT8 activations, where their range comes from. ``"per_token"`` and ``"per_tensor"``:
             from the data, as the model runs. ``"static"``: from the calibration data, with a scale for each feature
             moved into the weights (SmoothQuant); the fastest. ``"auto"``: static where the linear's outputs on the
             calibration data then err by 2 % at most, or by no more than per token; per token elsewhere, and without
-            such data.
+            such data. 4-bit weights have ``"per_token"`` (asymmetric, QUIK's; with INT4 the default) and
+            ``"per_group"`` (symmetric, for each row and group of the weights, which CPU kernels compute in INT8; with
+            INT8 the default).
         rounding: how codes are chosen: the name of a method of :mod:`graphwright.passes.quantization.rounding` or one
             with options, such as ``Gptq(damping=0.1)``. By default GPTQ when there is calibration data, else nearest.
         calibration: typical inputs: batches, each as the model is called, a ``DataLoader`` of such, or
@@ -79,7 +84,7 @@ class QuantizeLinears(Pass):
 
     name: ClassVar[str] = "quantize-linears"
     contract: ClassVar[Contract] = Approximate()
-    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "masked", "quantized"})
+    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "masked", "quantized", "outlier"})
 
     bits: int = 8
     group_size: int | None = None
@@ -108,12 +113,33 @@ class QuantizeLinears(Pass):
                     where=f"{self.name}: {option}={value!r}",
                     hint="give calibration=[batch, ...]",
                 )
-        if self.activations == "int8" and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+        self._check_activations()
+
+    def _check_activations(self) -> None:
+        per_channel = self.bits == 8 and self.group_size is None and self.symmetric
+        if self.activations == "int8" and not (per_channel or self.bits == 4):
             raise InputError(
-                "INT8 activations go with symmetric INT8 weights, one scale per channel",
+                "INT8 activations go with symmetric INT8 weights, one scale per channel, or with 4-bit weights",
                 where=f"{self.name}: activations='int8'",
                 hint="use bits=8, group_size=None, symmetric=True",
             )
+        if self.activations == "int4" and self.bits != 4:
+            raise InputError(
+                "INT4 activations go with 4-bit weights", where=f"{self.name}: activations='int4'", hint="use bits=4"
+            )
+        ranges, narrow = self.activation_ranges, self._rounds_nbits()
+        if ranges == "auto" or self.activations == "none":
+            return
+        if (narrow and ranges in ("static", "per_tensor")) or (not narrow and ranges == "per_group"):
+            raise InputError(
+                f"{self.bits}-bit weights do not have it",
+                where=f"{self.name}: activation_ranges={ranges!r}",
+                hint="use 'per_token' or 'per_group'" if narrow else "use 'auto', 'static', 'per_token', 'per_tensor'",
+            )
+
+    def _rounds_nbits(self) -> bool:
+        """Whether activations are rounded and weights packed in a few bits."""
+        return self.activations != "none" and self.bits != 8
 
     def effective_contract(self) -> Contract:
         """Approximate, with a limit for each linear by bits."""
@@ -128,6 +154,10 @@ class QuantizeLinears(Pass):
         if self.calibration is not None:
             found["calibration"] = str(self.calibration)
         return found
+
+    def _integer_products(self) -> bool:
+        """Whether products are those of bytes, one scale to a channel."""
+        return self.activations == "int8" and self.bits == 8
 
     def _rounding(self) -> Rounding:
         usual = "nearest" if self.calibration is None else "gptq"
@@ -149,7 +179,7 @@ class QuantizeLinears(Pass):
                 static += found.grid is not None
                 self._rewrite(rewriter, self._now(program, found.target), found.packed, found.grid)
             program.notes["linears"] = len(targets)
-            if self.activations == "int8":
+            if self._integer_products():
                 program.notes["static_ranges"] = static
             if losses:
                 program.notes.update(report_entries(losses))
@@ -188,12 +218,12 @@ class QuantizeLinears(Pass):
     # -- quantising ----------------------------------------------------------------------------------------------------
 
     def _forms(self, targets: Sequence[LinearTarget]) -> dict[str, Format]:
-        products = self.activations == "int8"
+        products = self._integer_products()
         form = Format(self.bits, self.group_size, self.symmetric, self.clip_search, integer_products=products)
         return {weight_name(target): form for target in targets}
 
     def _grids(self) -> GridChoice | None:
-        if self.activations != "int8" or self.calibration is None or self.activation_ranges not in ("auto", "static"):
+        if not self._integer_products() or self.calibration is None or self.activation_ranges not in ("auto", "static"):
             return None
         return GridChoice(always=self.activation_ranges == "static")
 
@@ -210,9 +240,12 @@ class QuantizeLinears(Pass):
         node, tags, base = target.node, ("quantized",), stem(str(target.weight.target))
         if isinstance(packed, PackedWeight):
             rest: tuple[Any, ...] = (target.bias, self.bits, packed.group_size)
-            operands = (*store(rewriter, packed, base, node), *rest)
-            new = rewriter.call("graphwright.linear_nbits", target.x, *operands, like=node, tags=tags)
-            rewriter.replace(node, new)
+            operands, op = (*store(rewriter, packed, base, node), *rest), "graphwright.linear_nbits"
+            if self._rounds_nbits():
+                usual = "per_group" if self.activations == "int8" else "per_token"
+                ranges = usual if self.activation_ranges == "auto" else self.activation_ranges
+                operands, op = (*operands, _ACTIVATIONS[self.activations], ranges), f"{op}_dynamic"
+            rewriter.replace(node, rewriter.call(op, target.x, *operands, like=node, tags=tags))
             return
         codes = rewriter.weight(f"{base}qweight", packed.qweight, like=node, tags=tags)
         scales = rewriter.weight(f"{base}scales", packed.scales, like=node, tags=tags)
@@ -260,6 +293,6 @@ def check_format(name: str, bits: int, group_size: int | None) -> None:
         )
 
 
-def _one_of(name: str, option: str, value: str, choices: tuple[str, ...]) -> None:
+def _one_of(name: str, option: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise InputError(f"must be one of {', '.join(map(repr, choices))}, not {value!r}", where=f"{name}: {option}")
