@@ -29,11 +29,19 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes ``[..., D]``, integers in x's dtype, and scales ``[..., 1]``; a row that holds NaN or infinity has the
         scale NaN.
     """
-    top = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
-    some = ~(top < _TINY)
-    inverse = torch.where(some, 127 / top, torch.zeros_like(top))
-    scale = torch.where(some, torch.where(torch.isfinite(top), top, torch.nan) / 127, torch.zeros_like(top))
-    return torch.round(x * inverse).clamp(-128, 127).nan_to_num(0.0), scale
+    with torch.no_grad():
+        top = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
+        some = ~(top < _TINY)
+        inverse = torch.where(some, 127 / top, torch.zeros_like(top))
+        scale = torch.where(some, torch.where(torch.isfinite(top), top, torch.nan) / 127, torch.zeros_like(top))
+    return _nearest(x * inverse).clamp(-127, 127).nan_to_num(0.0), scale
+
+
+def _nearest(steps: torch.Tensor) -> torch.Tensor:
+    """Rounded, with the gradient of the identity (straight-through, Bengio et al. 2013)."""
+    if torch.is_grad_enabled() and steps.requires_grad:
+        return steps + (torch.round(steps) - steps).detach()
+    return torch.round(steps)
 
 
 def attention_int8(
@@ -60,7 +68,8 @@ def attention_int8(
 
     Returns:
         ``[B, Hq, S, Dv]`` of query's dtype; a query with nothing to attend gives zeros. Sums of products are exact,
-        softmax is computed in float32 or wider. Without a gradient.
+        softmax is computed in float32 or wider. Gradients are those of attention on the rounded values
+        (straight-through). NaN or infinity in a key or value that a query may attend makes its result NaN.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = _scores(query.to(wide), key.to(wide)) * scale
@@ -93,9 +102,11 @@ def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     codes, scale = round_rows(value)
     codes, scale = codes.repeat_interleave(groups, dim=1), scale.repeat_interleave(groups, dim=1)
     factors = weights * scale.transpose(-1, -2)
-    top = factors.amax(-1, keepdim=True) if factors.shape[-1] else factors.new_zeros((*factors.shape[:-1], 1))
-    some = ~(top < _TINY)
-    steps = torch.round(factors * torch.where(some, 255 / top, torch.zeros_like(top)))
+    with torch.no_grad():
+        top = factors.amax(-1, keepdim=True) if factors.shape[-1] else factors.new_zeros((*factors.shape[:-1], 1))
+        some = ~(top < _TINY)
+        inverse = torch.where(some, 255 / top, torch.zeros_like(top))
+    steps = _nearest(factors * inverse)
     # Sums of 255 · 127 · T leave float32's integers from T = 519 on; float64 holds them.
     sums = torch.matmul(steps.double(), codes.double()).to(weights.dtype)
     return sums * torch.where(some, top / 255, torch.zeros_like(top))
@@ -110,4 +121,5 @@ ATTENTION_INT8 = OpDefinition(
     reference=attention_int8,
     fake=ATTENTION.fake,
     macs=ATTENTION.macs,
+    differentiable=("query", "key", "value", "bias"),
 )

@@ -48,7 +48,7 @@ def linear_outliers(
         for piece in flat.split(step)
     ]
     result = torch.cat(pieces, dim=1).t() if len(pieces) != 1 else pieces[0].t()
-    return result.reshape(*x.shape[:-1], outputs).to(x.dtype, memory_format=torch.contiguous_format)
+    return result.contiguous().view(*x.shape[:-1], outputs).to(x.dtype)
 
 
 def _fake(
