@@ -55,9 +55,7 @@ def attention(
     return torch.matmul(weights, value.to(wide)).to(query.dtype)
 
 
-def allowed_keys(
-    scores: torch.Tensor, key_mask: torch.Tensor | None, causal: bool, window: int
-) -> torch.Tensor | None:
+def allowed_keys(scores: torch.Tensor, key_mask: torch.Tensor | None, causal: bool, window: int) -> torch.Tensor | None:
     """Which keys queries may attend, bool, broadcastable to the scores ``[B, Hq, S, T]``; ``None`` for all."""
     allowed: torch.Tensor | None = None
     if causal or window > 0:

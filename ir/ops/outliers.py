@@ -51,9 +51,7 @@ def linear_outliers(
     return result.contiguous().view(*x.shape[:-1], outputs).to(x.dtype)
 
 
-def _fake(
-    x: torch.Tensor, row_pointers: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:
+def _fake(x: torch.Tensor, row_pointers: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     torch._check(row_pointers.dtype == torch.int32, lambda: f"row_pointers must be int32, not {row_pointers.dtype}")
     torch._check(columns.dtype in _COLUMN_DTYPES, lambda: f"columns must be int16 or int32, not {columns.dtype}")
     torch._check(values.dtype.is_floating_point, lambda: f"values must be floating, not {values.dtype}")

@@ -57,7 +57,8 @@ def sparse(outputs: int, features: int, share: float, seed: int = 0) -> tuple[tu
 def test_a_sparse_linear_is_the_product_with_its_matrix(outputs: int, features: int, rows: int, share: float) -> None:
     operands, matrix = sparse(outputs, features, share, seed=rows)
     x = random(rows, features)
-    np.testing.assert_allclose(run("linear_outliers", x, *operands).numpy(), x.numpy() @ matrix.T, rtol=1e-12, atol=1e-12)
+    found = run("linear_outliers", x, *operands)
+    np.testing.assert_allclose(found.numpy(), x.numpy() @ matrix.T, rtol=1e-12, atol=1e-12)
 
 
 def test_a_sparse_linear_of_many_rows_goes_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +100,7 @@ def test_the_cost_of_a_sparse_linear_is_what_it_stores() -> None:
             return run("linear_outliers", x, self.pointers, self.columns, self.values)
 
     model = Sparse()
-    count = len(model.values)  # type: ignore[arg-type]
+    count = len(model.values)
     (node,) = [each for each in cost_of(gw.trace(model, torch.randn(3, 32))).nodes if "outliers" in each.op]
     assert (node.cost.macs, node.cost.weight_bytes) == (3 * count, 17 * 4 + count * (2 + 2))
 
@@ -107,7 +108,9 @@ def test_the_cost_of_a_sparse_linear_is_what_it_stores() -> None:
 # -- rounded activations -----------------------------------------------------------------------------------------------
 
 
-def packed(outputs: int, columns: int, group: int, symmetric: bool) -> tuple[Any, ...]:
+def packed(
+    outputs: int, columns: int, group: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     generator = torch.Generator().manual_seed(columns)
     groups = -(-columns // group)
     codes = torch.randint(0, 16, (outputs, columns), generator=generator, dtype=torch.uint8)
@@ -167,11 +170,14 @@ def test_gradients_pass_straight_through_rounded_activations() -> None:
         torch.testing.assert_close(bias.grad, torch.full((5,), 3.0, dtype=DOUBLE))
 
 
-@pytest.mark.parametrize(("bits", "activation", "words"), [(5, "per_token", "must be one of"), (8, "static", "'static'")])
+@pytest.mark.parametrize(
+    ("bits", "activation", "words"), [(5, "per_token", "must be one of"), (8, "static", "'static'")]
+)
 def test_activation_settings_that_do_not_exist(bits: int, activation: str, words: str) -> None:
-    with FakeTensorMode() as mode, pytest.raises(ValueError, match=words):
-        stored = [mode.from_tensor(each) for each in packed(5, 16, 8, False)]
-        run("linear_nbits_dynamic", mode.from_tensor(random(3, 16)), *stored, None, 4, 8, bits, activation)
+    with FakeTensorMode() as mode:
+        x, *stored = map(mode.from_tensor, (random(3, 16), *packed(5, 16, 8, False)))
+        with pytest.raises(ValueError, match=words):
+            run("linear_nbits_dynamic", x, *stored, None, 4, 8, bits, activation)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -204,7 +210,7 @@ def attention_by_hand(query: np.ndarray, key: np.ndarray, value: np.ndarray, sca
 def test_attention_in_bytes(keys: int, heads: int) -> None:
     query, key, value = random(2, heads, 3, 7), random(2, 2, keys, 7, seed=1), random(2, 2, keys, 5, seed=2)
     found = run("attention_int8", query, key, value, None, None, 0.4, False, 0)
-    np.testing.assert_allclose(found.numpy(), attention_by_hand(*map(torch.Tensor.numpy, (query, key, value)), 0.4))
+    np.testing.assert_allclose(found.numpy(), attention_by_hand(query.numpy(), key.numpy(), value.numpy(), 0.4))
     exact = run("attention", query, key, value, None, None, 0.4, False, 0)
     assert (found - exact).norm() / exact.norm() < 0.02
 

@@ -74,6 +74,10 @@ def _nbits_dynamic(site: Site) -> Kernel | str:
     return _packed(site, rounded=True)
 
 
+def _outliers(site: Site) -> str:
+    return "there is no kernel for sparse weights"
+
+
 def _packed(site: Site, *, rounded: bool) -> Kernel | str:
     refusal = unsuitable(site, ("qweight", "scales", "zero_points", "bias")) or (_too_wide(site) if rounded else "")
     if refusal:
@@ -114,6 +118,7 @@ def _int8(site: Site) -> PackedLinear:
 LOWERINGS: dict[str, Lowering] = {
     "graphwright.linear_nbits": _nbits,
     "graphwright.linear_nbits_dynamic": _nbits_dynamic,
+    "graphwright.linear_outliers": _outliers,
     "graphwright.linear_int8_dynamic": _dynamic,
     "graphwright.linear_int8_static": _static,
 }

@@ -17,9 +17,7 @@ from graphwright.passes.quantization.targets import LinearTarget, is_head, linea
 OUTLIER = "outlier"
 
 
-def choose(
-    item: Pass, program: Program, done: str, *, lm_head: bool
-) -> tuple[list[LinearTarget], dict[fx.Node, str]]:
+def choose(item: Pass, program: Program, done: str, *, lm_head: bool) -> tuple[list[LinearTarget], dict[fx.Node, str]]:
     """The linears that a pass may split, in order, and the reasons of the others; ``done`` tags those it has split."""
     chosen = item.selected(program)
     targets: list[LinearTarget] = []

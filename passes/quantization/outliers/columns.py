@@ -89,7 +89,8 @@ class SplitOutlierColumns(Pass):
             )
         if self.threshold is not None and not (_is_number(self.threshold) and self.threshold > 0):
             raise InputError(f"must be a positive number, not {self.threshold!r}", where=f"{self.name}: threshold")
-        if self.count is not None and (isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1):
+        count = self.count
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise InputError(f"must be a number from 1 on, not {self.count!r}", where=f"{self.name}: count")
         if self.calibration is not None:
             object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
@@ -128,9 +129,7 @@ class SplitOutlierColumns(Pass):
             program.notes["outlier_features"] = sum(len(outliers) * len(groups[x]) for x, outliers in found.items())
             return rewriter.changed
 
-    def _magnitudes(
-        self, program: Program, groups: dict[fx.Node, list[LinearTarget]]
-    ) -> dict[fx.Node, torch.Tensor]:
+    def _magnitudes(self, program: Program, groups: dict[fx.Node, list[LinearTarget]]) -> dict[fx.Node, torch.Tensor]:
         """The largest magnitude of each feature of the inputs, ``[features]`` float32."""
         if not groups:
             return {}
@@ -187,7 +186,8 @@ def _split(program: Program, rewriter: Rewriter, targets: list[LinearTarget], ou
     gathered = []
     for name, places in (("rest", kept), ("outliers", outliers)):
         index = rewriter.weight(f"{beside}{name}.features", places, like=first.node)
-        gathered.append(rewriter.call("aten.index_select", first.x, -1, index, like=first.node, name=f"{name}_features"))
+        operands = first.x, -1, index
+        gathered.append(rewriter.call("aten.index_select", *operands, like=first.node, name=f"{name}_features"))
     made: dict[str, tuple[fx.Node, fx.Node]] = {}
     for target in targets:
         node, name = target.node, str(target.weight.target)

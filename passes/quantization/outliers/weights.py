@@ -36,7 +36,7 @@ _SHORT = torch.iinfo(torch.int16).max
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOutlierWeights(Pass):
-    """Take the weights that rounding would hurt most out of linears and keep them in floating point, as a sparse matrix.
+    """Keep the weights that rounding would hurt most in floating point, in a sparse matrix beside the linear.
 
     ::
 
@@ -47,8 +47,8 @@ class SplitOutlierWeights(Pass):
         %y        = aten.add.Tensor(%rest, %outliers)
 
     The sum is the same. What is quantised afterwards is the rest, whose ranges are narrower: sparse protection of
-    outliers (Li et al. 2023, "LLM-MQ", sec. 3.2; Dettmers et al. 2023, "SpQR"). A weight takes its value and an index of
-    2 bytes (4 beyond 32 767 input features). Values of a float32 weight are stored in bfloat16 or float16 where all of
+    outliers (Li et al. 2023, "LLM-MQ"; Dettmers et al. 2023, "SpQR"). A weight takes its value and an index of 2 bytes
+    (4 beyond 32 768 input features). Values of a float32 weight are stored in bfloat16 or float16 where all of
     them are numbers of that format, else in the weight's own: none is ever rounded.
 
     The new weights are named after the old one: ``….q_proj.weight`` becomes ``….q_proj.rest.weight`` and
