@@ -38,6 +38,9 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "tabulate-positions": ("decoding", "TabulatePositions"),
     "quantize-linears": ("quantization", "QuantizeLinears"),
     "quantize-embeddings": ("quantization", "QuantizeEmbeddings"),
+    "quantize-attention": ("quantization", "QuantizeAttention"),
+    "split-outlier-columns": ("quantization", "SplitOutlierColumns"),
+    "split-outlier-weights": ("quantization", "SplitOutlierWeights"),
 }
 
 

@@ -107,8 +107,11 @@ if TYPE_CHECKING:
     from graphwright.passes.pipeline import run_passes as run_passes
     from graphwright.passes.quantization import Gptq as Gptq
     from graphwright.passes.quantization import Nearest as Nearest
+    from graphwright.passes.quantization import QuantizeAttention as QuantizeAttention
     from graphwright.passes.quantization import QuantizeEmbeddings as QuantizeEmbeddings
     from graphwright.passes.quantization import QuantizeLinears as QuantizeLinears
+    from graphwright.passes.quantization import SplitOutlierColumns as SplitOutlierColumns
+    from graphwright.passes.quantization import SplitOutlierWeights as SplitOutlierWeights
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
@@ -172,6 +175,7 @@ _EXPORTS: dict[str, str] = {
     "PromptLookup": "graphwright.frontends.generation.drafts",
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
+    "QuantizeAttention": "graphwright.passes.quantization",
     "QuantizeEmbeddings": "graphwright.passes.quantization",
     "QuantizeLinears": "graphwright.passes.quantization",
     "RecipeError": "graphwright.ir.errors",
@@ -187,6 +191,8 @@ _EXPORTS: dict[str, str] = {
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
     "SerializationError": "graphwright.ir.errors",
+    "SplitOutlierColumns": "graphwright.passes.quantization",
+    "SplitOutlierWeights": "graphwright.passes.quantization",
     "Stream": "graphwright.frontends.generation.stream",
     "TabulatePositions": "graphwright.passes.decoding",
     "TensorType": "graphwright.ir.types",

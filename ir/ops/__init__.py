@@ -18,6 +18,7 @@ __all__ = ["DIALECT", "Cost", "OpDefinition", "definition_of", "get", "is_dialec
 # operator -> module under graphwright.ir.ops that holds its definition, as an upper-case constant of the same name
 DIALECT: dict[str, str] = {
     "attention": "attention",
+    "attention_int8": "attention_int8",
     "cache_append": "cache",
     "cached_attention": "cache",
     "embedding_nbits": "quantization",
@@ -26,6 +27,8 @@ DIALECT: dict[str, str] = {
     "linear_int8_dynamic": "quantization",
     "linear_int8_static": "quantization",
     "linear_nbits": "quantization",
+    "linear_nbits_dynamic": "rounded_activations",
+    "linear_outliers": "outliers",
     "rms_norm": "normalization",
     "rotary_embedding": "position",
     "select_rows": "cache",

@@ -42,7 +42,7 @@ def attention(
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query.to(wide), key.to(wide).transpose(-1, -2)) * scale
-    allowed = _allowed(scores, key_mask, causal, window)
+    allowed = allowed_keys(scores, key_mask, causal, window)
     if bias is not None and bias.dtype == torch.bool:
         allowed = bias if allowed is None else allowed & bias
     elif bias is not None:
@@ -55,7 +55,8 @@ def attention(
     return torch.matmul(weights, value.to(wide)).to(query.dtype)
 
 
-def _allowed(scores: torch.Tensor, key_mask: torch.Tensor | None, causal: bool, window: int) -> torch.Tensor | None:
+def allowed_keys(scores: torch.Tensor, key_mask: torch.Tensor | None, causal: bool, window: int) -> torch.Tensor | None:
+    """Which keys queries may attend, bool, broadcastable to the scores ``[B, Hq, S, T]``; ``None`` for all."""
     allowed: torch.Tensor | None = None
     if causal or window > 0:
         queries, keys = scores.shape[-2], scores.shape[-1]

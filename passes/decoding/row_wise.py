@@ -21,6 +21,8 @@ _ROW_WISE: dict[str, str] = {
     "graphwright.linear_int8_dynamic": "x",
     "graphwright.linear_int8_static": "x",
     "graphwright.linear_nbits": "x",
+    "graphwright.linear_nbits_dynamic": "x",
+    "graphwright.linear_outliers": "x",
     "graphwright.rms_norm": "x",
 }
 
@@ -28,6 +30,7 @@ _ROW_WISE: dict[str, str] = {
 _ALONG: dict[str, str] = {
     "aten.cat": "dim",
     "aten.chunk": "dim",
+    "aten.index_select": "dim",
     "aten.slice.Tensor": "dim",
     "aten.softmax.int": "dim",
     "aten.split.Tensor": "dim",
@@ -78,7 +81,7 @@ def operands_by_row(program: Program, node: fx.Node, axes: int) -> list[fx.Node]
             return f"{name} normalises over more than the features"
         return [source] if is_rows(program, source, axes) else f"%{source.name} is not rows of features"
     if name in _ALONG:
-        sources = node.all_input_nodes
+        sources = node.all_input_nodes if name != "aten.index_select" else [argument(node, "self")]
         if argument(node, _ALONG[name]) not in (axes, -1):
             return f"{name} is along the rows"
         bad = next((source for source in sources if not is_rows(program, source, axes)), None)

@@ -50,10 +50,12 @@ LOCAL_LIMITS = {
     ("fp8_e5m2", 8, True): 0.15,
     ("fp8_e5m2", 8, False): 0.15,
 }
-_INTEGER_PRODUCTS = 0.15
+# The same with activations rounded too, by bits of the weights and what the activations become.
+_ROUNDED_ACTIVATIONS = {(8, "int8"): 0.15, (4, "int8"): 0.4, (4, "int4"): 0.8}
 
-_ACTIVATIONS = ("none", "int8")
-_RANGES = ("auto", "static", "per_token", "per_tensor")
+# Bits of activations.
+_ACTIVATIONS = {"none": 0, "int8": 8, "int4": 4}
+_RANGES = ("auto", "static", "per_token", "per_tensor", "per_group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class QuantizeLinears(Pass):
         ->
         %y = graphwright.linear_nbits(%x, %qweight, %scales, %zero_points, %b, 4, 128)      activations="none"
         %y = graphwright.linear_codebook(%x, %qweight, %scales, %b, "nf4", 64)              dtype="nf4"
+        %y = graphwright.linear_nbits_dynamic(%x, %qweight, …, 4, 128, 8, "per_group")      the same, with bits=4
         %y = graphwright.linear_int8_dynamic(%x, %qweight, %scales, %b, "per_token")        activations="int8"
         %y = graphwright.linear_int8_static(%x, %qweight, %scales, %b, %input_scales, 131)  the same, with calibration
 
@@ -90,13 +93,16 @@ class QuantizeLinears(Pass):
             for every row, as with groups: one scale of 2 bytes for that many columns.
         symmetric: zero point fixed at the middle code. Asymmetric grids are a little larger and more exact.
         clip_search: choose the range with the least squared error instead of the full one.
-        activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too (8 bits, per channel
-            weights).
+        activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too, with symmetric 8-bit
+            weights per channel or 4-bit weights of any kind; ``"int4"`` to 4 bits, with 4-bit weights (Ashkboos et al.
+            2023, "QUIK"; :class:`SplitOutlierColumns` keeps out the features that 4 bits cannot hold).
         activation_ranges: with INT8 activations, where their range comes from. ``"per_token"`` and ``"per_tensor"``:
             from the data, as the model runs. ``"static"``: from the calibration data, with a scale for each feature
             moved into the weights (SmoothQuant); the fastest. ``"auto"``: static where the linear's outputs on the
             calibration data then err by 2 % at most, or by no more than per token; per token elsewhere, and without
-            such data.
+            such data. 4-bit weights have ``"per_token"`` (asymmetric, QUIK's; with INT4 the default) and
+            ``"per_group"`` (symmetric, for each row and group of the weights, which CPU kernels compute in INT8; with
+            INT8 the default).
         rounding: how codes are chosen: the name of a method of :mod:`graphwright.passes.quantization.rounding` or one
             with options, such as ``Gptq(damping=0.1)``. By default GPTQ when there is calibration data, else nearest.
         calibration: typical inputs: batches, each as the model is called, a ``DataLoader`` of such, or
@@ -108,7 +114,7 @@ class QuantizeLinears(Pass):
 
     name: ClassVar[str] = "quantize-linears"
     contract: ClassVar[Contract] = Approximate()
-    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "masked", "quantized"})
+    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "masked", "quantized", "outlier"})
 
     bits: int = 8
     dtype: str = "int"
@@ -147,18 +153,45 @@ class QuantizeLinears(Pass):
                     where=f"{self.name}: {option}={value!r}",
                     hint="give calibration=[batch, ...], on the command line --calibration FILE",
                 )
+        self._check_activations()
+
+    def _check_activations(self) -> None:
         plain = self.dtype == "int" and self.group_size is None and self.block is None and self.symmetric
-        if self.activations == "int8" and (self.bits != 8 or not plain):
+        narrow = self.dtype == "int" and self.bits == 4
+        if self.activations == "int8" and not (narrow or (self.bits == 8 and plain)):
             raise InputError(
-                "INT8 activations go with symmetric INT8 weights, one scale per channel",
+                "INT8 activations go with symmetric INT8 weights, one scale per channel, or with 4-bit weights",
                 where=f"{self.name}: activations='int8'",
                 hint="use bits=8, dtype='int', group_size=None, block=None, symmetric=True",
             )
+        if self.activations == "int4" and not narrow:
+            raise InputError(
+                "INT4 activations go with 4-bit integer weights",
+                where=f"{self.name}: activations='int4'",
+                hint="use bits=4, dtype='int'",
+            )
+        ranges = self.activation_ranges
+        if ranges == "auto" or self.activations == "none":
+            return
+        if (narrow and ranges in ("static", "per_tensor")) or (not narrow and ranges == "per_group"):
+            raise InputError(
+                f"{self.bits}-bit weights do not have it",
+                where=f"{self.name}: activation_ranges={ranges!r}",
+                hint="use 'per_token' or 'per_group'" if narrow else "use 'auto', 'static', 'per_token', 'per_tensor'",
+            )
+
+    def _activation_ranges(self) -> tuple[int, str] | None:
+        """Bits and ranges of activations that meet weights packed in a few bits; ``None`` where there are none."""
+        if self.activations == "none" or self.bits == 8:
+            return None
+        usual = "per_group" if self.activations == "int8" else "per_token"
+        ranges = usual if self.activation_ranges == "auto" else self.activation_ranges
+        return _ACTIVATIONS[self.activations], ranges
 
     def effective_contract(self) -> Contract:
         """Approximate, with a limit for each linear by bits."""
         limit = LOCAL_LIMITS[self.dtype, self.bits, self.clip_search]
-        base = Approximate(max_local_error=_INTEGER_PRODUCTS if self.activations == "int8" else limit)
+        base = Approximate(max_local_error=_ROUNDED_ACTIVATIONS.get((self.bits, self.activations), limit))
         return base if self.max_error is None else dataclasses.replace(base, max_relative_error=float(self.max_error))
 
     def options(self) -> dict[str, Any]:
@@ -169,6 +202,10 @@ class QuantizeLinears(Pass):
         if self.calibration is not None:
             found["calibration"] = str(self.calibration)
         return found
+
+    def _integer_products(self) -> bool:
+        """Whether products are those of bytes, one scale to a channel."""
+        return self.activations == "int8" and self.bits == 8
 
     def _rounding(self) -> Rounding:
         usual = "nearest" if self.calibration is None else "gptq"
@@ -192,7 +229,7 @@ class QuantizeLinears(Pass):
                 static += found.grid is not None
                 self._rewrite(rewriter, self._now(program, found.target), found.packed, found.grid)
             program.notes["linears"] = len(targets)
-            if self.activations == "int8":
+            if self._integer_products():
                 program.notes["static_ranges"] = static
             if losses:
                 program.notes.update(report_entries(losses))
@@ -236,14 +273,14 @@ class QuantizeLinears(Pass):
             self.group_size if self.block is None else self.block[1],
             self.symmetric,
             self.clip_search,
-            integer_products=self.activations == "int8",
+            integer_products=self._integer_products(),
             codebook=None if self.dtype == "int" else self.dtype,
             block_rows=1 if self.block is None else self.block[0],
         )
         return {weight_name(target): form for target in targets}
 
     def _grids(self) -> GridChoice | None:
-        if self.activations != "int8" or self.calibration is None or self.activation_ranges not in ("auto", "static"):
+        if not self._integer_products() or self.calibration is None or self.activation_ranges not in ("auto", "static"):
             return None
         return GridChoice(always=self.activation_ranges == "static")
 
@@ -260,7 +297,7 @@ class QuantizeLinears(Pass):
         node, tags, base = target.node, ("quantized",), stem(str(target.weight.target))
         if isinstance(packed, PackedWeight):
             operands = store(rewriter, packed, base, node)
-            rewriter.replace(node, packed_linear(rewriter, target, packed, operands))
+            rewriter.replace(node, packed_linear(rewriter, target, packed, operands, self._activation_ranges()))
             return
         codes = rewriter.weight(f"{base}qweight", packed.qweight, like=node, tags=tags)
         scales = rewriter.weight(f"{base}scales", packed.scales, like=node, tags=tags)
@@ -297,8 +334,17 @@ def packed_linear(
     target: LinearTarget,
     packed: PackedWeight,
     operands: tuple[fx.Node, fx.Node, fx.Node | None],
+    activations: tuple[int, str] | None = None,
 ) -> fx.Node:
-    """The linear on packed weights that stands for another; ``operands`` are those of :func:`store`."""
+    """The linear on packed weights that stands for another.
+
+    Args:
+        rewriter: of the program.
+        target: the linear.
+        packed: its weight.
+        operands: what :func:`store` gave.
+        activations: bits that its inputs are rounded to as they come, and the ranges' name; ``None``: they stay floats.
+    """
     codes, scales, zero_points = operands
     book, group = packed.form.codebook, packed.group_size
     op, rest = "graphwright.linear_codebook", [codes, scales, target.bias, book, group]

@@ -245,6 +245,10 @@ def _attention(site: Site) -> Kernel | str:
     return Attention(site.isa, given["scale"], given["causal"], given["window"], is_by_position=_is_joined(site.node))
 
 
+def _attention_int8(site: Site) -> str:
+    return "the attention kernels round keys and values to INT8, not queries and probabilities"
+
+
 def _torch_attention(site: Site) -> Kernel | str:
     given, heads = site.arguments, [site.value(name) for name in ("query", "key", "value")]
     query, key, value = heads
@@ -284,6 +288,7 @@ def _softmax(site: Site) -> Kernel | str:
 
 LOWERINGS: dict[str, Lowering] = {
     "graphwright.attention": _attention,
+    "graphwright.attention_int8": _attention_int8,
     "aten.scaled_dot_product_attention": _torch_attention,
     "aten.softmax.int": _softmax,
     "aten._softmax": _softmax,

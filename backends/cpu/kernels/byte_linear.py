@@ -63,7 +63,22 @@ def _too_wide(site: Site) -> str:
 
 
 def _nbits(site: Site) -> Kernel | str:
-    rounded = site.compute == "int8"
+    return _packed(site, rounded=site.compute == "int8")
+
+
+def _nbits_dynamic(site: Site) -> Kernel | str:
+    if site.arguments["activation_bits"] != 8:
+        return "there is no kernel for activations of 4 bits"
+    if site.arguments["activation"] != "per_group":
+        return "the kernel for such weights rounds activations per group; per token has no kernel"
+    return _packed(site, rounded=True)
+
+
+def _outliers(site: Site) -> str:
+    return "there is no kernel for sparse weights"
+
+
+def _packed(site: Site, *, rounded: bool) -> Kernel | str:
     refusal = unsuitable(site, ("qweight", "scales", "zero_points", "bias")) or (_too_wide(site) if rounded else "")
     if refusal:
         return refusal
@@ -103,6 +118,8 @@ def _int8(site: Site) -> PackedLinear:
 
 LOWERINGS: dict[str, Lowering] = {
     "graphwright.linear_nbits": _nbits,
+    "graphwright.linear_nbits_dynamic": _nbits_dynamic,
+    "graphwright.linear_outliers": _outliers,
     "graphwright.linear_int8_dynamic": _dynamic,
     "graphwright.linear_int8_static": _static,
 }

@@ -85,4 +85,5 @@ TRANSLATIONS: dict[str, str] = {
     "graphwright.embedding_nbits": "embedding_table:embedding_nbits",
     "graphwright.linear_int8_dynamic": "integer:linear_int8_dynamic",
     "graphwright.linear_int8_static": "integer:linear_int8_static",
+    "graphwright.linear_outliers": "sparse_linear:linear_outliers",
 }
