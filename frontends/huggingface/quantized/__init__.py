@@ -1,0 +1,1 @@
+"""Quantised checkpoints of other tools, in both directions: GPTQ, AWQ and compressed-tensors folders."""
