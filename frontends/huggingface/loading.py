@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from graphwright.frontends.generation.facts import DecoderFacts
 from graphwright.frontends.huggingface.examples import make_examples
 from graphwright.frontends.huggingface.folder import CONFIG, ModelFolder, open_folder
 from graphwright.frontends.huggingface.quantized.loading import load_quantized, quantization_of
@@ -109,6 +110,7 @@ def load_with_examples(
         examples = _without_cache(model, example_inputs)
     program = trace(model, examples, dynamic=dynamic, check=check)
     tag_quantized(program)
+    program.origin = DecoderFacts.of_model(model)
     return program, examples
 
 
@@ -134,16 +136,7 @@ def _load(folder: ModelFolder, *, task: str | None, dtype: Any, attn_implementat
         raise InputError("needs Python code from the folder, which is never run", where=where)
     settings = quantization_of(folder)
     with _quiet(transformers):
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                folder.path, local_files_only=True, trust_remote_code=False
-            )
-        except (ValueError, KeyError, OSError, TypeError) as error:
-            raise InputError(
-                f"transformers {transformers.__version__} does not know this model: {_first_line(error)}",
-                where=where,
-                hint=f"its model_type is {folder.config.get('model_type')!r}",
-            ) from error
+        config = _config(transformers, folder)
         kind = _class_of(transformers, folder, config, task)
         options: dict[str, Any] = {"config": config, "dtype": _dtype(dtype), "attn_implementation": attn_implementation}
         if settings is None:
@@ -152,6 +145,31 @@ def _load(folder: ModelFolder, *, task: str | None, dtype: Any, attn_implementat
             model = _from_quantized(kind, folder, options, settings)
     model.eval()
     return model
+
+
+def model_class(folder: ModelFolder, name: str) -> tuple[Any, Any]:
+    """The class of this name, or else the one that a folder names, and the folder's configuration.
+
+    Raises:
+        InputError: transformers does not know the model.
+    """
+    transformers = _transformers()
+    with _quiet(transformers):
+        config = _config(transformers, folder)
+        if isinstance(kind := getattr(transformers, name, None), type) and isinstance(config, kind.config_class or ()):
+            return kind, config
+        return _class_of(transformers, folder, config, None), config
+
+
+def _config(transformers: Any, folder: ModelFolder) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise InputError(
+            f"transformers {transformers.__version__} does not know this model: {_first_line(error)}",
+            where=str(folder.path / CONFIG),
+            hint=f"its model_type is {folder.config.get('model_type')!r}",
+        ) from error
 
 
 def _from_quantized(

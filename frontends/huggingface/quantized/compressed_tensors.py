@@ -60,7 +60,9 @@ class CompressedTensorsReader(Reader):
         if group.get("output_activations") is not None:
             raise InputError("quantises outputs, which is not read", where=where)
         name = f"{module}.weight"
-        if weights.get("type", "int") != "int" or (name in self.tensors and self.tensors[name].dtype in _EIGHT_BIT_FLOATS):
+        if weights.get("type", "int") != "int" or (
+            name in self.tensors and self.tensors[name].dtype in _EIGHT_BIT_FLOATS
+        ):
             raise InputError(
                 "stores its weights as floats of a few bits, which are not read yet",
                 where=where,
@@ -101,7 +103,9 @@ class CompressedTensorsReader(Reader):
         if list(self.tensors[name].shape) == [outputs, whole] and whole != words_for(inputs, bits):
             return unpack_whole(self.tensors[name], bits, inputs)
         shape = [outputs, words_for(inputs, bits)]
-        return unpack_words(self.tensors.require(name, shape=shape, dtypes=(torch.int32,), because=because), bits, inputs)
+        return unpack_words(
+            self.tensors.require(name, shape=shape, dtypes=(torch.int32,), because=because), bits, inputs
+        )
 
     def _check_shape(self, module: str, inputs: int, outputs: int) -> None:
         name = f"{module}.weight_shape"
