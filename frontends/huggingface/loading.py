@@ -185,6 +185,7 @@ def _from_quantized(
         return _from_pretrained(kind, folder, options, tensors)
 
     model: Any = load_quantized(kind, config, folder, settings, dtype, make)
+    model.name_or_path = model.config.name_or_path = str(folder.path)
     if (folder.path / "generation_config.json").is_file():
         model.generation_config = _transformers().GenerationConfig.from_pretrained(folder.path, local_files_only=True)
     return model

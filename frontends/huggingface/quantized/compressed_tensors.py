@@ -24,6 +24,7 @@ from graphwright.ir.errors import InputError
 
 PACKED, INTEGER = "pack-quantized", "int-quantized"
 _EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+_EIGHT_BITS = (torch.int8, *_EIGHT_BIT_FLOATS)
 _STRATEGIES = ("tensor", "channel", "group")
 
 
@@ -41,10 +42,9 @@ class CompressedTensorsReader(Reader):
         self._refuse_what_is_not_read()
         found = []
         for name in self.tensors:
-            module = name.rpartition(".")[0]
-            if name.endswith(".weight_packed"):
-                found.append(module)
-            elif name.endswith(".weight") and f"{module}.weight_scale" in self.tensors:
+            module, _, leaf = name.rpartition(".")
+            scaled = f"{module}.weight_scale" in self.tensors
+            if leaf == "weight_packed" or (leaf == "weight" and (scaled or self.tensors[name].dtype in _EIGHT_BITS)):
                 found.append(module)
         return found
 
@@ -118,7 +118,7 @@ class CompressedTensorsReader(Reader):
 
     def _scales(self, module: str, weights: Mapping[str, Any], outputs: int, groups: int) -> torch.Tensor:
         name, strategy = f"{module}.weight_scale", weights.get("strategy", "channel")
-        found = self.tensors[name] if name in self.tensors else None
+        found = self.tensors.get(name)
         if found is not None and strategy == "tensor" and found.numel() == 1:
             scales = found.reshape(1, 1).expand(outputs, groups).contiguous()
         elif found is not None and strategy == "channel" and list(found.shape) == [outputs]:
@@ -161,8 +161,8 @@ class CompressedTensorsReader(Reader):
         fits = activations.get("type", "int") == "int" and activations.get("num_bits", 8) == 8
         if bits != 8 or size != inputs or not symmetric or not fits:
             raise InputError(
-                "quantises activations in a way that is not read: only 8-bit integers are, with symmetric 8-bit weights "
-                "of one scale to a channel",
+                "quantises activations in a way that is not read: only to 8-bit integers, with symmetric weights of 8 "
+                "bits and one scale to a channel",
                 where=where,
                 hint="start from the original weights",
             )

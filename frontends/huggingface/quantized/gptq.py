@@ -70,7 +70,7 @@ class GptqReader(Reader):
         return GroupedWeight.of_codes(codes, scales.T, points.T.contiguous(), bits, group, order)
 
     def _settings_of(self, module: str) -> Mapping[str, Any]:
-        """The settings, with what ``dynamic`` says of a module: regular expressions, of which the first match counts."""
+        """The settings, with what ``dynamic`` says of a module: patterns, of which the first that matches counts."""
         dynamic = self.settings.get("dynamic") or {}
         if not isinstance(dynamic, Mapping):
             raise InputError("'dynamic' must map patterns to settings", where=self.where)

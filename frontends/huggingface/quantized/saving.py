@@ -15,7 +15,7 @@ from graphwright.frontends.generation.facts import DecoderFacts
 from graphwright.frontends.huggingface.folder import CONFIG, ModelFolder, open_folder
 from graphwright.frontends.huggingface.quantized.architecture import Architecture
 from graphwright.frontends.huggingface.quantized.layouts import LAYOUTS, Layout
-from graphwright.frontends.huggingface.quantized.loading import quantization_of
+from graphwright.frontends.huggingface.quantized.modules import QUANTIZED_OPS
 from graphwright.frontends.huggingface.quantized.placing import PlacedLinear, float_parts, quantized_linears
 from graphwright.frontends.huggingface.quantized.proof import check_saved
 from graphwright.frontends.huggingface.quantized.tensors import FolderTensors
@@ -23,7 +23,7 @@ from graphwright.frontends.huggingface.quantized.writing import check_folder, pu
 from graphwright.ir.errors import ExportError, InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
-from graphwright.ir.provenance import path_of, tags_of
+from graphwright.ir.provenance import path_of
 
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
@@ -117,12 +117,12 @@ def save_quantized(
     kind, config = _class_of(program, origin)
     architecture = Architecture.of(kind, config)
     linears = quantized_linears(program, architecture)
-    floats = [name for name in architecture.linears if name not in linears and _is_own(architecture, name)]
+    floats = [name for name in architecture.linears if name not in linears]
     chosen = LAYOUTS[layout](linears, floats)
     entries = _entries(program, architecture, chosen, origin)
     with published(target) as staging:
         sizes, dtypes = write_shards(staging, [each.make for each in entries], max_shard_bytes)
-        document = _config(origin.config, program, architecture, chosen, dtypes, kind)
+        document = _config(origin.config, architecture, chosen, dtypes, kind)
         (staging / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         for name in _COPIED:
             if (origin.path / name).is_file():
@@ -156,28 +156,24 @@ def _class_of(program: Program, origin: ModelFolder) -> tuple[Any, Any]:
     return kind, config
 
 
-def _is_own(architecture: Architecture, name: str) -> bool:
-    return f"{name}.weight" not in architecture.tied
-
-
 # -- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def _entries(program: Program, architecture: Architecture, layout: Layout, origin: ModelFolder) -> list[_Entry]:
     """Every tensor of the folder, in the order of the architecture."""
     parts = float_parts(program, architecture)
-    stored = FolderTensors(origin) if quantization_of(origin) is None or origin.shards else None
+    stored = FolderTensors(origin)
     used: set[str] = set()
     entries: list[_Entry] = []
     for name, linear in layout.linears.items():
         _check_bias(name, linear)
         entries.append(_Entry(name, _linear_maker(layout, name, linear)))
     for name, shape in architecture.tensors.items():
-        module, _, leaf = name.rpartition(".")
+        module = name.rpartition(".")[0]
         if module in layout.linears or (name in architecture.tied and not _unties(architecture, layout)):
             continue
         value = _value(program, architecture, name, shape, parts, used)
-        if value is None and stored is not None and name in stored and tuple(stored[name].shape) == shape:
+        if value is None and name in stored and tuple(stored[name].shape) == shape:
             value = stored[name]
         if value is None:
             raise ExportError(
@@ -186,7 +182,7 @@ def _entries(program: Program, architecture: Architecture, layout: Layout, origi
                 hint="a pass has replaced it: save before passes that change other weights than those of linears",
             )
         entries.append(_Entry(module, _plain_maker(name, value)))
-    _refuse_leftovers(program, architecture, layout, used, parts)
+    _refuse_leftovers(program, used, parts)
     return entries
 
 
@@ -227,7 +223,7 @@ def _value(
     parts: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
     used: set[str],
 ) -> torch.Tensor | None:
-    """A tensor of the architecture in the program: of a linear by its module, by name, or by the module that reads it."""
+    """A tensor of the architecture in the program: by its linear, by its name, or by the module that reads it."""
     module, _, leaf = name.rpartition(".")
     if module in parts and leaf in ("weight", "bias"):
         weight, bias = parts[module]
@@ -253,21 +249,16 @@ def _value(
 
 
 def _refuse_leftovers(
-    program: Program,
-    architecture: Architecture,
-    layout: Layout,
-    used: set[str],
-    parts: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
+    program: Program, used: set[str], parts: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 ) -> None:
     """Refuse weights that have no place in the folder; constants that passes have calculated may have none."""
     written = {value.data_ptr() for pair in parts.values() for value in pair if value is not None}
     for node in program.nodes:
         name = str(node.target)
-        if node.op != "get_attr" or name in used or "quantized" in tags_of(node):
+        if node.op != "get_attr" or name in used or all(op_name(user) in QUANTIZED_OPS for user in node.users):
             continue
         tensor = program.tensor(node)
-        trained = isinstance(tensor, torch.nn.Parameter) and tensor.data_ptr() not in written
-        if trained and not any(op_name(user) in _WITH_BIAS for user in node.users):
+        if isinstance(tensor, torch.nn.Parameter) and tensor.data_ptr() not in written:
             raise ExportError(
                 f"the weight {name!r} {list(tensor.shape)} has no place in the original architecture",
                 where=f"program {program.title!r}",
@@ -275,15 +266,11 @@ def _refuse_leftovers(
             )
 
 
-_WITH_BIAS = ("graphwright.linear_nbits", "graphwright.linear_int8_dynamic")
-
-
 # -- configuration ---------------------------------------------------------------------------------------------------
 
 
 def _config(
     original: Mapping[str, Any],
-    program: Program,
     architecture: Architecture,
     layout: Layout,
     dtypes: Mapping[torch.dtype, int],
