@@ -45,6 +45,7 @@ class OptimizedModel(Program):
             aliases=program.aliases,
             journal=tuple(program.journal),
         )
+        self.origin = program.origin
         self.report = report
         self.target = backend.name
         self.examples = examples
@@ -100,6 +101,13 @@ class OptimizedModel(Program):
         self.require_values()
         options.setdefault("example_inputs", self.examples)
         return export_onnx(self, Path(path), **options)
+
+    def save_quantized(self, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """Write a Hugging Face folder in another tool's layout and check it; see :func:`graphwright.save_quantized`."""
+        from graphwright.frontends.huggingface.quantized import save_quantized
+
+        options.setdefault("example_inputs", self.examples)
+        return save_quantized(self, folder, **options)
 
 
 def optimize(

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from graphwright.frontends.generation.stream import Stream as Stream
     from graphwright.frontends.huggingface import load_decoder as load_decoder
     from graphwright.frontends.huggingface import load_huggingface as load_huggingface
+    from graphwright.frontends.huggingface.quantized import SavedModel as SavedModel
+    from graphwright.frontends.huggingface.quantized import save_quantized as save_quantized
     from graphwright.frontends.recipes import load_recipe as load_recipe
     from graphwright.frontends.recipes import save_recipe as save_recipe
     from graphwright.frontends.torch import trace as trace
@@ -188,6 +190,7 @@ _EXPORTS: dict[str, str] = {
     "Rule": "graphwright.ir.pattern",
     "RulePass": "graphwright.passes.base",
     "Sampling": "graphwright.frontends.generation.sampling",
+    "SavedModel": "graphwright.frontends.huggingface.quantized",
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
     "SerializationError": "graphwright.ir.errors",
@@ -222,6 +225,7 @@ _EXPORTS: dict[str, str] = {
     "parse": "graphwright.ir.parser",
     "path_of": "graphwright.ir.provenance",
     "run_passes": "graphwright.passes.pipeline",
+    "save_quantized": "graphwright.frontends.huggingface.quantized",
     "save_recipe": "graphwright.frontends.recipes",
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",

@@ -1,4 +1,4 @@
-"""``graphwright export MODEL -o x.onnx``."""
+"""``graphwright export MODEL -o x.onnx``, or ``--layout gptq -o FOLDER`` for other tools' quantised checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from graphwright.frontends.cli.models import add_model_options
 
     parser.add_argument("model", metavar="MODEL", help="a saved Program or a Hugging Face folder")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument("-o", "--output", required=True, metavar="PATH", help="the ONNX file or the folder to write")
+    parser.add_argument(
+        "--layout",
+        choices=("compressed-tensors", "gptq", "awq"),
+        help="write a quantised model as a Hugging Face folder in this layout instead of ONNX",
+    )
+    parser.add_argument("--source", metavar="FOLDER", help="with --layout: the original folder of a saved Program")
     parser.add_argument(
         "--mode",
         choices=("runtime", "portable"),
@@ -40,6 +46,10 @@ def run(options: argparse.Namespace) -> int:
     output = Path(options.output)
     if not output.absolute().parent.is_dir():
         raise InputError("there is no such folder", where=str(output.absolute().parent), hint="make it first")
+    if options.layout is not None:
+        return _save_quantized(options, output)
+    if options.source is not None:
+        raise InputError("goes with --layout", where="option --source")
     try:
         from graphwright.backends.onnx import export_onnx
     except ModuleNotFoundError as error:
@@ -55,6 +65,31 @@ def run(options: argparse.Namespace) -> int:
             check=not options.no_check,
             example_inputs=flat_examples(program, examples) if examples is not None else None,
             **{name: value for name, value in settings.items() if value is not None},
+        )
+    if options.json:
+        import json
+
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        print(result)
+    return 0
+
+
+def _save_quantized(options: argparse.Namespace, output: Path) -> int:
+    from graphwright.frontends.api import flat_examples
+    from graphwright.frontends.cli.models import open_model
+    from graphwright.frontends.cli.output import working
+    from graphwright.frontends.huggingface.quantized import save_quantized
+
+    program, examples = open_model(options.model, options, quiet=options.json)
+    with working(f"writing {output.name}", quiet=options.json):
+        result = save_quantized(
+            program,
+            output,
+            layout=options.layout,
+            source=options.source,
+            check=not options.no_check,
+            example_inputs=flat_examples(program, examples) if examples is not None else None,
         )
     if options.json:
         import json

@@ -24,7 +24,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "what a model consists of: operators, parameters, bytes, MACs, dimensions, journal",
     "diff": "how two programs differ",
     "verify": "compare two models on random inputs",
-    "export": "write a model as ONNX and check it in onnxruntime",
+    "export": "write a model as ONNX, or quantised in another tool's layout, and check what was written",
     "why": "why a pass did not match, nearest misses first",
     "passes": "the passes there are, and their options",
     "generate": "continue a text",

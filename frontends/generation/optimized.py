@@ -25,7 +25,6 @@ class OptimizedDecoder(OptimizedModel, Decoder):
     def __init__(self, program: Program, report: Report, backend: Backend, examples: list[torch.Tensor]) -> None:
         super().__init__(program, report, backend, examples)
         self.layout = DecoderLayout.of(program)
-        self.origin = program.origin
         self.facts = program.origin if isinstance(program.origin, DecoderFacts) else DecoderFacts()
 
     def _lowered(self) -> Executable:

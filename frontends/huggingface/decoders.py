@@ -9,6 +9,7 @@ import torch
 
 from graphwright.frontends.generation.facts import DecoderFacts
 from graphwright.frontends.huggingface.loading import load_model
+from graphwright.frontends.huggingface.quantized.modules import tag_quantized
 from graphwright.frontends.huggingface.step.checking import check_model, check_program, find_caches
 from graphwright.frontends.huggingface.step.families import family_of
 from graphwright.frontends.huggingface.step.running import own_attention, step_model
@@ -95,5 +96,6 @@ def trace_decoder(model: Any, *, check: bool = True) -> Program:
         if check:
             with torch.no_grad(), streaming(model.parameters()):
                 check_program(program, stepped, model, family)
+    tag_quantized(program)
     program.origin = DecoderFacts.of_model(model)
     return program

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from graphwright.frontends.generation.facts import DecoderFacts
 from graphwright.frontends.huggingface.examples import make_examples
 from graphwright.frontends.huggingface.folder import CONFIG, ModelFolder, open_folder
+from graphwright.frontends.huggingface.quantized.loading import load_quantized, quantization_of
+from graphwright.frontends.huggingface.quantized.modules import tag_quantized
 from graphwright.frontends.torch.dynamic import DynamicSpec
 from graphwright.frontends.torch.examples import ExampleInputs, unwrap
 from graphwright.frontends.torch.tracing import trace
@@ -105,7 +108,10 @@ def load_with_examples(
     examples = make_examples(model, also=also) if example_inputs is None else example_inputs
     if example_inputs is not None and isinstance(example_inputs, Mapping):
         examples = _without_cache(model, example_inputs)
-    return trace(model, examples, dynamic=dynamic, check=check), examples
+    program = trace(model, examples, dynamic=dynamic, check=check)
+    tag_quantized(program)
+    program.origin = DecoderFacts.of_model(model)
+    return program, examples
 
 
 def load_model(
@@ -128,34 +134,76 @@ def _load(folder: ModelFolder, *, task: str | None, dtype: Any, attn_implementat
     where = str(folder.path / CONFIG)
     if folder.config.get("auto_map") and not folder.config.get("architectures"):
         raise InputError("needs Python code from the folder, which is never run", where=where)
-    if "quantization_config" in folder.config:
-        method = folder.config["quantization_config"].get("quant_method", "another tool")
-        raise InputError(f"is already quantised by {method}", where=where, hint="start from the original weights")
+    settings = quantization_of(folder)
     with _quiet(transformers):
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                folder.path, local_files_only=True, trust_remote_code=False
-            )
-        except (ValueError, KeyError, OSError, TypeError) as error:
-            raise InputError(
-                f"transformers {transformers.__version__} does not know this model: {_first_line(error)}",
-                where=where,
-                hint=f"its model_type is {folder.config.get('model_type')!r}",
-            ) from error
+        config = _config(transformers, folder)
         kind = _class_of(transformers, folder, config, task)
         options: dict[str, Any] = {"config": config, "dtype": _dtype(dtype), "attn_implementation": attn_implementation}
-        model = _from_pretrained(kind, folder, options)
+        if settings is None:
+            model = _from_pretrained(kind, folder, options)
+        else:
+            model = _from_quantized(kind, folder, options, settings)
     model.eval()
     return model
 
 
-def _from_pretrained(kind: Any, folder: ModelFolder, options: Mapping[str, Any]) -> Any:
-    """The model and nothing that is not in the folder; without its pooling layer when only that is missing."""
+def model_class(folder: ModelFolder, name: str) -> tuple[Any, Any]:
+    """The class of this name, or else the one that a folder names, and the folder's configuration.
+
+    Raises:
+        InputError: transformers does not know the model.
+    """
+    transformers = _transformers()
+    with _quiet(transformers):
+        config = _config(transformers, folder)
+        if isinstance(kind := getattr(transformers, name, None), type) and isinstance(config, kind.config_class or ()):
+            return kind, config
+        return _class_of(transformers, folder, config, None), config
+
+
+def _config(transformers: Any, folder: ModelFolder) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise InputError(
+            f"transformers {transformers.__version__} does not know this model: {_first_line(error)}",
+            where=str(folder.path / CONFIG),
+            hint=f"its model_type is {folder.config.get('model_type')!r}",
+        ) from error
+
+
+def _from_quantized(
+    kind: Any, folder: ModelFolder, options: Mapping[str, Any], settings: tuple[Mapping[str, Any], str]
+) -> Any:
+    """The model of a quantised folder; transformers is kept from seeing that it is one."""
+    config = options["config"]
+    for name in ("quantization_config", "compression_config"):
+        vars(config).pop(name, None)
+    dtype = options["dtype"] if isinstance(options["dtype"], torch.dtype) else None
+
+    def make(tensors: Mapping[str, torch.Tensor]) -> Any:
+        return _from_pretrained(kind, folder, options, tensors)
+
+    model: Any = load_quantized(kind, config, folder, settings, dtype, make)
+    model.name_or_path = model.config.name_or_path = str(folder.path)
+    if (folder.path / "generation_config.json").is_file():
+        model.generation_config = _transformers().GenerationConfig.from_pretrained(folder.path, local_files_only=True)
+    return model
+
+
+def _from_pretrained(
+    kind: Any, folder: ModelFolder, options: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
+) -> Any:
+    """The model and nothing that is not in the folder; without its pooling layer when only that is missing.
+
+    ``tensors`` are taken instead of those in the folder's files.
+    """
     missing: list[str] = []
     for extra in ({}, {"add_pooling_layer": False}):
+        given = {} if tensors is None else {"state_dict": dict(tensors)}
         try:
             model, info = kind.from_pretrained(
-                folder.path,
+                folder.path if tensors is None else None,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -163,6 +211,7 @@ def _from_pretrained(kind: Any, folder: ModelFolder, options: Mapping[str, Any])
                 ignore_mismatched_sizes=True,  # so that they are listed, and refused below
                 **options,
                 **extra,
+                **given,
             )
         except TypeError as error:
             if not extra:
