@@ -17,7 +17,8 @@
     ignore = ["lm_head", "re:.*router"]
 
 Options are the fields of the pass. A selection by several properties is a table: ``where = { op = "aten.linear" }``.
-TOML has no null: an option that may be absent is switched off by ``"none"``.
+TOML has no null: an option that may be absent is switched off by ``"none"``. Calibration data stands in no file: a pass
+that had some is written with ``calibration = "given"``, and whoever loads it gives the data.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graphwright.frontends.options import Locate, nearest, read_options, read_pass
-from graphwright.frontends.toml import table_of, to_toml
+from graphwright.frontends.toml import GIVEN, table_of, to_toml
 from graphwright.ir.errors import InputError, RecipeError
 from graphwright.passes.base import Pass
+from graphwright.passes.calibration import CalibrationData
 from graphwright.passes.pipeline import Pipeline
 from graphwright.passes.verification import Verification
 
@@ -63,8 +65,12 @@ class Recipe:
     verify: bool | Verification = True
 
 
-def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], *, calibration: Iterable[Any] | None = None) -> Recipe:
     """Read a recipe file.
+
+    Args:
+        path: the file.
+        calibration: data for the passes that say ``calibration = "given"``.
 
     Raises:
         RecipeError: it cannot be read, is not valid TOML, or names an unknown pass or option, or gives a value of the
@@ -75,10 +81,10 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe cannot be read: {error}", where=str(file)) from error
-    return parse_recipe(text, origin=str(file))
+    return parse_recipe(text, origin=str(file), calibration=calibration)
 
 
-def parse_recipe(text: str, *, origin: str = "recipe") -> Recipe:
+def parse_recipe(text: str, *, origin: str = "recipe", calibration: Iterable[Any] | None = None) -> Recipe:
     """A recipe from TOML text; ``origin`` names it in messages.
 
     Raises:
@@ -100,7 +106,10 @@ def parse_recipe(text: str, *, origin: str = "recipe") -> Recipe:
     target = data.get("target")
     if target is not None and not isinstance(target, str):
         raise RecipeError(f"must be a string, not {target!r}", where=place.key("target"))
-    passes = tuple(read_pass(table, place.of_pass(index)) for index, table in enumerate(tables))
+    passes = tuple(
+        read_pass(_with_data(table, calibration, place.of_pass(index)), place.of_pass(index))
+        for index, table in enumerate(tables)
+    )
     return Recipe(passes, target, _verify_of(data, place))
 
 
@@ -164,6 +173,19 @@ def _opened(passes: Pipeline | Sequence[Pass]) -> tuple[Pass, ...]:
     if isinstance(passes, Pipeline):
         return passes.passes if type(passes) is Pipeline and not passes.fixed_point else (passes,)
     return tuple(passes)
+
+
+def _with_data(table: Mapping[str, Any], calibration: Iterable[Any] | None, where: Locate) -> Mapping[str, Any]:
+    """A pass with its calibration data in place of the word that stands for it."""
+    if table.get("calibration") != GIVEN:
+        return table
+    if calibration is None:
+        raise RecipeError(
+            "needs calibration data, which no recipe holds",
+            where=where("calibration"),
+            hint="load it with load_recipe(path, calibration=[batch, ...])",
+        )
+    return {**table, "calibration": CalibrationData.of(calibration)}
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -12,13 +12,18 @@ from typing import Any
 from graphwright.frontends.options import NONE
 from graphwright.ir.errors import RecipeError
 from graphwright.passes.base import Pass
+from graphwright.passes.calibration import CalibrationData
+
+# Stands for calibration data, which is in no file.
+GIVEN = "given"
 
 
 def table_of(item: Pass) -> dict[str, Any]:
     """Name and options of a pass, as they are set rather than as they print."""
     table: dict[str, Any] = {"name": item.name}
     for option in item.options():
-        table[option] = getattr(item, option)
+        value = getattr(item, option)
+        table[option] = GIVEN if isinstance(value, CalibrationData) else value
     return table
 
 

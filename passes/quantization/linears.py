@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from graphwright.passes.contract import Approximate, Contract
 from graphwright.passes.quantization.activations import GridChoice, StaticGrid
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss, report_entries
+from graphwright.passes.quantization.overrides import Override, checked, first_match, mix
 from graphwright.passes.quantization.rounding import BlockRounding, InputRounding, Rounding, rounding_of
 from graphwright.passes.quantization.schedule import Schedule, weight_name
 from graphwright.passes.quantization.targets import LinearTarget, half_shared, is_head, linear_target
@@ -75,6 +76,10 @@ class QuantizeLinears(Pass):
         calibration: typical inputs: batches, each as the model is called, a ``DataLoader`` of such, or
             :class:`CalibrationData`. Every linear is rounded for the inputs it gets from those rounded before it.
         lm_head: quantise the output head too.
+        overrides: options of single linears: ``{"model.layers.0.mlp.*": {"bits": 8}, "re:.*o_proj": None}``. A key is a
+            selection as ``where`` takes it or the name of a weight; the first that fits a linear counts. Its ``bits``,
+            ``group_size``, ``symmetric`` and ``clip_search`` stand in place of the pass's own; ``None`` leaves the
+            linear in floating point.
     """
 
     name: ClassVar[str] = "quantize-linears"
@@ -90,6 +95,7 @@ class QuantizeLinears(Pass):
     rounding: str | Rounding | None = None
     calibration: Iterable[Any] | None = field(default=None, compare=False)
     lm_head: bool = False
+    overrides: Mapping[str, Override] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,10 +120,14 @@ class QuantizeLinears(Pass):
                 where=f"{self.name}: activations='int8'",
                 hint="use bits=8, group_size=None, symmetric=True",
             )
+        object.__setattr__(self, "overrides", checked(self.name, self.overrides))
+        for key in self.overrides:
+            self._variant(key)
 
     def effective_contract(self) -> Contract:
-        """Approximate, with a limit for each linear by bits."""
-        base = Approximate(max_local_error=_LOCAL_LIMITS[self.bits, self.activations])
+        """Approximate, with the limit of the coarsest format; ``run`` notes each linear's own."""
+        variants = [self._variant(key) for key in self.overrides]
+        base = Approximate(max_local_error=max(each._local_limit() for each in (self, *variants) if each is not None))
         return base if self.max_error is None else dataclasses.replace(base, max_relative_error=float(self.max_error))
 
     def options(self) -> dict[str, Any]:
@@ -129,6 +139,19 @@ class QuantizeLinears(Pass):
             found["calibration"] = str(self.calibration)
         return found
 
+    def _local_limit(self) -> float:
+        return _LOCAL_LIMITS[self.bits, self.activations]
+
+    def _variant(self, key: str | None) -> QuantizeLinears | None:
+        """The pass as it is for the linears of one override; ``None`` where they stay in floating point."""
+        options = self.overrides[key] if key is not None else {}
+        if options is None:
+            return None
+        try:
+            return dataclasses.replace(self, overrides={}, **options) if key is not None else self
+        except InputError as error:
+            raise InputError(error.what, where=f"{error.where} in overrides[{key!r}]", hint=error.hint) from error
+
     def _rounding(self) -> Rounding:
         usual = "nearest" if self.calibration is None else "gptq"
         return rounding_of(self.rounding or usual, where=f"{self.name}: rounding")
@@ -137,39 +160,70 @@ class QuantizeLinears(Pass):
         """Quantise every linear that is selected and can be.
 
         Raises:
-            InputError: a weight or the calibration data holds NaN or infinity.
+            InputError: a weight or the calibration data holds NaN or infinity, or linears that share a weight have
+                other overrides.
+            SelectionError: ``where`` or an override selects nothing.
         """
-        targets = self._targets(program)
+        key_of = first_match(program, tuple(self.overrides))
+        targets = self._targets(program, key_of)
+        variants = self._variants(targets, key_of)
         losses: dict[str, Loss] = {}
+        limits: dict[str, float] = {}
         static = 0
         with program.edit() as rewriter:
-            schedule = Schedule(program, targets, self._forms(targets), self._rounding(), self._grids())
+            forms = {name: variant._form() for name, variant in variants.items()}
+            schedule = Schedule(program, targets, forms, self._rounding(), self._grids())
             for found in schedule.run(self.calibration):
-                losses[weight_name(found.target)] = found.packed.loss
+                name = weight_name(found.target)
+                losses[name] = found.packed.loss
                 static += found.grid is not None
-                self._rewrite(rewriter, self._now(program, found.target), found.packed, found.grid)
+                new = self._rewrite(rewriter, self._now(program, found.target), found.packed, found.grid)
+                limits[new.name] = variants[name]._local_limit()
             program.notes["linears"] = len(targets)
+            if self.overrides:
+                program.notes["local_limits"] = limits
+                program.notes["formats"] = mix((*forms.values(), *[None] * program.notes.pop("left")))
             if self.activations == "int8":
                 program.notes["static_ranges"] = static
             if losses:
                 program.notes.update(report_entries(losses))
             return rewriter.changed
 
+    def targets(self, program: Program) -> list[LinearTarget]:
+        """The linears that it would quantise, in order; the program is not changed.
+
+        Raises:
+            SelectionError: ``where`` or an override selects nothing.
+        """
+        notes, program.notes = program.notes, {}
+        try:
+            return self._targets(program, first_match(program, tuple(self.overrides)))
+        finally:
+            program.notes = notes
+
     # -- choosing ------------------------------------------------------------------------------------------------------
 
-    def _targets(self, program: Program) -> list[LinearTarget]:
+    def _targets(self, program: Program, key_of: Callable[[LinearTarget], str | None]) -> list[LinearTarget]:
         chosen = self.selected(program)
         targets: list[LinearTarget] = []
         reasons: dict[fx.Node, str] = {}
+        left: set[str] = set()
         for node in program.nodes:
             found = linear_target(program, node) if node.op == "call_function" else None
             if found is None:
                 continue
             reason = found if isinstance(found, str) else self._refuse(program, node, chosen(node))
+            if reason is None and isinstance(found, LinearTarget):
+                key = key_of(found)
+                if key is not None and self.overrides[key] is None:
+                    reason = f"it is left in floating point by overrides[{key!r}]"
+                    left.add(weight_name(found))
             if reason is not None:
                 reasons[node] = reason
             elif isinstance(found, LinearTarget):
                 targets.append(found)
+        if self.overrides:
+            program.notes["left"] = len(left)
         reasons.update(half_shared(program, targets))
         refusals = [Refusal(self.name, node.name, path_of(node), reason, 1) for node, reason in reasons.items()]
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
@@ -187,10 +241,26 @@ class QuantizeLinears(Pass):
 
     # -- quantising ----------------------------------------------------------------------------------------------------
 
-    def _forms(self, targets: Sequence[LinearTarget]) -> dict[str, Format]:
+    def _variants(
+        self, targets: Sequence[LinearTarget], key_of: Callable[[LinearTarget], str | None]
+    ) -> dict[str, QuantizeLinears]:
+        """By weight, the pass with the options that hold for it."""
+        made = {key: self._variant(key) for key in (None, *self.overrides)}
+        found: dict[str, QuantizeLinears] = {}
+        for target in targets:
+            name, variant = weight_name(target), made[key_of(target)]
+            assert variant is not None
+            if found.setdefault(name, variant)._form() != variant._form():
+                raise InputError(
+                    "is shared by linears with other overrides",
+                    where=f"weight {name!r}",
+                    hint=f"give overrides[{name!r}] first: it counts for all of them",
+                )
+        return found
+
+    def _form(self) -> Format:
         products = self.activations == "int8"
-        form = Format(self.bits, self.group_size, self.symmetric, self.clip_search, integer_products=products)
-        return {weight_name(target): form for target in targets}
+        return Format(self.bits, self.group_size, self.symmetric, self.clip_search, integer_products=products)
 
     def _grids(self) -> GridChoice | None:
         if self.activations != "int8" or self.calibration is None or self.activation_ranges not in ("auto", "static"):
@@ -206,14 +276,14 @@ class QuantizeLinears(Pass):
 
     def _rewrite(
         self, rewriter: Rewriter, target: LinearTarget, packed: PackedWeight | ChannelWeight, grid: StaticGrid | None
-    ) -> None:
+    ) -> fx.Node:
         node, tags, base = target.node, ("quantized",), stem(str(target.weight.target))
         if isinstance(packed, PackedWeight):
-            rest: tuple[Any, ...] = (target.bias, self.bits, packed.group_size)
+            rest: tuple[Any, ...] = (target.bias, packed.form.bits, packed.group_size)
             operands = (*store(rewriter, packed, base, node), *rest)
             new = rewriter.call("graphwright.linear_nbits", target.x, *operands, like=node, tags=tags)
             rewriter.replace(node, new)
-            return
+            return new
         codes = rewriter.weight(f"{base}qweight", packed.qweight, like=node, tags=tags)
         scales = rewriter.weight(f"{base}scales", packed.scales, like=node, tags=tags)
         if grid is None:
@@ -222,7 +292,9 @@ class QuantizeLinears(Pass):
         else:
             factors = rewriter.weight(f"{base}input_scales", grid.scales, like=node, tags=tags)
             op, rest = "graphwright.linear_int8_static", (factors, grid.zero_point)
-        rewriter.replace(node, rewriter.call(op, target.x, codes, scales, target.bias, *rest, like=node, tags=tags))
+        new = rewriter.call(op, target.x, codes, scales, target.bias, *rest, like=node, tags=tags)
+        rewriter.replace(node, new)
+        return new
 
 
 def stem(weight: str) -> str:
