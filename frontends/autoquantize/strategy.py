@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from graphwright.frontends.autoquantize.goals import Limits
@@ -170,7 +170,8 @@ def pareto(plan: Plan) -> Strategy:
     """Every format with every rounding, then mixtures of bytes between theirs, solved exactly."""
     families = plan.families()
     for family in families:
-        yield from _all(plan.methods(family))
+        for choice in plan.methods(family):
+            _ = yield choice  # what is sent does not matter, and lists take none
     sizes = sorted({plan.bytes_of(family) - plan.rest for family in families if family.activations == "none"})
     plain = [family for family in families if family.activations == "none"]
     if not plain:
@@ -193,10 +194,6 @@ def pareto(plan: Plan) -> Strategy:
             yield mixed
 
 
-def _all(choices: Sequence[Choice]) -> Strategy:
-    yield from choices
-
-
 # mode -> strategy
 MODES: dict[str, Callable[[Plan], Strategy]] = {"first": first, "pareto": pareto}
 
@@ -213,5 +210,7 @@ def _rank(trial: Trial, most: float) -> tuple[float, ...]:
     loss, size = (math.inf if value is None else value for value in (trial.loss, trial.bytes))
     if trial.met:
         return (0, size, loss, trial.index)
+    if trial.loss is None:
+        return (3, loss, size, trial.index)
     only_loss = loss > most and not trial.unproven
     return (1 if only_loss else 2, loss, size, trial.index)

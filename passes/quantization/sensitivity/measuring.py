@@ -125,8 +125,11 @@ class _Task:
         """One row after another, in the program's order."""
         if self.data is None:
             for name in self.users:
-                yield self._row(name, None, None, None)
+                yield self._row(name, None, None, None, None)
             return
+        needs_moment = self.measure == "output" or isinstance(self.rounding, InputRounding)
+        source: fx.Node | None = None
+        tails, observed = 0.0, None
         by_gradients = self.measure in ("fisher", "first_order")
         with Stream(self.program, (arguments_only(self.program, batch) for batch in self.data)) as stream:
             for names in stretches(self.program, self.users):
@@ -138,13 +141,18 @@ class _Task:
                     else {}
                 )
                 for name in names:
-                    stream.advance(self.users[name][0].node)
-                    yield self._row(name, stream, statistics.get(name), self._loss_with(name, stream))
+                    target = self.users[name][0]
+                    stream.advance(target.node)
+                    if target.x is not source:  # several linears may read the same value
+                        source, tails = target.x, kurtosis(stream.rows(target.x))
+                        observed = Observed.over(stream.rows(target.x)) if needs_moment else None
+                    yield self._row(name, tails, observed, statistics.pop(name, None), self._loss_with(name, stream))
 
     def _row(
         self,
         name: str,
-        stream: Stream | None,
+        tails: float | None,
+        observed: Observed | None,
         statistic: torch.Tensor | None,
         measured: Callable[[torch.Tensor], float] | None,
     ) -> LinearSensitivity:
@@ -152,10 +160,6 @@ class _Task:
         stored = self.program.tensor(target.weight).detach()
         check_finite(stored, name)
         weight = (stored.t() if target.transposed else stored).to(torch.float32)
-        tails = kurtosis(stream.rows(target.x)) if stream is not None else None
-        observed = None
-        if stream is not None and (self.measure == "output" or isinstance(self.rounding, InputRounding)):
-            observed = Observed.over(stream.rows(target.x))
         values: list[float] = []
         sizes: list[int] = []
         for options in self.candidates:
