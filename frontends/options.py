@@ -97,6 +97,8 @@ class _WrongType(Exception):
 
 def _convert(value: Any, hint: Any, where: Locate) -> Any:
     """A TOML value as a field of this type takes it."""
+    if hint is Any:
+        return value
     if hint == Where:
         return _selection(value, where)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

@@ -29,11 +29,13 @@ HOUSES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 FOLDERS: dict[str, frozenset[str]] = {
     "backends/onnx": ONNX,
     "backends/triton": frozenset({"triton"}),
+    "frontends/autoquantize": frozenset({"matplotlib"}),
 }
 # What a single file may import besides, and why.
 FILES: dict[str, frozenset[str]] = {
     "passes/progress.py": frozenset({"rich"}),  # draws the progress bar in a terminal
     "passes/rendering/terminal.py": frozenset({"rich"}),  # draws the report table in a terminal
+    "passes/quantization/allocation.py": frozenset({"scipy"}),  # solves the integer programme, when it is asked for
 }
 # Backends do not know each other. What they share lies in backends/ itself, or is the reference.
 BACKENDS = frozenset({"cpu", "onnx", "triton"})

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from graphwright.backends.onnx import export_onnx as export_onnx
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
+    from graphwright.frontends.autoquantize import Absolute as Absolute
+    from graphwright.frontends.autoquantize import AutoQuantizeResult as AutoQuantizeResult
+    from graphwright.frontends.autoquantize import Limits as Limits
+    from graphwright.frontends.autoquantize import Relative as Relative
+    from graphwright.frontends.autoquantize import SearchSpace as SearchSpace
+    from graphwright.frontends.autoquantize import Trial as Trial
+    from graphwright.frontends.autoquantize import auto_quantize as auto_quantize
     from graphwright.frontends.generation.chat import Chat as Chat
     from graphwright.frontends.generation.decoder import Decoder as Decoder
     from graphwright.frontends.generation.decoder_draft import DecoderDraft as DecoderDraft
@@ -107,13 +114,19 @@ if TYPE_CHECKING:
     from graphwright.passes.hooks import Hook as Hook
     from graphwright.passes.pipeline import Pipeline as Pipeline
     from graphwright.passes.pipeline import run_passes as run_passes
+    from graphwright.passes.quantization import Allocation as Allocation
     from graphwright.passes.quantization import Gptq as Gptq
+    from graphwright.passes.quantization import LinearSensitivity as LinearSensitivity
     from graphwright.passes.quantization import Nearest as Nearest
     from graphwright.passes.quantization import QuantizeAttention as QuantizeAttention
     from graphwright.passes.quantization import QuantizeEmbeddings as QuantizeEmbeddings
     from graphwright.passes.quantization import QuantizeLinears as QuantizeLinears
+    from graphwright.passes.quantization import Sensitivities as Sensitivities
     from graphwright.passes.quantization import SplitOutlierColumns as SplitOutlierColumns
     from graphwright.passes.quantization import SplitOutlierWeights as SplitOutlierWeights
+    from graphwright.passes.quantization import allocate as allocate
+    from graphwright.passes.quantization import sensitivities as sensitivities
+    from graphwright.passes.quantization import skip_by_kurtosis as skip_by_kurtosis
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
@@ -124,7 +137,10 @@ if TYPE_CHECKING:
 
 # exported name -> the module that defines it
 _EXPORTS: dict[str, str] = {
+    "Absolute": "graphwright.frontends.autoquantize",
+    "Allocation": "graphwright.passes.quantization",
     "Approximate": "graphwright.passes.contract",
+    "AutoQuantizeResult": "graphwright.frontends.autoquantize",
     "BackendError": "graphwright.ir.errors",
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
@@ -158,6 +174,8 @@ _EXPORTS: dict[str, str] = {
     "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
     "InputError": "graphwright.ir.errors",
+    "Limits": "graphwright.frontends.autoquantize",
+    "LinearSensitivity": "graphwright.passes.quantization",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "Nearest": "graphwright.passes.quantization",
@@ -182,6 +200,7 @@ _EXPORTS: dict[str, str] = {
     "QuantizeLinears": "graphwright.passes.quantization",
     "RecipeError": "graphwright.ir.errors",
     "Refusal": "graphwright.ir.pattern",
+    "Relative": "graphwright.frontends.autoquantize",
     "RemoveDeadCode": "graphwright.passes.cleanup",
     "RemoveNoOps": "graphwright.passes.cleanup",
     "Report": "graphwright.passes.report",
@@ -191,8 +210,10 @@ _EXPORTS: dict[str, str] = {
     "RulePass": "graphwright.passes.base",
     "Sampling": "graphwright.frontends.generation.sampling",
     "SavedModel": "graphwright.frontends.huggingface.quantized",
+    "SearchSpace": "graphwright.frontends.autoquantize",
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
+    "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
@@ -201,12 +222,15 @@ _EXPORTS: dict[str, str] = {
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
     "TransposeLinears": "graphwright.passes.cleanup",
+    "Trial": "graphwright.frontends.autoquantize",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "Wanted": "graphwright.frontends.generation.drafts",
+    "allocate": "graphwright.passes.quantization",
     "any_": "graphwright.ir.pattern",
+    "auto_quantize": "graphwright.frontends.autoquantize",
     "bisect": "graphwright.passes.bisection",
     "const": "graphwright.ir.pattern",
     "cost_of": "graphwright.ir.cost",
@@ -227,6 +251,8 @@ _EXPORTS: dict[str, str] = {
     "run_passes": "graphwright.passes.pipeline",
     "save_quantized": "graphwright.frontends.huggingface.quantized",
     "save_recipe": "graphwright.frontends.recipes",
+    "sensitivities": "graphwright.passes.quantization",
+    "skip_by_kurtosis": "graphwright.passes.quantization",
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",
     "trace": "graphwright.frontends.torch",

@@ -1,18 +1,31 @@
 """Quantisation: weights as small integers, with scales."""
 
+from graphwright.passes.quantization.allocation import Allocation, allocate
 from graphwright.passes.quantization.attention import QuantizeAttention
 from graphwright.passes.quantization.embeddings import QuantizeEmbeddings
 from graphwright.passes.quantization.linears import QuantizeLinears
 from graphwright.passes.quantization.outliers import SplitOutlierColumns, SplitOutlierWeights
 from graphwright.passes.quantization.rounding.gptq import Gptq
 from graphwright.passes.quantization.rounding.nearest import Nearest
+from graphwright.passes.quantization.sensitivity import (
+    LinearSensitivity,
+    Sensitivities,
+    sensitivities,
+    skip_by_kurtosis,
+)
 
 __all__ = [
+    "Allocation",
     "Gptq",
+    "LinearSensitivity",
     "Nearest",
     "QuantizeAttention",
     "QuantizeEmbeddings",
     "QuantizeLinears",
+    "Sensitivities",
     "SplitOutlierColumns",
     "SplitOutlierWeights",
+    "allocate",
+    "sensitivities",
+    "skip_by_kurtosis",
 ]

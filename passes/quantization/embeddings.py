@@ -16,9 +16,10 @@ from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract
+from graphwright.passes.quantization.checks import check_format
 from graphwright.passes.quantization.formats import Format
-from graphwright.passes.quantization.linears import LOCAL_LIMITS, check_format, packed_linear, stem, store
 from graphwright.passes.quantization.loss import Loss, report_entries
+from graphwright.passes.quantization.storing import packed_linear, stem, store
 from graphwright.passes.quantization.targets import LinearTarget, embedding_objection, linear_target
 from graphwright.passes.quantization.weights import PackedWeight, quantize_weight
 from graphwright.passes.selection import Predicate
@@ -64,7 +65,7 @@ class QuantizeEmbeddings(Pass):
 
     def effective_contract(self) -> Contract:
         """Approximate, with a limit for each table by bits."""
-        base = Approximate(max_local_error=LOCAL_LIMITS["int", self.bits, self.clip_search])
+        base = Approximate(max_local_error=local_limit("int", self.bits, self.clip_search))
         return base if self.max_error is None else dataclasses.replace(base, max_relative_error=float(self.max_error))
 
     def run(self, program: Program) -> bool:

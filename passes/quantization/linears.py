@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,7 +12,6 @@ from torch import fx
 
 from graphwright.ir.errors import InputError
 from graphwright.ir.ops.codebook import NAMES, codebook
-from graphwright.ir.ops.quantization import BITS
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of, tags_of
@@ -20,42 +19,23 @@ from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.calibration import CalibrationData
 from graphwright.passes.contract import Approximate, Contract
-from graphwright.passes.quantization.activations import GridChoice, StaticGrid
-from graphwright.passes.quantization.formats import DTYPES, Format
+from graphwright.passes.quantization.activations import GridChoice
+from graphwright.passes.quantization.checks import (
+    ACTIVATIONS,
+    check_activations,
+    check_codes,
+    check_format,
+    checked_block,
+    local_limit,
+)
+from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss, report_entries
+from graphwright.passes.quantization.overrides import Override, checked, first_match, mix
 from graphwright.passes.quantization.rounding import BlockRounding, InputRounding, Rounding, rounding_of
-from graphwright.passes.quantization.schedule import Schedule, weight_name
+from graphwright.passes.quantization.schedule import Quantized, Schedule, weight_name
+from graphwright.passes.quantization.storing import channel_linear, packed_linear, stem, store
 from graphwright.passes.quantization.targets import LinearTarget, half_shared, is_head, linear_target
-from graphwright.passes.quantization.weights import ChannelWeight, PackedWeight
-
-# Relative error (root mean square) of one linear's output beyond which its weights are taken for wrong, not for
-# rounded; by dtype, bits, and whether the clip is searched. On normal weights, with one scale per channel, rounding to
-# nearest gives 0.005 (INT8), 0.1 (INT4), 0.2 and 0.27 without the search (INT3), 0.39 and 0.62 (INT2), 0.11 (NF4), 0.12
-# (FP4), 0.026 (E4M3), 0.053 (E5M2); 0.01 with INT8 weights and activations.
-LOCAL_LIMITS = {
-    ("int", 8, True): 0.05,
-    ("int", 8, False): 0.05,
-    ("int", 4, True): 0.35,
-    ("int", 4, False): 0.35,
-    ("int", 3, True): 0.4,
-    ("int", 3, False): 0.55,
-    ("int", 2, True): 0.65,
-    ("int", 2, False): 0.95,
-    ("nf4", 4, True): 0.35,
-    ("nf4", 4, False): 0.35,
-    ("fp4", 4, True): 0.35,
-    ("fp4", 4, False): 0.35,
-    ("fp8_e4m3", 8, True): 0.1,
-    ("fp8_e4m3", 8, False): 0.1,
-    ("fp8_e5m2", 8, True): 0.15,
-    ("fp8_e5m2", 8, False): 0.15,
-}
-# The same with activations rounded too, by bits of the weights and what the activations become.
-_ROUNDED_ACTIVATIONS = {(8, "int8"): 0.15, (4, "int8"): 0.4, (4, "int4"): 0.8}
-
-# Bits of activations.
-_ACTIVATIONS = {"none": 0, "int8": 8, "int4": 4}
-_RANGES = ("auto", "static", "per_token", "per_tensor", "per_group")
+from graphwright.passes.quantization.weights import PackedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +90,10 @@ class QuantizeLinears(Pass):
         lm_head: quantise the output head too.
         checkpoint: folder in which every weight is kept as soon as it is done. A run that was killed and is started
             again with the same things goes on there, with the same result to the last bit.
+        overrides: options of single linears: ``{"model.layers.0.mlp.*": {"bits": 8}, "re:.*o_proj": None}``. A key is a
+            selection as ``where`` takes it or the name of a weight; the first that fits a linear counts. Its ``bits``,
+            ``group_size``, ``symmetric`` and ``clip_search`` stand in place of the pass's own; ``None`` leaves the
+            linear in floating point.
     """
 
     name: ClassVar[str] = "quantize-linears"
@@ -128,6 +112,7 @@ class QuantizeLinears(Pass):
     calibration: Iterable[Any] | None = field(default=None, compare=False)
     lm_head: bool = False
     checkpoint: str | os.PathLike[str] | None = field(default=None, compare=False)
+    overrides: Mapping[str, Override] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,9 +121,7 @@ class QuantizeLinears(Pass):
         check_format(self.name, self.bits, self.group_size)
         check_codes(self.name, self.dtype, self.symmetric)
         if self.block is not None:
-            object.__setattr__(self, "block", _checked_block(self.name, self.block, self.group_size))
-        _one_of(self.name, "activations", self.activations, _ACTIVATIONS)
-        _one_of(self.name, "activation_ranges", self.activation_ranges, _RANGES)
+            object.__setattr__(self, "block", checked_block(self.name, self.block, self.group_size))
         if self.checkpoint is not None:
             object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
         if self.calibration is not None:
@@ -153,45 +136,23 @@ class QuantizeLinears(Pass):
                     where=f"{self.name}: {option}={value!r}",
                     hint="give calibration=[batch, ...], on the command line --calibration FILE",
                 )
-        self._check_activations()
+        check_activations(self.name, self)
+        object.__setattr__(self, "overrides", checked(self.name, self.overrides))
+        for key in self.overrides:
+            self._variant(key)
 
-    def _check_activations(self) -> None:
-        plain = self.dtype == "int" and self.group_size is None and self.block is None and self.symmetric
-        narrow = self.dtype == "int" and self.bits == 4
-        if self.activations == "int8" and not (narrow or (self.bits == 8 and plain)):
-            raise InputError(
-                "INT8 activations go with symmetric INT8 weights, one scale per channel, or with 4-bit weights",
-                where=f"{self.name}: activations='int8'",
-                hint="use bits=8, dtype='int', group_size=None, block=None, symmetric=True",
-            )
-        if self.activations == "int4" and not narrow:
-            raise InputError(
-                "INT4 activations go with 4-bit integer weights",
-                where=f"{self.name}: activations='int4'",
-                hint="use bits=4, dtype='int'",
-            )
-        ranges = self.activation_ranges
-        if ranges == "auto" or self.activations == "none":
-            return
-        if (narrow and ranges in ("static", "per_tensor")) or (not narrow and ranges == "per_group"):
-            raise InputError(
-                f"{self.bits}-bit weights do not have it",
-                where=f"{self.name}: activation_ranges={ranges!r}",
-                hint="use 'per_token' or 'per_group'" if narrow else "use 'auto', 'static', 'per_token', 'per_tensor'",
-            )
-
-    def _activation_ranges(self) -> tuple[int, str] | None:
+    def _rounded_activations(self) -> tuple[int, str] | None:
         """Bits and ranges of activations that meet weights packed in a few bits; ``None`` where there are none."""
         if self.activations == "none" or self.bits == 8:
             return None
         usual = "per_group" if self.activations == "int8" else "per_token"
         ranges = usual if self.activation_ranges == "auto" else self.activation_ranges
-        return _ACTIVATIONS[self.activations], ranges
+        return ACTIVATIONS[self.activations], ranges
 
     def effective_contract(self) -> Contract:
-        """Approximate, with a limit for each linear by bits."""
-        limit = LOCAL_LIMITS[self.dtype, self.bits, self.clip_search]
-        base = Approximate(max_local_error=_ROUNDED_ACTIVATIONS.get((self.bits, self.activations), limit))
+        """Approximate, with the limit of the coarsest format; ``run`` notes each linear's own."""
+        variants = [self._variant(key) for key in self.overrides]
+        base = Approximate(max_local_error=max(each._local_limit() for each in (self, *variants) if each is not None))
         return base if self.max_error is None else dataclasses.replace(base, max_relative_error=float(self.max_error))
 
     def options(self) -> dict[str, Any]:
@@ -207,6 +168,19 @@ class QuantizeLinears(Pass):
         """Whether products are those of bytes, one scale to a channel."""
         return self.activations == "int8" and self.bits == 8
 
+    def _local_limit(self) -> float:
+        return local_limit(self.dtype, self.bits, self.clip_search, self.activations)
+
+    def _variant(self, key: str | None) -> QuantizeLinears | None:
+        """The pass as it is for the linears of one override; ``None`` where they stay in floating point."""
+        options = self.overrides[key] if key is not None else {}
+        if options is None:
+            return None
+        try:
+            return dataclasses.replace(self, overrides={}, **options) if key is not None else self
+        except InputError as error:
+            raise InputError(error.what, where=f"{error.where} in overrides[{key!r}]", hint=error.hint) from error
+
     def _rounding(self) -> Rounding:
         usual = "nearest" if self.calibration is None else "gptq"
         return rounding_of(self.rounding or usual, where=f"{self.name}: rounding")
@@ -215,41 +189,70 @@ class QuantizeLinears(Pass):
         """Quantise every linear that is selected and can be.
 
         Raises:
-            InputError: a weight or the calibration data holds NaN or infinity, the calibration data is too short, or
-                the checkpoint is of another run.
+            InputError: a weight or the calibration data holds NaN or infinity, the calibration data is too short, the
+                checkpoint is of another run, or linears that share a weight have other overrides.
+            SelectionError: ``where`` or an override selects nothing.
         """
-        targets = self._targets(program)
+        key_of = first_match(program, tuple(self.overrides))
+        targets = self._targets(program, key_of)
+        variants = self._variants(targets, key_of)
         losses: dict[str, Loss] = {}
+        limits: dict[str, float] = {}
         static = 0
         with program.edit() as rewriter:
-            forms, method, grids = self._forms(targets), self._rounding(), self._grids()
-            schedule = Schedule(program, targets, forms, method, grids, self.checkpoint)
+            forms = {name: variant._form() for name, variant in variants.items()}
+            schedule = Schedule(program, targets, forms, self._rounding(), self._grids(), self.checkpoint)
             for found in schedule.run(self.calibration):
-                losses[weight_name(found.target)] = found.packed.loss
+                name = weight_name(found.target)
+                losses[name] = found.packed.loss
                 static += found.grid is not None
-                self._rewrite(rewriter, self._now(program, found.target), found.packed, found.grid)
+                new = variants[name]._rewrite(rewriter, found)
+                limits[new.name] = variants[name]._local_limit()
             program.notes["linears"] = len(targets)
+            if self.overrides:
+                program.notes["local_limits"] = limits
+                program.notes["formats"] = mix((*forms.values(), *[None] * program.notes.pop("left")))
             if self._integer_products():
                 program.notes["static_ranges"] = static
             if losses:
                 program.notes.update(report_entries(losses))
             return rewriter.changed
 
+    def targets(self, program: Program) -> list[LinearTarget]:
+        """The linears that it would quantise, in order; the program is not changed.
+
+        Raises:
+            SelectionError: ``where`` or an override selects nothing.
+        """
+        notes, program.notes = program.notes, {}
+        try:
+            return self._targets(program, first_match(program, tuple(self.overrides)))
+        finally:
+            program.notes = notes
+
     # -- choosing ------------------------------------------------------------------------------------------------------
 
-    def _targets(self, program: Program) -> list[LinearTarget]:
+    def _targets(self, program: Program, key_of: Callable[[LinearTarget], str | None]) -> list[LinearTarget]:
         chosen = self.selected(program)
         targets: list[LinearTarget] = []
         reasons: dict[fx.Node, str] = {}
+        left: set[str] = set()
         for node in program.nodes:
             found = linear_target(program, node) if node.op == "call_function" else None
             if found is None:
                 continue
             reason = found if isinstance(found, str) else self._refuse(program, node, chosen(node))
+            if reason is None and isinstance(found, LinearTarget):
+                key = key_of(found)
+                if key is not None and self.overrides[key] is None:
+                    reason = f"it is left in floating point by overrides[{key!r}]"
+                    left.add(weight_name(found))
             if reason is not None:
                 reasons[node] = reason
             elif isinstance(found, LinearTarget):
                 targets.append(found)
+        if self.overrides:
+            program.notes["left"] = len(left)
         reasons.update(half_shared(program, targets))
         refusals = [Refusal(self.name, node.name, path_of(node), reason, 1) for node, reason in reasons.items()]
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
@@ -267,8 +270,25 @@ class QuantizeLinears(Pass):
 
     # -- quantising ----------------------------------------------------------------------------------------------------
 
-    def _forms(self, targets: Sequence[LinearTarget]) -> dict[str, Format]:
-        form = Format(
+    def _variants(
+        self, targets: Sequence[LinearTarget], key_of: Callable[[LinearTarget], str | None]
+    ) -> dict[str, QuantizeLinears]:
+        """By weight, the pass with the options that hold for it."""
+        made = {key: self._variant(key) for key in (None, *self.overrides)}
+        found: dict[str, QuantizeLinears] = {}
+        for target in targets:
+            name, variant = weight_name(target), made[key_of(target)]
+            assert variant is not None
+            if found.setdefault(name, variant)._form() != variant._form():
+                raise InputError(
+                    "is shared by linears with other overrides",
+                    where=f"weight {name!r}",
+                    hint=f"give overrides[{name!r}] first: it counts for all of them",
+                )
+        return found
+
+    def _form(self) -> Format:
+        return Format(
             self.bits,
             self.group_size if self.block is None else self.block[1],
             self.symmetric,
@@ -277,7 +297,6 @@ class QuantizeLinears(Pass):
             codebook=None if self.dtype == "int" else self.dtype,
             block_rows=1 if self.block is None else self.block[0],
         )
-        return {weight_name(target): form for target in targets}
 
     def _grids(self) -> GridChoice | None:
         if not self._integer_products() or self.calibration is None or self.activation_ranges not in ("auto", "static"):
@@ -291,112 +310,12 @@ class QuantizeLinears(Pass):
         assert isinstance(found, LinearTarget)
         return found
 
-    def _rewrite(
-        self, rewriter: Rewriter, target: LinearTarget, packed: PackedWeight | ChannelWeight, grid: StaticGrid | None
-    ) -> None:
-        node, tags, base = target.node, ("quantized",), stem(str(target.weight.target))
+    def _rewrite(self, rewriter: Rewriter, found: Quantized) -> fx.Node:
+        target, packed = self._now(rewriter.program, found.target), found.packed
         if isinstance(packed, PackedWeight):
-            operands = store(rewriter, packed, base, node)
-            rewriter.replace(node, packed_linear(rewriter, target, packed, operands, self._activation_ranges()))
-            return
-        codes = rewriter.weight(f"{base}qweight", packed.qweight, like=node, tags=tags)
-        scales = rewriter.weight(f"{base}scales", packed.scales, like=node, tags=tags)
-        rest: tuple[Any, ...]
-        if grid is None:
-            mode = "per_tensor" if self.activation_ranges == "per_tensor" else "per_token"
-            op, rest = "graphwright.linear_int8_dynamic", (mode,)
+            operands = store(rewriter, packed, stem(weight_name(target)), target.node)
+            new = packed_linear(rewriter, target, packed, operands, self._rounded_activations())
         else:
-            factors = rewriter.weight(f"{base}input_scales", grid.scales, like=node, tags=tags)
-            op, rest = "graphwright.linear_int8_static", (factors, grid.zero_point)
-        rewriter.replace(node, rewriter.call(op, target.x, codes, scales, target.bias, *rest, like=node, tags=tags))
-
-
-def stem(weight: str) -> str:
-    """What the names of new weights begin with: those of ``a.weight`` stand in ``a``, those of ``a.in_proj_weight``
-    beside it."""
-    return weight.removesuffix("weight") if weight.rpartition(".")[2] == "weight" else f"{weight}_"
-
-
-def store(
-    rewriter: Rewriter, packed: PackedWeight, base: str, like: fx.Node
-) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """Weights of a packed matrix: codes, scales and zero points (``None`` when symmetric)."""
-    tags = ("quantized",)
-    codes = rewriter.weight(f"{base}qweight", packed.qweight, like=like, tags=tags)
-    scales = rewriter.weight(f"{base}scales", packed.scales, like=like, tags=tags)
-    zeros = packed.zero_points
-    zero_points = rewriter.weight(f"{base}zero_points", zeros, like=like, tags=tags) if zeros is not None else None
-    return codes, scales, zero_points
-
-
-def packed_linear(
-    rewriter: Rewriter,
-    target: LinearTarget,
-    packed: PackedWeight,
-    operands: tuple[fx.Node, fx.Node, fx.Node | None],
-    activations: tuple[int, str] | None = None,
-) -> fx.Node:
-    """The linear on packed weights that stands for another.
-
-    Args:
-        rewriter: of the program.
-        target: the linear.
-        packed: its weight.
-        operands: what :func:`store` gave.
-        activations: bits that its inputs are rounded to as they come, and the ranges' name; ``None``: they stay floats.
-    """
-    codes, scales, zero_points = operands
-    book, group = packed.form.codebook, packed.group_size
-    op, rest = "graphwright.linear_codebook", [codes, scales, target.bias, book, group]
-    if book is None:
-        op, rest = "graphwright.linear_nbits", [codes, scales, zero_points, target.bias, packed.form.bits, group]
-    return rewriter.call(op, target.x, *rest, like=target.node, tags=("quantized",))
-
-
-def check_format(name: str, bits: int, group_size: int | None) -> None:
-    """Check bits and group size.
-
-    Raises:
-        InputError: naming the option and what it may be.
-    """
-    if bits not in BITS or isinstance(bits, bool):
-        raise InputError(f"must be 2, 3, 4 or 8, not {bits!r}", where=f"{name}: bits")
-    if group_size is None:
-        return
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 16 or group_size % 16:
-        raise InputError(
-            f"must be a multiple of 16 (such as 32, 64, 128), or None for one scale per channel, not {group_size!r}",
-            where=f"{name}: group_size",
-        )
-
-
-def check_codes(name: str, dtype: str, symmetric: bool) -> None:
-    """Check what codes stand for.
-
-    Raises:
-        InputError: naming the option and what it may be.
-    """
-    _one_of(name, "dtype", dtype, DTYPES)
-    if dtype != "int" and not symmetric:
-        raise InputError(
-            f"codes of {dtype!r} have no zero points", where=f"{name}: symmetric=False", hint="use dtype='int'"
-        )
-
-
-def _checked_block(name: str, block: object, group_size: int | None) -> tuple[int, int]:
-    """The rows and columns of a block; a recipe may give them as a list."""
-    sizes = tuple(block) if isinstance(block, list | tuple) else ()
-    whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
-    if len(sizes) != 2 or not whole or sizes[1] % 16:
-        raise InputError(
-            f"must be a number of rows and a multiple of 16 columns, such as (128, 128), not {block!r}",
-            where=f"{name}: block",
-        )
-    if group_size not in (None, sizes[1]):
-        raise InputError("is given besides a group size", where=f"{name}: block", hint="leave group_size out")
-    return sizes[0], sizes[1]
-
-
-def _one_of(name: str, option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"must be one of {', '.join(map(repr, choices))}, not {value!r}", where=f"{name}: {option}")
+            new = channel_linear(rewriter, target, packed, found.grid, self.activation_ranges)
+        rewriter.replace(target.node, new)
+        return new

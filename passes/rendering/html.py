@@ -27,16 +27,25 @@ details > summary { cursor: pointer; }
 
 def render(report: Report) -> str:
     """The whole page."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-    body = "".join(_row(row) for row in report.rows)
-    title = escape(headline(report))
+    return page(f"{report.title} – graphwright report", section(report))
+
+
+def page(title: str, body: str) -> str:
+    """A page around HTML text."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.title)} – graphwright report</title><style>{_STYLE}</style></head><body>"
-        f'<h1>{title}</h1><p class="note">{escape(footnote(report))}</p>{_bars(report)}'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def section(report: Report) -> str:
+    """Headline, bars and table of a report."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    body = "".join(_row(row) for row in report.rows)
+    return (
+        f'<h1>{escape(headline(report))}</h1><p class="note">{escape(footnote(report))}</p>{_bars(report)}'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        "</body></html>\n"
     )
 
 

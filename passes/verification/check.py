@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class Verifier(Hook):
             assert self._values is not None
             local = check_locally(before, self._values, program)
             self._note_local(record, contract, local)
-            self._hold_locally(item, contract, local)
+            self._hold_locally(item, contract, local, record.notes.get("local_limits", {}))
             # After an approximate pass the old values downstream are no longer what the program computes.
             self._values = local.values if isinstance(contract, Exact) else None
             del local
@@ -185,13 +185,16 @@ class Verifier(Hook):
             if entry.difference.worst > 0
         ]
 
-    def _hold_locally(self, item: Pass, contract: Contract, local: LocalResult) -> None:
+    def _hold_locally(self, item: Pass, contract: Contract, local: LocalResult, limits: Mapping[str, float]) -> None:
+        """Hold every replaced value to the contract; an approximate pass may note tighter limits for single nodes."""
         if isinstance(contract, Exact):
             worst, limit = local.worst(), contract.tolerance
             error = worst.difference.worst if worst is not None else 0.0
         elif isinstance(contract, Approximate):
-            worst, limit = local.loosest(), contract.max_local_error
-            error = worst.difference.relative if worst is not None else 0.0
+            most = contract.max_local_error
+            allowed = {entry.node: min(most, limits.get(entry.node, most)) for entry in local.nodes}
+            worst = max(local.nodes, key=lambda entry: entry.difference.relative / allowed[entry.node], default=None)
+            error, limit = (worst.difference.relative, allowed[worst.node]) if worst is not None else (0.0, most)
         else:
             return
         if worst is None or error <= limit:

@@ -14,6 +14,7 @@ from graphwright.ir.program import Program
 
 # example -> what its output must hold
 EXAMPLES: dict[str, tuple[str, ...]] = {
+    "auto_quantize": ("INT4 g32 nearest", "recipe.toml", "found the settings"),
     "quickstart": ("quantize-linears", "torch.Size([5, 7, 64])"),
     "custom_pass": ("aten.mul.Tensor(%x, 0.125)", "3 is no power of two", "caught: the pass 'multiply-wrongly'"),
     "generate": ("tabulate-positions", "quantize-linears", "the same tokens", "tokens/s"),
@@ -31,7 +32,7 @@ def test_every_example_is_run(repository: Path) -> None:
 def test_an_example(
     name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name in ("generate", "optimize_llama"):
+    if name in ("auto_quantize", "generate", "optimize_llama"):
         pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])

@@ -16,7 +16,6 @@ from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.calibration import CalibrationData, Stream
 from graphwright.passes.contract import Contract, Exact
-from graphwright.passes.quantization.linears import stem
 from graphwright.passes.quantization.outliers.choosing import (
     OUTLIER,
     choose,
@@ -24,6 +23,7 @@ from graphwright.passes.quantization.outliers.choosing import (
     note_refusals,
     shared_elsewhere,
 )
+from graphwright.passes.quantization.storing import stem
 from graphwright.passes.quantization.targets import LinearTarget
 
 _DONE = "outlier-columns-split"
