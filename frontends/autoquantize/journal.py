@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from graphwright.frontends.autoquantize.trials import Trial
+from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.passes.calibration.batches import Batch, flatten
@@ -142,7 +143,7 @@ def digest_of_batches(program: Program, batches: Iterable[Batch] | None) -> str:
     for index, batch in enumerate(batches or ()):
         if index == _BATCHES:
             break
-        for tensor in flatten(program, batch, index):
+        for tensor in flatten(program, batch, index, DecoderLayout.find(program))[0]:
             _update(found, tensor)
     return found.hexdigest()
 

@@ -16,7 +16,7 @@ from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract
-from graphwright.passes.quantization.checks import check_format
+from graphwright.passes.quantization.checks import check_format, local_limit
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss, report_entries
 from graphwright.passes.quantization.storing import packed_linear, stem, store

@@ -133,12 +133,16 @@ def without_end(number: float) -> torch.Tensor:
     return x
 
 
+def nothing(_: int) -> Any:
+    return None
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ([], "there is no calibration data"),
         (gw.CalibrationData([0, 1, 2], raising), r"ZeroDivisionError: no such thing \(at calibration item 3\)"),
-        (gw.CalibrationData([0], lambda _: None), "calibration batch 1 does not fit: is a NoneType"),
+        (gw.CalibrationData([0], nothing), "calibration batch 1 does not fit: is a NoneType"),
         ([batch_of(0), {"y": batch_of(0)}], r"calibration batch 2 does not fit: is missing \(at argument 'x'\)"),
         ([{"x": batch_of(0), "labels": batch_of(0)}], "calibration batch 1 does not fit.*\n?.*labels"),
         ([batch_of(0), "text"], "calibration batch 2 does not fit: is a str"),

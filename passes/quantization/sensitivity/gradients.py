@@ -63,7 +63,7 @@ def gradient_statistics(
     count = 0
     for index, batch in enumerate(batches):
         count += 1
-        inputs = flatten(program, arguments_only(program, batch), index)
+        inputs, _ = flatten(program, arguments_only(program, batch), index)
         with torch.enable_grad():
             values, probes = _forward(program, targets, inputs, weights)
             value = loss.gradient_of(outputs_of(program, values), inputs, batch)

@@ -222,7 +222,7 @@ class _Task:
             total = 0.0
             with torch.no_grad():
                 for index, batch in enumerate(self.data):
-                    inputs = flatten(self.program, arguments_only(self.program, batch), index)
+                    inputs, _ = flatten(self.program, arguments_only(self.program, batch), index)
                     if index == len(references):
                         references.append(self.loss.reference(outputs(index, inputs, {}), inputs, batch))
                     changed = outputs(index, inputs, {name: new})
