@@ -94,7 +94,7 @@ def int4_codes_truncated(program: gw.Program, rewriter: gw.Rewriter) -> None:
     _quantize(program, rewriter, 4, truncate)
 
 
-# -- other formats, held to the limits that the pass declares for them --------------------------------------------------
+# -- other formats, held to the limits that the pass declares for them -------------------------------------------------
 
 
 def _limit(dtype: str, bits: int) -> gw.Approximate:
