@@ -22,7 +22,9 @@ from graphwright.passes.base import Pass
 from graphwright.passes.fusion.heads import given_back
 
 _LINEAR = "aten.linear"
-_QUANTIZED = frozenset(f"graphwright.{name}" for name in ("linear_nbits", "linear_int8_dynamic", "linear_int8_static"))
+_QUANTIZED = frozenset(
+    f"graphwright.{name}" for name in ("linear_codebook", "linear_int8_dynamic", "linear_int8_static", "linear_nbits")
+)
 _CACHED = "graphwright.cached_attention"
 _ATTENTION = frozenset({"graphwright.attention", "aten.scaled_dot_product_attention", _CACHED})
 _PRODUCTS = frozenset({"aten.matmul", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm", "aten.convolution"})

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphwright as gw
+from graphwright.frontends.recipes import format_recipe, parse_recipe
 from graphwright.ir.ops.codebook import NAMES, codebook
+from graphwright.ir.parser import parse
+from graphwright.ir.text import print_program
 from graphwright.passes.quantization.codebooks import fit_codebook, nearest_codes
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.rounding.gptq import gptq
@@ -211,6 +214,18 @@ def test_narrow_programs_are_saved_and_loaded(bits: int, tmp_path: Path) -> None
     loaded = gw.Program.load(tmp_path / "small")
     assert torch.equal(loaded(X), small(X))
     assert small.tensors()["up.qweight"].nbytes == 64 * 48 * bits // 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_form_and_recipe_come_back(name: str) -> None:
+    item = gw.QuantizeLinears(dtype=name, block=(16, 32))
+    assert list(parse_recipe(format_recipe([item])).passes) == [item]
+    program = gw.trace(Mlp(), X)
+    item(program)
+    text = print_program(program)
+    again = parse(text, program.tensors())
+    assert print_program(again) == text
+    assert torch.equal(again(X), program(X))
 
 
 def test_blocks_of_fp8_as_checkpoints_have_them() -> None:
