@@ -388,7 +388,11 @@ def test_a_weight_with_nan_is_named_and_nothing_is_changed() -> None:
         ({"group_size": 32.0}, "quantize-linears: group_size", "multiple of 16"),
         ({"activations": "fp8"}, "quantize-linears: activations", "'none', 'int8'"),
         ({"activations": "int4"}, "activations='int4'", "go with 4-bit weights"),
-        ({"activations": "int4", "bits": 4, "activation_ranges": "per_tensor"}, "='per_tensor'", "4-bit weights do not"),
+        (
+            {"activations": "int4", "bits": 4, "activation_ranges": "per_tensor"},
+            "='per_tensor'",
+            "4-bit weights do not",
+        ),
         ({"activations": "int8", "activation_ranges": "per_group"}, "='per_group'", "8-bit weights do not have it"),
         ({"activations": "int8", "group_size": 32}, "activations='int8'", "one scale per channel"),
         ({"activations": "int8", "symmetric": False}, "activations='int8'", "symmetric INT8 weights"),
