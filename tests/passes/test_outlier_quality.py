@@ -103,9 +103,8 @@ def test_three_bits_gain_by_half_a_percent_of_the_weights(llama: Language) -> No
 
 @pytest.mark.skipif(not native_status().available, reason=native_status().message)
 def test_an_int8_cache(llama: Language) -> None:
-    decoder: Any = gw.optimize(
-        load_decoder(llama.folder), [gw.Cleanup(), gw.FuseAll()], target=CpuBackend(), verify=False
-    )
+    passes = [gw.Cleanup(), gw.FuseAll()]
+    decoder: Any = gw.optimize(load_decoder(llama.folder), passes, target=CpuBackend(), verify=False)
     found: dict[str, float] = {}
     slots = torch.arange(COUNT)
     for cache in ("float32", "int8"):
