@@ -33,8 +33,9 @@ def load_decoder(source: Any, *, dtype: torch.dtype | str | None = None, check: 
     and ``values`` ``[N, Hkv, C, D]``; it returns ``{"logits": [B, K, V], "keys": [...], "values": [...]}``.
 
     Args:
-        source: a local folder (``config.json`` and safetensors), or a live transformers model; the model is left as it
-            was, and the Program shares its weights.
+        source: a local folder (``config.json`` and safetensors, plain or quantised, see
+            :func:`graphwright.load_huggingface`), or a live transformers model; the model is left as it was, and the
+            Program shares its weights.
         dtype: of the weights of a folder; as stored by default.
         check: run a short text through the model, as it is and as a step, and the trace on several sizes, and compare.
 

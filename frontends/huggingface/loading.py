@@ -54,7 +54,8 @@ def load_huggingface(
 
     Args:
         source: a local folder (``config.json`` and safetensors, sharded or not), or a live ``PreTrainedModel``.
-            Nothing is ever downloaded, and no code of the folder is run.
+            Nothing is ever downloaded, and no code of the folder is run. Quantised linears of GPTQ, AWQ and
+            compressed-tensors folders stay quantised, code for code.
         task: which head to load, such as ``"feature-extraction"``; what ``config.json`` names by default.
         dtype: of the weights; as stored by default.
         example_inputs: what to trace with; made from the configuration by default (:func:`make_examples`).
@@ -63,7 +64,8 @@ def load_huggingface(
         check: compare the Program with the model, see :func:`graphwright.trace`.
 
     Raises:
-        InputError: not a model folder; weights missing, truncated or of other shapes; an unknown task or dtype.
+        InputError: not a model folder; weights missing, truncated or of other shapes; quantised weights that do not
+            fit what the folder says of them, or of a format that is not read; an unknown task or dtype.
         TraceError: the model cannot be traced.
     """
     return load_with_examples(

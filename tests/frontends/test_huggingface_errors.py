@@ -128,9 +128,9 @@ def test_configurations_nobody_knows(whole: Path, tmp_path: Path) -> None:
     refuse(folder, "does not know this model", "nobody")
     edit(
         folder / "config.json",
-        lambda value: value.update(model_type="bert", quantization_config={"quant_method": "awq"}),
+        lambda value: value.update(model_type="bert", quantization_config={"quant_method": "bitsandbytes"}),
     )
-    refuse(folder, "already quantised by awq")
+    refuse(folder, "already quantised by bitsandbytes", "gptq, awq, compressed-tensors")
 
 
 def test_options(whole: Path) -> None:

@@ -66,4 +66,5 @@ class AwqReader(Reader):
 def _unpack(words: torch.Tensor) -> torch.Tensor:
     """Codes uint8 ``[rows, 8 · words]`` in the order of their columns."""
     count = words.shape[1] * _PER_WORD
-    return unpack_words(words, BITS, count).unflatten(1, (-1, _PER_WORD))[..., list(AWQ_NIBBLES)].flatten(1)
+    nibbles: torch.Tensor = unpack_words(words, BITS, count).unflatten(1, (-1, _PER_WORD))
+    return nibbles[..., list(AWQ_NIBBLES)].flatten(1)

@@ -94,10 +94,10 @@ class CompressedTensorsReader(Reader):
         name, because = f"{module}.weight_packed", f"{bits} bits, {inputs} inputs, {outputs} outputs"
         if name not in self.tensors:
             stored = self.tensors.require(f"{module}.weight", shape=[outputs, inputs], dtypes=(torch.int8,))
-            low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-            if bits < 8 and bool(((stored < low) | (stored > high)).any()):
+            half: int = 2 ** (bits - 1)
+            if bits < 8 and bool(((stored < -half) | (stored >= half)).any()):
                 raise InputError(f"holds codes beyond {bits} bits", where=self.tensors.place(f"{module}.weight"))
-            return (stored.to(torch.int16) - low).to(torch.uint8)
+            return (stored.to(torch.int16) + half).to(torch.uint8)
         self._check_shape(module, inputs, outputs)
         whole = -(-inputs // (32 // bits))
         if list(self.tensors[name].shape) == [outputs, whole] and whole != words_for(inputs, bits):
@@ -140,7 +140,8 @@ class CompressedTensorsReader(Reader):
             found = self.tensors[name].reshape(1, 1).expand(outputs, groups)
         else:
             found = self.tensors.require(name, shape=[outputs, groups], dtypes=(torch.int8,))
-        return (found.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).contiguous()
+        half: int = 2 ** (bits - 1)
+        return (found.to(torch.int16) + half).to(torch.uint8).contiguous()
 
     # -- activations -----------------------------------------------------------------------------------------------
 

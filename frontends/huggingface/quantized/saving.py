@@ -165,6 +165,13 @@ def _entries(program: Program, architecture: Architecture, layout: Layout, origi
     stored = FolderTensors(origin)
     used: set[str] = set()
     entries: list[_Entry] = []
+    both = [name for name in layout.linears if name in parts]
+    if both:
+        raise ExportError(
+            "is computed by a quantised linear and one in floating point (outliers split off, or an adapter)",
+            where=f"module {both[0]!r}",
+            hint="no layout has a place for the second; quantise without it",
+        )
     for name, linear in layout.linears.items():
         _check_bias(name, linear)
         entries.append(_Entry(name, _linear_maker(layout, name, linear)))

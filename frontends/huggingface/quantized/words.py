@@ -31,7 +31,7 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     Returns:
         uint8 ``[rows, count]``.
     """
-    octets = words.contiguous().view(torch.uint8)
+    octets: torch.Tensor = words.contiguous().view(torch.uint8)
     unit, width = _unit(bits)
     octets = _padded(octets, width).unflatten(1, (-1, width))
     codes = octets.new_empty(*octets.shape[:2], unit)
@@ -41,7 +41,8 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         if shift + bits > 8:
             code = code | (octets[..., octet + 1] << (8 - shift))
         codes[..., column] = code & (2**bits - 1)
-    return codes.flatten(1)[:, :count]
+    result: torch.Tensor = codes.flatten(1)[:, :count]
+    return result
 
 
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -63,7 +64,7 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
         if shift + bits > 8:
             octets[..., octet + 1] |= units[..., column] >> (8 - shift)
     size = 4 * words_for(codes.shape[1], bits)
-    flat = octets.flatten(1)
+    flat: torch.Tensor = octets.flatten(1)
     return _padded(flat, size)[:, :size].contiguous().view(torch.int32)
 
 
