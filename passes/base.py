@@ -97,7 +97,7 @@ class Pass(ABC):
             if item.default_factory is not dataclasses.MISSING:
                 default = item.default_factory()
             if value != default:
-                found[item.name] = _as_json(value)
+                found[item.name] = as_json(value)
         return found
 
     def __call__(self, program: Program) -> bool:
@@ -143,15 +143,16 @@ class RulePass(Pass):
         return outcome
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """An option as JSON values; functions by their names."""
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     if isinstance(value, Pass):
         return {"name": value.name, **value.options()}
     if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _as_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {item.name: as_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
     return getattr(value, "__qualname__", repr(value))

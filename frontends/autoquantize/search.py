@@ -23,7 +23,7 @@ from graphwright.frontends.recipes import Recipe
 from graphwright.frontends.torch.tracing import ExampleInputs
 from graphwright.ir.errors import GraphwrightError, InputError
 from graphwright.ir.program import Program
-from graphwright.passes.base import Pass
+from graphwright.passes.base import Pass, as_json
 from graphwright.passes.calibration import CalibrationData
 from graphwright.passes.cleanup import Cleanup
 from graphwright.passes.fusion import FuseAll
@@ -90,7 +90,7 @@ def auto_quantize(
         raise InputError(f"must be True or False, not {higher_is_better!r}", where="higher_is_better")
     if mode not in MODES:
         raise InputError(f"must be one of {', '.join(map(repr, MODES))}, not {mode!r}", where="mode")
-    if time_limit is not None and not time_limit > 0:
+    if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit > 0):
         raise InputError(f"must be a positive number of seconds, not {time_limit!r}", where="time_limit")
     goal = target if target is not None else Relative()
     if not isinstance(goal, Relative | Absolute):
@@ -111,7 +111,7 @@ def auto_quantize(
             "calibration": digest_of_batches(prepared, data),
             "target": f"{goal}, {'higher' if higher_is_better else 'lower'} is better",
             "limits": f"{settings}, on {name}",
-            "space": repr(choices),
+            "space": as_json(choices),
             "mode": mode,
         },
     )

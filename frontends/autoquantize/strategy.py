@@ -95,10 +95,11 @@ class Plan:
             overrides: dict[str, Override] = dict(skip_by_kurtosis(self.table, count=count))
             kept: Override = None
         else:
-            kept = None if self.space.finer in (None, choice.form) else self.space.finer
-            usual, finer = self.column(choice.form), self.column(kept)
+            finer = self.space.finer
+            kept = finer if finer is not None and finer.get("bits", 8) > choice.bits else None
+            usual, other = self.column(choice.form), self.column(kept)
             gains = {
-                row.weight: (row.values[usual] - row.values[finer]) / max(1, row.stored[finer] - row.stored[usual])
+                row.weight: (row.values[usual] - row.values[other]) / max(1, row.stored[other] - row.stored[usual])
                 for row in self.table.linears
             }
             overrides = dict.fromkeys(sorted(gains, key=lambda name: (-gains[name], name))[:count], kept)
@@ -144,25 +145,17 @@ def first(plan: Plan) -> Strategy:
 
 def _bisect(plan: Plan, choice: Choice) -> Generator[Choice, Trial, bool]:
     """Find the least number of linears in a finer format that meets the target, if any does."""
-    low, high, met = 0, plan.most_finer(), False
+    low, high, met, capped = 0, plan.most_finer(), False, False
     count = max(1, high // 4)
-    while low < high:
+    while high - low > (1 if met else 0):
         candidate = plan.with_finer(choice, count)
-        trial = (yield candidate) if plan.fits(candidate) else None
-        if trial is not None and trial.met:
+        if not plan.fits(candidate):  # more linears would take even more bytes
+            high, capped = count - 1, True
+        elif (yield candidate).met:
             high, met = count, True
-        elif trial is None:
-            high = count - 1  # more would take even more bytes
         else:
             low = count
-        if met or trial is None:
-            if high - low <= 1:
-                break
-            count = (low + high) // 2
-        else:
-            count = min(high, 2 * count)
-            if count == low:
-                break
+        count = max(low + 1, (low + high) // 2 if met or capped else min(high, 2 * count))
     return met
 
 
