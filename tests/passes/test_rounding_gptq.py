@@ -45,7 +45,7 @@ def test_gptq_is_the_algorithm_of_the_paper() -> None:
         def fit(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
             return scale, torch.full((5,), 8.0)
 
-    found = gptq(weight, moment, Fixed(4, None, True, False), damping=0.01)
+    found = gptq(weight, moment, Fixed(4, None, True, False))
     codes, scales = found.codes, found.scales
     hessian = moment.double().numpy()
     hessian = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(24)
