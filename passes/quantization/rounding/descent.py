@@ -50,7 +50,7 @@ def descend(
         for group in range(scales.shape[1]):
             own = slice(group * group_size, (group + 1) * group_size)
             # Of the group alone, with columns as rows, so that each is one stretch of memory.
-            moment = second_moment[own, own].to(torch.float32)
+            moment = second_moment[own, own].to(torch.float32, copy=True)
             moment.diagonal().add_(extra)
             error = errors[:, own].t().contiguous()
             gradient = (errors @ second_moment[:, own].to(torch.float32)).t().contiguous().add_(error, alpha=extra)

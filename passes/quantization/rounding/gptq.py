@@ -134,7 +134,7 @@ def _error(second_moment: torch.Tensor, weight: torch.Tensor, found: Codes, form
     step = max(1, _SLICE_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        part = weight[rows].detach().to(torch.float32).sub_(dense(found, form, rows))
+        part = weight[rows].detach().to(torch.float32) - dense(found, form, rows)
         total += float(((part @ moment) * part).sum())
     return total
 
