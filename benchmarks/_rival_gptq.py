@@ -42,6 +42,7 @@ def main() -> None:
         act_group_aware=options.group_order,
         damp_percent=options.damping,
         device="cpu",
+        offload_to_disk=False,
     )
     model = GPTQModel.load(str(options.model), config, dtype=torch.float32, backend=BACKEND.TORCH)
     start = time.perf_counter()

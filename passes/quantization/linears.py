@@ -17,13 +17,14 @@ from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.calibration import CalibrationData
 from graphwright.passes.contract import Approximate, Contract
-from graphwright.passes.quantization.activations import GridChoice, StaticGrid
+from graphwright.passes.quantization.activations import GridChoice
+from graphwright.passes.quantization.compensation import Compensation
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss, report_entries
 from graphwright.passes.quantization.rounding import BlockRounding, InputRounding, Rounding, rounding_of
-from graphwright.passes.quantization.schedule import Schedule, weight_name
+from graphwright.passes.quantization.schedule import Quantized, Schedule, weight_name
 from graphwright.passes.quantization.targets import LinearTarget, half_shared, is_head, linear_target
-from graphwright.passes.quantization.weights import ChannelWeight, PackedWeight
+from graphwright.passes.quantization.weights import PackedWeight
 
 # Relative error (root mean square) of one linear's output beyond which its weights are taken for wrong, not for
 # rounded. Rounding to nearest gives about 0.005 (INT8), 0.01 (INT8 with INT8 activations) and 0.1 (INT4) on normal
@@ -74,12 +75,14 @@ class QuantizeLinears(Pass):
             with options, such as ``Gptq(damping=0.1)``. By default GPTQ when there is calibration data, else nearest.
         calibration: typical inputs: batches, each as the model is called, a ``DataLoader`` of such, or
             :class:`CalibrationData`. Every linear is rounded for the inputs it gets from those rounded before it.
+        compensation: what is put beside each linear for a part of what rounding lost: ``LowRank(rank=8)`` or
+            ``LoftQ(rank=16)``, see :mod:`graphwright.passes.quantization.compensation`.
         lm_head: quantise the output head too.
     """
 
     name: ClassVar[str] = "quantize-linears"
     contract: ClassVar[Contract] = Approximate()
-    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "masked", "quantized"})
+    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "compensation", "masked", "quantized"})
 
     bits: int = 8
     group_size: int | None = None
@@ -89,6 +92,7 @@ class QuantizeLinears(Pass):
     activation_ranges: str = "auto"
     rounding: str | Rounding | None = None
     calibration: Iterable[Any] | None = field(default=None, compare=False)
+    compensation: Compensation | None = None
     lm_head: bool = False
 
     def __post_init__(self) -> None:
@@ -98,7 +102,18 @@ class QuantizeLinears(Pass):
         _one_of(self.name, "activation_ranges", self.activation_ranges, _RANGES)
         if self.calibration is not None:
             object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
+        if self.compensation is not None and not isinstance(self.compensation, Compensation):
+            raise InputError(
+                f"must be LowRank(...), LoftQ(...) or None, not {self.compensation!r}",
+                where=f"{self.name}: compensation",
+            )
         chosen = self._rounding()
+        if isinstance(chosen, BlockRounding) and self.compensation is not None and self.compensation.turns > 1:
+            raise InputError(
+                f"rounds linears several times, which {chosen.method} does for whole blocks only",
+                where=f"{self.name}: compensation={self.compensation.method!r}",
+                hint="use another rounding, or steps=1",
+            )
         needy = {"rounding": chosen.method} if isinstance(chosen, InputRounding | BlockRounding) else {}
         needy |= {"activation_ranges": "static"} if self.activation_ranges == "static" else {}
         for option, value in needy.items():
@@ -125,6 +140,8 @@ class QuantizeLinears(Pass):
         found = super().options()
         if isinstance(self.rounding, Rounding):
             found["rounding"] = {"method": self.rounding.method, **found["rounding"]}
+        if self.compensation is not None:
+            found["compensation"] = {"method": self.compensation.method, **found["compensation"]}
         if self.calibration is not None:
             found["calibration"] = str(self.calibration)
         return found
@@ -143,11 +160,13 @@ class QuantizeLinears(Pass):
         losses: dict[str, Loss] = {}
         static = 0
         with program.edit() as rewriter:
-            schedule = Schedule(program, targets, self._forms(targets), self._rounding(), self._grids())
+            schedule = Schedule(
+                program, targets, self._forms(targets), self._rounding(), self._grids(), self.compensation
+            )
             for found in schedule.run(self.calibration):
                 losses[weight_name(found.target)] = found.packed.loss
                 static += found.grid is not None
-                self._rewrite(rewriter, self._now(program, found.target), found.packed, found.grid)
+                self._rewrite(rewriter, self._now(program, found.target), found)
             program.notes["linears"] = len(targets)
             if self.activations == "int8":
                 program.notes["static_ranges"] = static
@@ -204,25 +223,28 @@ class QuantizeLinears(Pass):
         assert isinstance(found, LinearTarget)
         return found
 
-    def _rewrite(
-        self, rewriter: Rewriter, target: LinearTarget, packed: PackedWeight | ChannelWeight, grid: StaticGrid | None
-    ) -> None:
-        node, tags, base = target.node, ("quantized",), stem(str(target.weight.target))
+    def _rewrite(self, rewriter: Rewriter, target: LinearTarget, found: Quantized) -> None:
+        node, base = target.node, stem(str(target.weight.target))
+        new = self._linear(rewriter, target, found, base)
+        if found.branch is not None:
+            new = found.branch.add(rewriter, base, target.x, new, like=node)
+        rewriter.replace(node, new)
+
+    def _linear(self, rewriter: Rewriter, target: LinearTarget, found: Quantized, base: str) -> fx.Node:
+        node, packed, tags = target.node, found.packed, ("quantized",)
         if isinstance(packed, PackedWeight):
             rest: tuple[Any, ...] = (target.bias, self.bits, packed.group_size)
             operands = (*store(rewriter, packed, base, node), *rest)
-            new = rewriter.call("graphwright.linear_nbits", target.x, *operands, like=node, tags=tags)
-            rewriter.replace(node, new)
-            return
+            return rewriter.call("graphwright.linear_nbits", target.x, *operands, like=node, tags=tags)
         codes = rewriter.weight(f"{base}qweight", packed.qweight, like=node, tags=tags)
         scales = rewriter.weight(f"{base}scales", packed.scales, like=node, tags=tags)
-        if grid is None:
+        if found.grid is None:
             mode = "per_tensor" if self.activation_ranges == "per_tensor" else "per_token"
             op, rest = "graphwright.linear_int8_dynamic", (mode,)
         else:
-            factors = rewriter.weight(f"{base}input_scales", grid.scales, like=node, tags=tags)
-            op, rest = "graphwright.linear_int8_static", (factors, grid.zero_point)
-        rewriter.replace(node, rewriter.call(op, target.x, codes, scales, target.bias, *rest, like=node, tags=tags))
+            factors = rewriter.weight(f"{base}input_scales", found.grid.scales, like=node, tags=tags)
+            op, rest = "graphwright.linear_int8_static", (factors, found.grid.zero_point)
+        return rewriter.call(op, target.x, codes, scales, target.bias, *rest, like=node, tags=tags)
 
 
 def stem(weight: str) -> str:

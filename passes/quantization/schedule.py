@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from graphwright.ir.mapped import release
 from graphwright.ir.program import Program
 from graphwright.passes.calibration import Batch, Block, Observed, Stream, blocks_of
 from graphwright.passes.quantization.activations import GridChoice, StaticGrid
+from graphwright.passes.quantization.compensation import Branch, Compensation, loss_with
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.rounding.base import (
     BlockRounding,
@@ -41,11 +43,20 @@ class Quantized:
         target: the linear; several may share the weight.
         packed: the weight; with a static grid, multiplied with its scales before it was rounded.
         grid: of the linear's inputs, where it was fixed beforehand.
+        branch: what stands beside the linear.
     """
 
     target: LinearTarget
     packed: PackedWeight | ChannelWeight
     grid: StaticGrid | None = None
+    branch: Branch | None = None
+
+    def dense(self) -> torch.Tensor:
+        """The weight that all of it stands for, ``[out, in]`` float32."""
+        weight = self.packed.dense()
+        if self.grid is not None:
+            weight /= self.grid.scales
+        return weight if self.branch is None else weight.add_(self.branch.dense())
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class Schedule:
         forms: formats of the weights, by name.
         rounding: chooses the codes.
         grids: chooses static grids of inputs; ``None`` where activations are not quantised, or as they come.
+        compensation: what is put beside the linears.
     """
 
     program: Program
@@ -65,6 +77,7 @@ class Schedule:
     forms: Mapping[str, Format]
     rounding: Rounding
     grids: GridChoice | None = None
+    compensation: Compensation | None = None
 
     def run(self, calibration: Iterable[Batch] | None) -> Iterator[Quantized]:
         """The linears with their new weights, each as soon as it is known.
@@ -78,15 +91,20 @@ class Schedule:
         if isinstance(self.rounding, BlockRounding):
             assert calibration is not None
             yield from self._block_by_block(self.rounding, calibration)
-        elif calibration is not None and (isinstance(self.rounding, InputRounding) or self.grids is not None):
+        elif calibration is not None and (
+            isinstance(self.rounding, InputRounding) or self.grids is not None or self._weighs()
+        ):
             yield from self._one_by_one(calibration)
         else:
-            packed: dict[str, PackedWeight | ChannelWeight] = {}
+            done: dict[str, Quantized] = {}
             for target in self.targets:
                 name = weight_name(target)
-                if name not in packed:
-                    packed[name] = self._quantize(target, None, None)
-                yield Quantized(target, packed[name])
+                if name not in done:
+                    done[name] = self._new(target, None, None)
+                yield dataclasses.replace(done[name], target=target)
+
+    def _weighs(self) -> bool:
+        return self.compensation is not None and self.compensation.needs_inputs()
 
     # -- every linear for the inputs that it gets from those before it ------------------------------------------------
 
@@ -108,9 +126,9 @@ class Schedule:
                     if name not in done:
                         # A weight that linears with several inputs share holds no input's scales.
                         grid = self._grid(target, inputs) if len(sources[name]) == 1 else None
-                        done[name] = Quantized(target, self._quantize(target, inputs, grid), grid)
-                        stream.replace_weight(name, _dense(done[name], self.program.tensor(target.weight).dtype))
-                    yield Quantized(target, done[name].packed, done[name].grid)
+                        done[name] = self._new(target, inputs, grid)
+                        stream.replace_weight(name, self._stored(done[name]))
+                    yield dataclasses.replace(done[name], target=target)
 
     def _grid(self, target: LinearTarget, inputs: Observed) -> StaticGrid | None:
         if self.grids is None:
@@ -123,26 +141,46 @@ class Schedule:
         except InputError as error:
             raise InputError(error.what, where=f"the input of weight {name!r}", hint="look at the batches") from error
 
+    def _new(self, target: LinearTarget, inputs: Observed | None, grid: StaticGrid | None) -> Quantized:
+        """A linear's new weight, and the branch beside it."""
+        weight = self._matrix(target)
+        found = Quantized(target, self._quantize(target, weight, inputs, grid), grid)
+        if self.compensation is not None:
+            for _ in range(self.compensation.turns - 1):
+                beside = self._branch(found, inputs).dense()
+                found = Quantized(target, self._quantize(target, weight - beside, inputs, grid), grid)
+            found = self._compensated(found, inputs)
+        release(self.program.tensor(target.weight))
+        return found
+
+    def _branch(self, found: Quantized, inputs: Observed | None) -> Branch:
+        assert self.compensation is not None
+        weight, moment = self._matrix(found.target), inputs.moment if inputs is not None else None
+        return self.compensation.branch(weight, found.dense(), moment, weight.dtype)
+
+    def _compensated(self, found: Quantized, inputs: Observed | None) -> Quantized:
+        """With the branch; what is lost is what both together lose."""
+        full = dataclasses.replace(found, branch=self._branch(found, inputs))
+        loss = loss_with(self._matrix(found.target), full.dense(), inputs.moment if inputs is not None else None)
+        found.packed.loss.error, found.packed.loss.size = loss.error, loss.size
+        return full
+
     def _quantize(
-        self, target: LinearTarget, inputs: Observed | None, grid: StaticGrid | None
+        self, target: LinearTarget, weight: torch.Tensor, inputs: Observed | None, grid: StaticGrid | None
     ) -> PackedWeight | ChannelWeight:
-        name, weight, rounding = weight_name(target), self._matrix(target), self.rounding
+        name, rounding = weight_name(target), self.rounding
         form = self.forms[name]
         if grid is not None:
             weight = weight.detach().to(torch.float32) * grid.scales
             inputs = inputs.scaled(1 / grid.scales) if inputs is not None else None
-        found: PackedWeight | ChannelWeight
         if not isinstance(rounding, InputRounding | WeightRounding):
-            found = (
+            return (
                 quantize_weight_int8(weight, clip_search=form.clip_search, name=name)
                 if form.integer_products
                 else quantize_weight(weight, form, name=name)
             )
-        else:
-            check_finite(weight, name)
-            found = pack_codes(self._codes(rounding, weight, form, inputs, name), form)
-        release(self.program.tensor(target.weight))
-        return found
+        check_finite(weight, name)
+        return pack_codes(self._codes(rounding, weight, form, inputs, name), form)
 
     @staticmethod
     def _codes(
@@ -161,10 +199,15 @@ class Schedule:
         weight = self.program.tensor(target.weight)
         return weight.t() if target.transposed else weight
 
+    def _stored(self, found: Quantized) -> torch.Tensor:
+        """The weight that all of a linear stands for, as the program stores it."""
+        weight = found.dense()
+        return (weight.t() if found.target.transposed else weight).to(self.program.tensor(found.target.weight).dtype)
+
     # -- all linears of a block together -------------------------------------------------------------------------------
 
     def _block_by_block(self, rounding: BlockRounding, calibration: Iterable[Batch]) -> Iterator[Quantized]:
-        done: dict[str, PackedWeight | ChannelWeight] = {}
+        done: dict[str, Quantized] = {}
         with Stream(self.program, calibration) as exact, Stream(self.program, calibration) as rounded:
             for block in blocks_of(rounded.program):
                 inside = {node.name for node in block.nodes}
@@ -174,12 +217,19 @@ class Schedule:
                 task = self._task(block, targets, done, rounded, exact)
                 for target in task.targets:
                     check_finite(self._matrix(target), weight_name(target))
-                for name, codes in rounding.codes(task).items():
-                    done[name] = pack_codes(codes, self.forms[name])
+                codes = rounding.codes(task)
                 for target in targets:
-                    found = Quantized(target, done[weight_name(target)])
-                    rounded.replace_weight(weight_name(target), _dense(found, self.program.tensor(target.weight).dtype))
-                    yield found
+                    name = weight_name(target)
+                    if name not in done:
+                        done[name] = Quantized(target, pack_codes(codes[name], self.forms[name]))
+                        if self.compensation is not None:
+                            inputs = None
+                            if self._weighs():
+                                rounded.advance(target.node)
+                                inputs = Observed.over(rounded.rows(target.x))
+                            done[name] = self._compensated(done[name], inputs)
+                    rounded.replace_weight(name, self._stored(done[name]))
+                    yield dataclasses.replace(done[name], target=target)
 
     def _task(
         self,
@@ -210,11 +260,3 @@ class Schedule:
 def weight_name(target: LinearTarget) -> str:
     """The name of a linear's weight."""
     return str(target.weight.target)
-
-
-def _dense(found: Quantized, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that a packed one stands for, as the linear stores it."""
-    weight = found.packed.dense()
-    if found.grid is not None:
-        weight /= found.grid.scales
-    return (weight.t() if found.target.transposed else weight).to(dtype)

@@ -5,8 +5,8 @@ Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization 
 
 The paper takes the Cholesky factor of the inverse of ``H = X Xᵀ``. Here ``H`` itself is factored, in the reverse of the
 order in which columns are rounded: with ``H = L Lᵀ`` the inverses of the diagonal blocks of ``L`` are those of the
-paper's factor, and the errors of all columns before reach a block as ``(W - Ŵ) L`` times that inverse (Chee et al. 2023,
-QuIP, theorem 6, has the same form). That is one factorisation instead of three steps, and nothing large is inverted.
+paper's factor, and the errors of all columns before reach a block as ``(W - Ŵ) L`` times that inverse (as in
+QuIP's theorem 6, Chee et al. 2023). That is one factorisation instead of three steps; nothing large is inverted.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def gptq(weight: torch.Tensor, second_moment: torch.Tensor, form: Format, *, opt
         InputError: the second moment is not finite, of another size, or not positive even when damped.
     """
     options = options or Gptq()
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if second_moment.shape != (columns, columns):
         raise InputError(f"the second moment is {list(second_moment.shape)}, the weight {list(weight.shape)}")
     if not bool(torch.isfinite(second_moment).all()):
@@ -108,7 +108,9 @@ def gptq(weight: torch.Tensor, second_moment: torch.Tensor, form: Format, *, opt
             if options.static_groups
             else in_groups(importance, group_size, options.block, act_order=options.act_order)
         )
-        rounder = _Rounder(weight, form, importance, _factor(second_moment, mean, options.damping, order.columns), order)
+        rounder = _Rounder(
+            weight, form, importance, _factor(second_moment, mean, options.damping, order.columns), order
+        )
         found, error = rounder.run()
         error = mean * (error - options.damping * rounder.moved)
         del rounder
@@ -207,7 +209,11 @@ class _Rounder:
         columns = self.order.columns[span.start : span.stop]
         inverse = _inverse(self.factor[span.start : span.stop, span.start : span.stop])
         work = self._updated(span.start, span.stop, inverse)
-        codes, values, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work), torch.empty_like(work)
+        codes, values, errors = (
+            torch.empty_like(work, dtype=torch.uint8),
+            torch.empty_like(work),
+            torch.empty_like(work),
+        )
         for start, stop, group in span.pieces:
             if self.order.places is not None and stop == self.order.places[group][1]:
                 first = self.order.places[group][0]
@@ -235,4 +241,5 @@ class _Rounder:
 
 def _inverse(block: torch.Tensor) -> torch.Tensor:
     """Of a lower triangular block."""
-    return torch.linalg.solve_triangular(block, torch.eye(len(block)), upper=False)
+    found: torch.Tensor = torch.linalg.solve_triangular(block, torch.eye(len(block)), upper=False)
+    return found

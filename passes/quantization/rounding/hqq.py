@@ -5,9 +5,10 @@ Badri, Shaji: Half-Quadratic Quantization of Large Machine Learning Models (2023
 error, ``|E|_p + β/2 |E - (W - Ŵ)|²``, each step has a closed form: ``E`` by shrinking ``W - Ŵ`` (their equation 6), and
 the zero point as the mean of ``Ŵ``'s codes less those of ``W - E`` (their equation 8).
 
-Here the scale is fitted too, to ``W - E`` by least squares, since ``β`` ties it just as the zero point; and a stored
-zero point is a whole number: where the solver's is not, both neighbours are tried, each with scales of its own. The
-published solver keeps the scale of the full range and stores zero points as floats.
+The published solver keeps the scale of the full range and stores zero points as floats. A zero point stored here is a
+whole number, which costs more than any choice of it can win back: so both neighbours of the solver's zero point are
+tried, the scale is fitted to ``W - E`` by least squares, and of all grids that come up, that of the clip search among
+them, each group gets the one with the least objective, ``min_E |E|_p + β/2 |E - (W - Ŵ)|²``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Hqq(WeightRounding):
 
     Attributes:
         norm: ``p``, above 0 and at most 1.
-        beta: how closely the second variable follows the error at first, in units of the scale.
+        beta: how closely the second variable follows the error at first. Errors that are small beside ``1 / beta``
+            count by their square.
         growth: what ``beta`` is multiplied with at each step.
         steps: how many there are at most.
     """
@@ -98,8 +100,7 @@ class Hqq(WeightRounding):
         for _ in range(self.steps):
             codes = form.round(weights, scale, zero)
             error = weights - form.values(codes, scale, zero)
-            # In units of the step, so that β means the same for weights of any size.
-            kept = weights - self._shrink(error / scale.unsqueeze(-1), beta) * scale.unsqueeze(-1)
+            kept = weights - self._shrink(error, beta)
             if move_zero:
                 zero = (codes - kept / scale.unsqueeze(-1)).mean(-1)
             else:
@@ -117,11 +118,12 @@ class Hqq(WeightRounding):
     def _best(
         self, weights: torch.Tensor, candidates: list[tuple[torch.Tensor, torch.Tensor]], form: Format
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        best, scales, zeros = None, *candidates[0]
+        best, scales, zeros = torch.full_like(candidates[0][0], torch.inf), *candidates[0]
         for scale, zero in candidates:
-            error = form.values(form.round(weights, scale, zero), scale, zero).sub_(weights).abs_()
-            norm = error.pow_(self.norm).sum(-1)
-            better = norm < best if best is not None else torch.ones_like(norm, dtype=torch.bool)
-            best = torch.where(better, norm, best) if best is not None else norm
+            error = weights - form.values(form.round(weights, scale, zero), scale, zero)
+            taken = self._shrink(error, self.beta)
+            objective = (taken.abs().pow_(self.norm) + (error - taken).square_().mul_(self.beta / 2)).sum(-1)
+            better = objective < best
+            best = torch.where(better, objective, best)
             scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
         return scales, zeros
