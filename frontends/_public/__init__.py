@@ -116,7 +116,10 @@ if TYPE_CHECKING:
     from graphwright.passes.pipeline import run_passes as run_passes
     from graphwright.passes.quantization import Allocation as Allocation
     from graphwright.passes.quantization import Gptq as Gptq
+    from graphwright.passes.quantization import Hqq as Hqq
     from graphwright.passes.quantization import LinearSensitivity as LinearSensitivity
+    from graphwright.passes.quantization import LoftQ as LoftQ
+    from graphwright.passes.quantization import LowRank as LowRank
     from graphwright.passes.quantization import Nearest as Nearest
     from graphwright.passes.quantization import QuantizeAttention as QuantizeAttention
     from graphwright.passes.quantization import QuantizeEmbeddings as QuantizeEmbeddings
@@ -173,9 +176,12 @@ _EXPORTS: dict[str, str] = {
     "GraphwrightError": "graphwright.ir.errors",
     "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
+    "Hqq": "graphwright.passes.quantization",
     "InputError": "graphwright.ir.errors",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LoftQ": "graphwright.passes.quantization",
+    "LowRank": "graphwright.passes.quantization",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "Nearest": "graphwright.passes.quantization",

@@ -2,10 +2,12 @@
 
 from graphwright.passes.quantization.allocation import Allocation, allocate
 from graphwright.passes.quantization.attention import QuantizeAttention
+from graphwright.passes.quantization.compensation import LoftQ, LowRank
 from graphwright.passes.quantization.embeddings import QuantizeEmbeddings
 from graphwright.passes.quantization.linears import QuantizeLinears
 from graphwright.passes.quantization.outliers import SplitOutlierColumns, SplitOutlierWeights
 from graphwright.passes.quantization.rounding.gptq import Gptq
+from graphwright.passes.quantization.rounding.hqq import Hqq
 from graphwright.passes.quantization.rounding.nearest import Nearest
 from graphwright.passes.quantization.sensitivity import (
     LinearSensitivity,
@@ -17,7 +19,10 @@ from graphwright.passes.quantization.sensitivity import (
 __all__ = [
     "Allocation",
     "Gptq",
+    "Hqq",
     "LinearSensitivity",
+    "LoftQ",
+    "LowRank",
     "Nearest",
     "QuantizeAttention",
     "QuantizeEmbeddings",

@@ -28,6 +28,7 @@ from graphwright.passes.quantization.checks import (
     checked_block,
     local_limit,
 )
+from graphwright.passes.quantization.compensation import Compensation
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss, report_entries
 from graphwright.passes.quantization.overrides import Override, checked, first_match, mix
@@ -87,6 +88,8 @@ class QuantizeLinears(Pass):
             with options, such as ``Gptq(damping=0.1)``. By default GPTQ when there is calibration data, else nearest.
         calibration: typical inputs: batches, each as the model is called, a ``DataLoader`` of such, or
             :class:`CalibrationData`. Every linear is rounded for the inputs it gets from those rounded before it.
+        compensation: what is put beside each linear for a part of what rounding lost: ``LowRank(rank=8)`` or
+            ``LoftQ(rank=16)``, see :mod:`graphwright.passes.quantization.compensation`.
         lm_head: quantise the output head too.
         checkpoint: folder in which every weight is kept as soon as it is done. A run that was killed and is started
             again with the same things goes on there, with the same result to the last bit.
@@ -98,7 +101,7 @@ class QuantizeLinears(Pass):
 
     name: ClassVar[str] = "quantize-linears"
     contract: ClassVar[Contract] = Approximate()
-    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "masked", "quantized", "outlier"})
+    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "compensation", "masked", "outlier", "quantized"})
 
     bits: int = 8
     dtype: str = "int"
@@ -110,6 +113,7 @@ class QuantizeLinears(Pass):
     activation_ranges: str = "auto"
     rounding: str | Rounding | None = None
     calibration: Iterable[Any] | None = field(default=None, compare=False)
+    compensation: Compensation | None = None
     lm_head: bool = False
     checkpoint: str | os.PathLike[str] | None = field(default=None, compare=False)
     overrides: Mapping[str, Override] = field(default_factory=dict, hash=False)
@@ -126,7 +130,18 @@ class QuantizeLinears(Pass):
             object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
         if self.calibration is not None:
             object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
+        if self.compensation is not None and not isinstance(self.compensation, Compensation):
+            raise InputError(
+                f"must be LowRank(...), LoftQ(...) or None, not {self.compensation!r}",
+                where=f"{self.name}: compensation",
+            )
         chosen = self._rounding()
+        if isinstance(chosen, BlockRounding) and self.compensation is not None and self.compensation.turns > 1:
+            raise InputError(
+                f"rounds linears several times, which {chosen.method} does for whole blocks only",
+                where=f"{self.name}: compensation={self.compensation.method!r}",
+                hint="use another rounding, or steps=1",
+            )
         needy = {"rounding": chosen.method} if isinstance(chosen, InputRounding | BlockRounding) else {}
         needy |= {"activation_ranges": "static"} if self.activation_ranges == "static" else {}
         for option, value in needy.items():
@@ -160,6 +175,8 @@ class QuantizeLinears(Pass):
         found = super().options()
         if isinstance(self.rounding, Rounding):
             found["rounding"] = {"method": self.rounding.method, **self.rounding.options()}
+        if self.compensation is not None:
+            found["compensation"] = {"method": self.compensation.method, **found["compensation"]}
         if self.calibration is not None:
             found["calibration"] = str(self.calibration)
         return found
@@ -201,11 +218,13 @@ class QuantizeLinears(Pass):
         static = 0
         with program.edit() as rewriter:
             forms = {name: variant._form() for name, variant in variants.items()}
-            schedule = Schedule(program, targets, forms, self._rounding(), self._grids(), self.checkpoint)
+            schedule = Schedule(
+                program, targets, forms, self._rounding(), self._grids(), self.checkpoint, self.compensation
+            )
             for found in schedule.run(self.calibration):
                 name = weight_name(found.target)
-                losses[name] = found.packed.loss
-                static += found.grid is not None
+                losses[name] = found.result.packed.loss
+                static += found.result.grid is not None
                 new = variants[name]._rewrite(rewriter, found)
                 limits[new.name] = variants[name]._local_limit()
             program.notes["linears"] = len(targets)
@@ -311,11 +330,14 @@ class QuantizeLinears(Pass):
         return found
 
     def _rewrite(self, rewriter: Rewriter, found: Quantized) -> fx.Node:
-        target, packed = self._now(rewriter.program, found.target), found.packed
+        target, packed, branch = self._now(rewriter.program, found.target), found.result.packed, found.result.branch
+        base = stem(weight_name(target))
         if isinstance(packed, PackedWeight):
-            operands = store(rewriter, packed, stem(weight_name(target)), target.node)
+            operands = store(rewriter, packed, base, target.node)
             new = packed_linear(rewriter, target, packed, operands, self._rounded_activations())
         else:
-            new = channel_linear(rewriter, target, packed, found.grid, self.activation_ranges)
+            new = channel_linear(rewriter, target, packed, found.result.grid, self.activation_ranges)
+        if branch is not None:
+            new = branch.add(rewriter, base, target.x, new, like=target.node)
         rewriter.replace(target.node, new)
         return new

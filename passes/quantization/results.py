@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from graphwright.passes.progress import Progress
 from graphwright.passes.quantization.activations import StaticGrid
 from graphwright.passes.quantization.checkpoint import Checkpoint
+from graphwright.passes.quantization.compensation import Branch
 from graphwright.passes.quantization.targets import LinearTarget
 from graphwright.passes.quantization.weights import ChannelWeight, PackedWeight
 
@@ -19,10 +22,19 @@ class Result:
     Attributes:
         packed: the weight; with a static grid, multiplied with its scales before it was rounded.
         grid: of the linear's inputs, where it was fixed beforehand.
+        branch: what stands beside the linear.
     """
 
     packed: PackedWeight | ChannelWeight
     grid: StaticGrid | None = None
+    branch: Branch | None = None
+
+    def dense(self) -> torch.Tensor:
+        """The weight that all of it stands for, ``[out, in]`` float32."""
+        weight = self.packed.dense()
+        if self.grid is not None:
+            weight /= self.grid.scales
+        return weight if self.branch is None else weight.add_(self.branch.dense())
 
 
 class Results:
@@ -55,13 +67,13 @@ class Results:
     def __getitem__(self, name: str) -> Result:
         return self._done[name]
 
-    def put(self, name: str, packed: PackedWeight | ChannelWeight, grid: StaticGrid | None = None) -> None:
+    def put(self, name: str, found: Result) -> None:
         """Keep a weight."""
         if name not in self._done:
             self.shown.step()
-        self._done[name] = Result(packed, grid)
+        self._done[name] = found
         if self._kept is not None:
-            self._kept.put(name, self._done[name])
+            self._kept.put(name, found)
 
 
 def weight_name(target: LinearTarget) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from graphwright.passes.calibration.sufficiency import Sufficiency
 from graphwright.passes.progress import Progress, progress
 from graphwright.passes.quantization.activations import GridChoice, StaticGrid
 from graphwright.passes.quantization.checkpoint import Checkpoint, fingerprint_of
+from graphwright.passes.quantization.compensation import Branch, Compensation, loss_with
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.results import Result, Results, weight_name
 from graphwright.passes.quantization.rounding.base import (
@@ -47,13 +49,11 @@ class Quantized:
 
     Attributes:
         target: the linear; several may share the weight.
-        packed: the weight; with a static grid, multiplied with its scales before it was rounded.
-        grid: of the linear's inputs, where it was fixed beforehand.
+        result: the weight and what goes with it.
     """
 
     target: LinearTarget
-    packed: PackedWeight | ChannelWeight
-    grid: StaticGrid | None = None
+    result: Result
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Schedule:
         rounding: chooses the codes.
         grids: chooses static grids of inputs; ``None`` where activations are not quantised, or as they come.
         checkpoint: folder in which finished weights are kept, see :class:`Checkpoint`; ``None`` for none.
+        compensation: what is put beside the linears.
     """
 
     program: Program
@@ -75,6 +76,7 @@ class Schedule:
     rounding: Rounding
     grids: GridChoice | None = None
     checkpoint: str | os.PathLike[str] | None = None
+    compensation: Compensation | None = None
 
     def run(self, calibration: Iterable[Batch] | None) -> Iterator[Quantized]:
         """The linears with their new weights, each as soon as it is known.
@@ -91,7 +93,9 @@ class Schedule:
             if isinstance(self.rounding, BlockRounding):
                 assert calibration is not None
                 yield from self._block_by_block(self.rounding, calibration, shown)
-            elif calibration is not None and (isinstance(self.rounding, InputRounding) or self.grids is not None):
+            elif calibration is not None and (
+                isinstance(self.rounding, InputRounding) or self.grids is not None or self._weighs()
+            ):
                 yield from self._one_by_one(calibration, shown)
             else:
                 results = self._results("none", shown)
@@ -99,8 +103,11 @@ class Schedule:
                     name = weight_name(target)
                     if name not in results:
                         shown.now(path_of(target.node))
-                        results.put(name, self._quantize(target, None, None))
-                    yield Quantized(target, results[name].packed)
+                        results.put(name, self._new(target, None, None))
+                    yield Quantized(target, results[name])
+
+    def _weighs(self) -> bool:
+        return self.compensation is not None and self.compensation.needs_inputs()
 
     def _names(self) -> list[str]:
         return list(dict.fromkeys(map(weight_name, self.targets)))
@@ -110,7 +117,7 @@ class Schedule:
         if self.checkpoint is None:
             return Results(names, shown, None)
         chosen = [(target.node.name, weight_name(target), target.transposed) for target in self.targets]
-        words = f"{chosen} {[self.forms[name] for name in names]} {self.rounding} {self.grids}"
+        words = f"{chosen} {[self.forms[name] for name in names]} {self.rounding} {self.grids} {self.compensation}"
         kept = Checkpoint(self.checkpoint, fingerprint_of(self.program, words, calibration), names)
         return Results(names, shown, kept)
 
@@ -139,17 +146,17 @@ class Schedule:
                         shown.now(path_of(target.node))
                         # A weight that linears with several inputs share holds no input's scales.
                         grid = self._grid(target, inputs) if len(sources[name]) == 1 else None
-                        found = self._quantize(target, inputs, grid, last=name == todo[-1])
-                        results.put(name, found, grid)
+                        results.put(name, self._new(target, inputs, grid, last=name == todo[-1]))
                     self._replace(stream, target, results, passed)
-                    yield Quantized(target, results[name].packed, results[name].grid)
+                    yield Quantized(target, results[name])
 
     def _replace(self, stream: Stream, target: LinearTarget, results: Results, passed: set[str]) -> None:
         """Let what comes after a weight see it rounded; needless once nothing is left to do."""
         name = weight_name(target)
         if name not in passed and results.missing:
+            weight = results[name].dense()
             dtype = self.program.tensor(target.weight).dtype
-            stream.replace_weight(name, _dense(results[name], dtype, transposed=target.transposed))
+            stream.replace_weight(name, (weight.t() if target.transposed else weight).to(dtype))
         passed.add(name)
 
     def _grid(self, target: LinearTarget, inputs: Observed | None) -> StaticGrid | None:
@@ -163,29 +170,61 @@ class Schedule:
         except InputError as error:
             raise InputError(error.what, where=f"the input of weight {name!r}", hint="look at the batches") from error
 
-    def _quantize(
+    def _new(
         self, target: LinearTarget, inputs: Observed | None, grid: StaticGrid | None, *, last: bool = True
+    ) -> Result:
+        """A linear's new weight, and the branch beside it; ``inputs`` may be used up where it is the last that has them."""
+        weight = self._matrix(target)
+        if self.compensation is None:
+            found = Result(self._quantize(target, weight, inputs, grid, last=last), grid)
+        else:
+            found = Result(self._quantize(target, weight, inputs, grid, last=False), grid)
+            for _ in range(self.compensation.turns - 1):
+                beside = self._branch(self.compensation, target, found, inputs).dense()
+                found = Result(self._quantize(target, weight - beside, inputs, grid, last=False), grid)
+            found = self._compensated(self.compensation, target, found, inputs)
+        release(self.program.tensor(target.weight))
+        return found
+
+    def _branch(
+        self, compensation: Compensation, target: LinearTarget, found: Result, inputs: Observed | None
+    ) -> Branch:
+        weight, moment = self._matrix(target), inputs.moment if inputs is not None else None
+        return compensation.branch(weight, found.dense(), moment, weight.dtype)
+
+    def _compensated(
+        self, compensation: Compensation, target: LinearTarget, found: Result, inputs: Observed | None
+    ) -> Result:
+        """With the branch; what is lost is what both together lose."""
+        full = dataclasses.replace(found, branch=self._branch(compensation, target, found, inputs))
+        loss = loss_with(self._matrix(target), full.dense(), inputs.moment if inputs is not None else None)
+        found.packed.loss.error, found.packed.loss.size = loss.error, loss.size
+        return full
+
+    def _quantize(
+        self,
+        target: LinearTarget,
+        weight: torch.Tensor,
+        inputs: Observed | None,
+        grid: StaticGrid | None,
+        *,
+        last: bool,
     ) -> PackedWeight | ChannelWeight:
-        """The new weight; ``inputs`` may be used up where it is the last that is given them."""
-        name, weight, rounding = weight_name(target), self._matrix(target), self.rounding
+        name, rounding = weight_name(target), self.rounding
         form = self.forms[name]
         if grid is not None:
             weight = weight.detach().to(torch.float32) * grid.scales
             inputs = inputs.scaled(1 / grid.scales) if inputs is not None else None
         elif inputs is not None and not last:
             inputs = inputs.copy()
-        found: PackedWeight | ChannelWeight
         if not isinstance(rounding, InputRounding | WeightRounding):
-            found = (
+            return (
                 quantize_weight_int8(weight, clip_search=form.clip_search, name=name)
                 if form.integer_products
                 else quantize_weight(weight, form, name=name)
             )
-        else:
-            check_finite(weight, name)
-            found = pack_codes(self._codes(rounding, weight, form, inputs, name), form)
-        release(self.program.tensor(target.weight))
-        return found
+        check_finite(weight, name)
+        return pack_codes(self._codes(rounding, weight, form, inputs, name), form)
 
     @staticmethod
     def _codes(
@@ -220,16 +259,24 @@ class Schedule:
                 if results.missing:
                     rounded.advance(block.nodes[0])
                 # Weights of a block are fitted together: where one of them was lost, all of them are done again.
+                codes: Mapping[str, Codes] = {}
                 if any(weight_name(target) not in results for target in targets):
                     shown.now(block.path)
                     task = self._task(block, targets, passed, rounded, exact)
                     for target in task.targets:
                         check_finite(self._matrix(target), weight_name(target))
-                    for name, codes in rounding.codes(task).items():
-                        results.put(name, pack_codes(codes, self.forms[name]))
+                    codes = rounding.codes(task)
                 for target in targets:
+                    name = weight_name(target)
+                    if name in codes and name not in passed:
+                        found = Result(pack_codes(codes[name], self.forms[name]))
+                        if self.compensation is not None:
+                            rounded.advance(target.node)
+                            inputs = Observed.over(rounded.rows(target.x)) if self._weighs() else None
+                            found = self._compensated(self.compensation, target, found, inputs)
+                        results.put(name, found)
                     self._replace(rounded, target, results, passed)
-                    yield Quantized(target, results[weight_name(target)].packed)
+                    yield Quantized(target, results[name])
 
     def _task(
         self,
@@ -254,11 +301,3 @@ class Schedule:
         twins = [linear_target(rounded.program, rounded.twin(each.node)) for each in reversed(new.values())]
         found = [each for each in twins if isinstance(each, LinearTarget)]
         return BlockTask(block, found, {name: self.forms[name] for name in new}, rounded, exact, outputs)
-
-
-def _dense(found: Result, dtype: torch.dtype, *, transposed: bool) -> torch.Tensor:
-    """The weight that a packed one stands for, as the linear stores it."""
-    weight = found.packed.dense()
-    if found.grid is not None:
-        weight /= found.grid.scales
-    return (weight.t() if transposed else weight).to(dtype)

@@ -2,6 +2,11 @@
 
 Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers
 (ICLR 2023), algorithm 1, with the scales of each group fitted when the group is reached.
+
+The paper takes the Cholesky factor of the inverse of ``H = X Xᵀ``. Here ``H`` itself is factored, in the reverse of the
+order in which columns are rounded: with ``H = L Lᵀ`` the inverses of the diagonal blocks of ``L`` are those of the
+paper's factor, and the errors of all columns before reach a block as ``(W - Ŵ) L`` times that inverse (as in
+QuIP's theorem 6, Chee et al. 2023). That is one factorisation instead of three steps; nothing large is inverted.
 """
 
 from __future__ import annotations
@@ -14,12 +19,18 @@ import torch
 from graphwright.ir.errors import InputError
 from graphwright.passes.calibration import Observed
 from graphwright.passes.quantization.formats import Format
-from graphwright.passes.quantization.loss import Loss
 from graphwright.passes.quantization.rounding.base import Codes, InputRounding
+from graphwright.passes.quantization.rounding.descent import dense, descend
+from graphwright.passes.quantization.rounding.order import Order, Span, by_column, in_groups
 
-# Columns whose updates are gathered before they reach the rest of the matrix: one large product instead of many small
-# ones.
-_BLOCK = 128
+# Columns whose errors are passed on one by one; beyond them by products of matrices, first within the block.
+_FEW = 32
+# Rows that the size of the outputs is estimated from.
+_ROWS = 1024
+# Elements worked on at once.
+_SLICE_ELEMENTS = 1 << 22
+# The damping is the least that a pivot can be: where one is found below this part of it, float32 is not precise enough.
+_TRUSTED = 0.5
 
 
 @dataclass(frozen=True)
@@ -28,94 +39,207 @@ class Gptq(InputRounding):
 
     Attributes:
         damping: added to the second moments' diagonal, as a fraction of its mean.
+        act_order: round the columns with the largest inputs first, while the others can still make up for them. Groups
+            stay as they are stored: they are rounded one after another, the most important first, and the columns
+            within each by importance, so nothing is permuted when the model runs.
+        static_groups: with ``act_order``, fit all grids to the original weight beforehand; columns are then rounded in
+            order of importance wherever their group is.
+        sweeps: after the last column, go over all of them again so many times, with the scales fitted anew to the codes
+            (see :mod:`graphwright.passes.quantization.rounding.descent`). Each costs about as much as GPTQ itself.
+        block: columns whose errors are gathered before they reach the rest of the matrix.
     """
 
     method: ClassVar[str] = "gptq"
     damping: float = 0.01
+    act_order: bool = False
+    static_groups: bool = False
+    sweeps: int = 0
+    block: int = 128
 
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < 10.0:
             raise InputError(f"must be above 0, not {self.damping!r}", where="gptq: damping")
+        for option in ("sweeps", "block"):
+            least, value = (0, 1)[option == "block"], getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"must be an integer, {least} or more, not {value!r}", where=f"gptq: {option}")
+        if self.static_groups and not self.act_order:
+            raise InputError(
+                "goes with act_order=True: in the usual order grids are fitted when their group is reached",
+                where="gptq: static_groups",
+            )
 
     def codes(self, weight: torch.Tensor, form: Format, inputs: Observed) -> Codes:
         """See :func:`gptq`."""
-        return gptq(weight, inputs.moment, form, damping=self.damping)
+        return gptq(weight, inputs.moment, form, options=self)
 
 
-def gptq(weight: torch.Tensor, second_moment: torch.Tensor, form: Format, *, damping: float = 0.01) -> Codes:
+def gptq(weight: torch.Tensor, second_moment: torch.Tensor, form: Format, *, options: Gptq | None = None) -> Codes:
     """Quantise one weight so that ``X Wᵀ`` changes least.
+
+    Beyond the weight, the moment and the codes this takes a second matrix of the moment's size and one of the weight's,
+    in float32.
 
     Args:
         weight: ``[out, in]``, floating.
-        second_moment: ``[in, in]``, ``Σ x xᵀ`` over calibration tokens; any positive factor does not matter.
+        second_moment: ``[in, in]``, ``Σ x xᵀ`` over calibration tokens; any positive factor does not matter. It is only
+            read.
         form: the format; its grids are fitted when their group is reached.
-        damping: added to the diagonal, as a fraction of its mean.
+        options: the method's; its defaults for ``None``.
 
     Raises:
         InputError: the second moment is not finite, of another size, or not positive even when damped.
     """
-    rows, columns = weight.shape
+    options = options or Gptq()
+    columns = weight.shape[1]
     if second_moment.shape != (columns, columns):
         raise InputError(f"the second moment is {list(second_moment.shape)}, the weight {list(weight.shape)}")
     if not bool(torch.isfinite(second_moment).all()):
         raise InputError("the calibration inputs hold NaN or infinity", hint="check the calibration data")
-    factor, diagonal = _inverse_factor(second_moment, damping)
-    work = weight.detach().to(torch.float32).clone()
-    rounded = torch.empty_like(work)
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
-    group_size = form.columns_per_group(columns)
-    groups = -(-columns // group_size)
-    scales, zeros = torch.empty(rows, groups), torch.empty(rows, groups)
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        errors = torch.empty(rows, stop - start)
-        for column in range(start, stop):
-            group = column // group_size
-            if column % group_size == 0:
-                end = min(column + group_size, columns)
-                ahead = _with_pending(work, errors, factor, start, column, end) if end > stop else work[:, column:end]
-                scales[:, group], zeros[:, group] = form.fit(ahead, diagonal[column:end])
-            scale, zero = scales[:, group], zeros[:, group]
-            code = form.round(work[:, column : column + 1], scale, zero)
-            value = form.values(code, scale, zero).squeeze(1)
-            codes[:, column], rounded[:, column] = code.squeeze(1).to(torch.uint8), value
-            error = (work[:, column] - value) / factor[column, column]
-            errors[:, column - start] = error
-            if column + 1 < stop:
-                work[:, column + 1 : stop] -= torch.outer(error, factor[column, column + 1 : stop])
-        if stop < columns:
-            work[:, stop:] -= errors @ factor[start:stop, stop:]
-    return Codes(codes, scales, zeros, Loss.of_outputs(rounded, weight.detach(), second_moment))
-
-
-def _with_pending(
-    work: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, start: int, column: int, end: int
-) -> torch.Tensor:
-    """Columns of a group that reaches beyond the block, with the updates that the block has not passed on yet."""
-    stop = start + errors.shape[1]
-    beyond = work[:, stop:end] - errors[:, : column - start] @ factor[start:column, stop:end]
-    return torch.cat((work[:, column:stop], beyond), dim=1)
-
-
-def _inverse_factor(second_moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upper Cholesky factor of the inverse of the damped second moment, and its undamped diagonal.
-
-    A column that calibration never reached has zeros there; with the damping it is rounded to nearest like any other.
-    """
-    moment = second_moment.to(torch.float64)
-    diagonal = moment.diagonal().clone()
+    diagonal = second_moment.diagonal().to(torch.float64)
     mean = float(diagonal.mean())
     if mean <= 0.0:
         raise InputError("the calibration inputs of a linear are all zero", hint="check the calibration data")
-    damped = moment / mean + damping * torch.eye(len(moment), dtype=torch.float64)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed):
-        raise InputError(
-            "the calibration inputs do not determine the rounding (their second moment is singular)",
-            hint="give more calibration data, or raise the damping",
+    importance = (diagonal / mean).clamp_min(1e-8).to(torch.float32)
+    with torch.no_grad():
+        group_size = form.columns_per_group(columns)
+        order = (
+            by_column(importance, options.block)
+            if options.static_groups
+            else in_groups(importance, group_size, options.block, act_order=options.act_order)
         )
-    inverse = torch.cholesky_inverse(lower)
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(failed):
-        raise InputError("the second moment cannot be inverted", hint="raise the damping")
-    return upper.to(torch.float32), (diagonal / mean).clamp_min(1e-8).to(torch.float32)
+        rounder = _Rounder(
+            weight, form, importance, _factor(second_moment, mean, options.damping, order.columns), order
+        )
+        found, error = rounder.run()
+        error = mean * (error - options.damping * rounder.moved)
+        del rounder
+        if options.sweeps:
+            found = descend(weight, second_moment, found, form, sweeps=options.sweeps, damping=options.damping)
+            error = _error(second_moment, weight, found, form)
+        found.loss.error, found.loss.size = max(error, 0.0), _size(second_moment, weight)
+        return found
+
+
+def _size(second_moment: torch.Tensor, weight: torch.Tensor) -> float:
+    """``|X Wᵀ|²``; of weights with many rows estimated from some of them, as it costs more than all the rest."""
+    step = -(-len(weight) // _ROWS)
+    some = weight[::step].detach().to(torch.float32)
+    found = float(((some @ second_moment.to(torch.float32)) * some).sum())
+    norms = [float(torch.linalg.vector_norm(each, dtype=torch.float32)) for each in (weight, some)]
+    return max(found, 0.0) * (norms[0] / norms[1]) ** 2 if norms[1] > 0 else 0.0
+
+
+def _error(second_moment: torch.Tensor, weight: torch.Tensor, found: Codes, form: Format) -> float:
+    """``|X (W - Ŵ)ᵀ|²``, a slice of rows at a time."""
+    moment, total = second_moment.to(torch.float32), 0.0
+    step = max(1, _SLICE_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = weight[rows].detach().to(torch.float32) - dense(found, form, rows)
+        total += float(((part @ moment) * part).sum())
+    return total
+
+
+def _factor(second_moment: torch.Tensor, mean: float, damping: float, columns: torch.Tensor) -> torch.Tensor:
+    """Lower Cholesky factor, float32, of the damped second moment, with its rows and columns arranged anew.
+
+    Computed in float32, in place, and again in float64 only if a pivot shows that this was not precise enough: none can
+    be less than the damping.
+    """
+    size = len(second_moment)
+    for dtype in (torch.float32, torch.float64):
+        damped = torch.empty(size, size, dtype=dtype)
+        step = max(1, _SLICE_ELEMENTS // size)
+        for start in range(0, size, step):
+            damped[start : start + step] = second_moment[columns[start : start + step]][:, columns]
+        damped /= mean
+        damped.diagonal().add_(damping)
+        # A symmetric matrix is its own transpose, which has the layout that LAPACK works on in place.
+        turned, failed = damped.t(), torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(turned, out=(turned, failed))
+        if not int(failed) and float(turned.diagonal().min()) ** 2 >= _TRUSTED * damping:
+            return turned.to(torch.float32)
+    raise InputError(
+        "the calibration inputs do not determine the rounding (their second moment is singular)",
+        hint="give more calibration data, or raise the damping",
+    )
+
+
+class _Rounder:
+    """One weight on its way through the algorithm, with its columns in the arrangement of the factor."""
+
+    def __init__(
+        self, weight: torch.Tensor, form: Format, importance: torch.Tensor, factor: torch.Tensor, order: Order
+    ) -> None:
+        rows, count = weight.shape
+        self.weight, self.form, self.importance = weight.detach(), form, importance
+        self.factor, self.order = factor, order
+        self.group_size = form.columns_per_group(count)
+        groups = -(-count // self.group_size)
+        self.codes = torch.empty(rows, count, dtype=torch.uint8)
+        self.scales, self.zeros = torch.empty(rows, groups), torch.empty(rows, groups)
+        # (W - Ŵ) L of the columns that are done, for those to come.
+        self.pending = torch.zeros(rows, count)
+        self.error = self.moved = 0.0
+
+    def run(self) -> tuple[Codes, float]:
+        """Codes, and the squared error in the metric of the damped moment; ``moved`` is that of the weight itself."""
+        if self.order.places is None:
+            for group in range(self.scales.shape[1]):
+                own = slice(group * self.group_size, (group + 1) * self.group_size)
+                self._fit(group, self.weight[:, own].to(torch.float32), self.importance[own])
+        for span in self.order.spans:
+            self._round(span)
+        return Codes(self.codes, self.scales, self.zeros), self.error
+
+    def _fit(self, group: int, weights: torch.Tensor, importance: torch.Tensor) -> None:
+        self.scales[:, group], self.zeros[:, group] = self.form.fit(weights, importance)
+
+    def _updated(self, start: int, stop: int, inverse: torch.Tensor | None = None) -> torch.Tensor:
+        """Columns, as rows, as they make up best for the errors so far while they need not be rounded."""
+        exact = self.weight[:, self.order.columns[start:stop]].to(torch.float32)
+        if stop == len(self.order.columns):
+            return exact.t().contiguous()
+        if inverse is None:
+            inverse = _inverse(self.factor[start:stop, start:stop])
+        return exact.addmm_(self.pending[:, start:stop], inverse).t().contiguous()
+
+    def _round(self, span: Span) -> None:
+        columns = self.order.columns[span.start : span.stop]
+        inverse = _inverse(self.factor[span.start : span.stop, span.start : span.stop])
+        work = self._updated(span.start, span.stop, inverse)
+        codes, values, errors = (
+            torch.empty_like(work, dtype=torch.uint8),
+            torch.empty_like(work),
+            torch.empty_like(work),
+        )
+        for start, stop, group in span.pieces:
+            if self.order.places is not None and stop == self.order.places[group][1]:
+                first = self.order.places[group][0]
+                # A group that reaches beyond the block is fitted as a whole.
+                now = work[start - span.start : stop - span.start] if first == start else self._updated(first, stop)
+                self._fit(group, now.t(), self.importance[self.order.columns[first:stop]])
+            for end in range(stop - span.start, start - span.start, -_FEW):
+                begin = max(start - span.start, end - _FEW)
+                for place in range(end - 1, begin - 1, -1):
+                    own = group if self.order.places is not None else int(columns[place]) // self.group_size
+                    scale, zero = self.scales[:, own], self.zeros[:, own]
+                    code = self.form.round(work[place].unsqueeze(-1), scale, zero)
+                    codes[place] = code.squeeze(-1)
+                    values[place] = self.form.values(code, scale, zero).squeeze(-1)
+                    torch.sub(work[place], values[place], out=errors[place]).div_(inverse[place, place])
+                    work[begin:place].addr_(inverse[place, begin:place], errors[place], alpha=-1)
+                work[:begin].addmm_(inverse[begin:end, :begin].t(), errors[begin:end], alpha=-1)
+        self.codes[:, columns] = codes.t()
+        moved = self.weight[:, columns].to(torch.float32).t() - values
+        self.error += float(errors.square_().sum())
+        self.moved += float(moved.square().sum())
+        if span.start:
+            self.pending[:, : span.start].addmm_(moved.t(), self.factor[span.start : span.stop, : span.start])
+
+
+def _inverse(block: torch.Tensor) -> torch.Tensor:
+    """Of a lower triangular block."""
+    found: torch.Tensor = torch.linalg.solve_triangular(block, torch.eye(len(block)), upper=False)
+    return found
