@@ -173,7 +173,7 @@ class Schedule:
     def _new(
         self, target: LinearTarget, inputs: Observed | None, grid: StaticGrid | None, *, last: bool = True
     ) -> Result:
-        """A linear's new weight, and the branch beside it; ``inputs`` may be used up where it is the last that has them."""
+        """A linear's new weight, and the branch beside it; ``inputs`` may be used up where nothing reads them after."""
         weight = self._matrix(target)
         if self.compensation is None:
             found = Result(self._quantize(target, weight, inputs, grid, last=last), grid)

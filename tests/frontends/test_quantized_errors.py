@@ -117,11 +117,15 @@ def test_gptq_of_other_bits_than_it_says(whole: Path, tmp_path: Path) -> None:
     go(".qweight", "int32 [6, 32], expected int32 [12, 32]", "bits=8", "model.safetensors", **change)
 
 
+def _with_groups(settings: Any, size: int) -> None:
+    settings_of(settings).update(group_size=size)
+
+
 def test_group_sizes(whole: Path, tmp_path: Path) -> None:
     for size, words in ((32, "group_size=32"), (12, "group_size=12"), (5, "whole bytes"), (0, "whole bytes")):
-        change = {"settings": lambda d, size=size: settings_of(d).update(group_size=size)}
-        refuse(whole, tmp_path, "gptq", words, **change)
-    change = {"settings": lambda d: settings_of(d).update(group_size=32)}
+        resized = partial(_with_groups, size=size)
+        refuse(whole, tmp_path, "gptq", words, settings=resized)
+    change: dict[str, Any] = {"settings": lambda d: settings_of(d).update(group_size=32)}
     refuse(whole, tmp_path, "awq", ".scales", "[3, 32], expected", "[2, 32]", "group_size=32", **change)
     change = {"settings": lambda d: weights_of(d)["weights"].update(group_size=32)}
     refuse(whole, tmp_path, "compressed", ".weight_scale", "[32, 3], expected", "[32, 2]", **change)

@@ -66,4 +66,4 @@ def test_zeros_and_the_pass() -> None:
 @pytest.mark.parametrize("option", [{"norm": 0.0}, {"norm": 1.5}, {"beta": -1.0}, {"growth": 0.5}, {"steps": 0}])
 def test_bad_options(option: dict[str, float]) -> None:
     with pytest.raises(gw.InputError, match=next(iter(option))):
-        gw.Hqq(**option)  # type: ignore[arg-type]
+        gw.Hqq(**option)

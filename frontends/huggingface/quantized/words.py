@@ -72,7 +72,8 @@ def unpack_whole(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Codes of words that hold ``32 // bits`` each and leave the rest unused, as old compressed-tensors has 3 bits."""
     shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
     codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.to(torch.uint8).flatten(1)[:, :count]
+    flat: torch.Tensor = codes.to(torch.uint8).flatten(1)[:, :count]
+    return flat
 
 
 def _unit(bits: int) -> tuple[int, int]:

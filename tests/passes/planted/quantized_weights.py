@@ -9,8 +9,8 @@ from tests.passes.planted.catalogue import INT4, INT8, find, put, right, stored,
 
 import graphwright as gw
 from graphwright.ir.ops.quantization import pack, unpack
+from graphwright.passes.quantization.checks import local_limit
 from graphwright.passes.quantization.formats import Format
-from graphwright.passes.quantization.linears import LOCAL_LIMITS
 from graphwright.passes.quantization.weights import quantize_weight
 
 
@@ -98,7 +98,7 @@ def int4_codes_truncated(program: gw.Program, rewriter: gw.Rewriter) -> None:
 
 
 def _limit(dtype: str, bits: int) -> gw.Approximate:
-    return gw.Approximate(max_local_error=LOCAL_LIMITS[dtype, bits, True])
+    return gw.Approximate(max_local_error=local_limit(dtype, bits, True))
 
 
 def _store(
