@@ -36,6 +36,10 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "hoist-row-selection": ("decoding", "HoistRowSelection"),
     "unflatten-rows": ("decoding", "UnflattenRows"),
     "tabulate-positions": ("decoding", "TabulatePositions"),
+    "rotate-hidden-states": ("quantization", "RotateHiddenStates"),
+    "smooth-activations": ("quantization", "SmoothActivations"),
+    "scale-salient-channels": ("quantization", "ScaleSalientChannels"),
+    "train-equivalent-scales": ("quantization", "TrainEquivalentScales"),
     "quantize-linears": ("quantization", "QuantizeLinears"),
     "quantize-embeddings": ("quantization", "QuantizeEmbeddings"),
 }

@@ -105,10 +105,15 @@ if TYPE_CHECKING:
     from graphwright.passes.hooks import Hook as Hook
     from graphwright.passes.pipeline import Pipeline as Pipeline
     from graphwright.passes.pipeline import run_passes as run_passes
+    from graphwright.passes.quantization import ClippedNearest as ClippedNearest
     from graphwright.passes.quantization import Gptq as Gptq
     from graphwright.passes.quantization import Nearest as Nearest
     from graphwright.passes.quantization import QuantizeEmbeddings as QuantizeEmbeddings
     from graphwright.passes.quantization import QuantizeLinears as QuantizeLinears
+    from graphwright.passes.quantization import RotateHiddenStates as RotateHiddenStates
+    from graphwright.passes.quantization import ScaleSalientChannels as ScaleSalientChannels
+    from graphwright.passes.quantization import SmoothActivations as SmoothActivations
+    from graphwright.passes.quantization import TrainEquivalentScales as TrainEquivalentScales
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
@@ -125,6 +130,7 @@ _EXPORTS: dict[str, str] = {
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
     "Cleanup": "graphwright.passes.cleanup",
+    "ClippedNearest": "graphwright.passes.quantization",
     "ContractViolation": "graphwright.ir.errors",
     "CpuBackend": "graphwright.backends.cpu",
     "Decoder": "graphwright.frontends.generation.decoder",
@@ -181,16 +187,20 @@ _EXPORTS: dict[str, str] = {
     "Report": "graphwright.passes.report",
     "Retrain": "graphwright.passes.contract",
     "Rewriter": "graphwright.ir.rewriter",
+    "RotateHiddenStates": "graphwright.passes.quantization",
     "Rule": "graphwright.ir.pattern",
     "RulePass": "graphwright.passes.base",
     "Sampling": "graphwright.frontends.generation.sampling",
+    "ScaleSalientChannels": "graphwright.passes.quantization",
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
     "SerializationError": "graphwright.ir.errors",
+    "SmoothActivations": "graphwright.passes.quantization",
     "Stream": "graphwright.frontends.generation.stream",
     "TabulatePositions": "graphwright.passes.decoding",
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
+    "TrainEquivalentScales": "graphwright.passes.quantization",
     "TransposeLinears": "graphwright.passes.cleanup",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",

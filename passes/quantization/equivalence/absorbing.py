@@ -14,13 +14,9 @@ from graphwright.ir.program import Program
 from graphwright.ir.provenance import tags_of
 from graphwright.ir.types import TensorType
 from graphwright.passes.quantization.equivalence import features
-from graphwright.passes.quantization.equivalence.groups import is_assertion, readers_of
+from graphwright.passes.quantization.equivalence.groups import gives_its_input, is_assertion, readers_of
 from graphwright.passes.quantization.targets import LinearTarget, linear_target
 
-_SAME = frozenset(
-    f"aten.{name}"
-    for name in ("contiguous", "clone", "alias", "detach", "to.dtype", "to.dtype_layout", "to.device", "_to_copy")
-)
 _VIEWS = frozenset(
     f"aten.{name}" for name in ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze.dim", "flatten.using_ints")
 )
@@ -107,6 +103,8 @@ class _Search:
         if len(self.found.changed) >= _FARTHEST:
             return "it is too far from what could absorb the factors"
         self.found.changed.append(node)
+        if gives_its_input(node):
+            return self.visit(node.all_input_nodes[0], layout, {node})
         name = op_name(node)
         for names, step in _STEPS:
             if name in names:
@@ -116,10 +114,6 @@ class _Search:
         return f"%{node.name} ({name}) stands between, which a factor does not pass"
 
     # -- operators that factors pass ----------------------------------------------------------------------------------
-
-    def same(self, node: fx.Node, layout: torch.Tensor) -> str | None:
-        """Operators that change no value."""
-        return self.visit(node.all_input_nodes[0], layout, {node})
 
     def relu(self, node: fx.Node, layout: torch.Tensor) -> str | None:
         """``relu(f x) = f relu(x)`` for positive factors."""
@@ -227,8 +221,7 @@ class _Search:
             if reason is None:
                 return None
             reasons.append(reason)
-            for items, length in zip((self.found.changed, self.found.edits, self.found.ties), kept, strict=True):
-                del items[length:]  # type: ignore[attr-defined]
+            del self.found.changed[kept[0] :], self.found.edits[kept[1] :], self.found.ties[kept[2] :]
         return reasons[-1] if reasons else f"%{node.name} has no operand that could absorb a factor"
 
     # -- where the factors go ------------------------------------------------------------------------------------------
@@ -263,14 +256,16 @@ class _Search:
             return f"%{node.name} is tagged {', '.join(sorted(protected))}, which this pass leaves alone"
         if weight.op != "get_attr":
             return f"%{weight.name} is computed, not a constant"
-        tensor, others = self.program.tensor(weight), [user for user in readers_of(self.program, weight) if user is not node]
+        tensor = self.program.tensor(weight)
+        others = [user for user in readers_of(self.program, weight) if user is not node]
         if others:
             return f"the weight {weight.target!r} is also read by %{others[0].name}"
         if not tensor.is_floating_point():
             return f"the weight {weight.target!r} is {tensor.dtype}"
         while layout.dim() > tensor.dim() and layout.shape[0] == 1:
             layout = layout.squeeze(0)
-        if layout.dim() > tensor.dim() or layout.broadcast_to(torch.broadcast_shapes(layout.shape, tensor.shape)).shape != tensor.shape:
+        whole = torch.broadcast_shapes(layout.shape, tensor.shape)
+        if layout.dim() > tensor.dim() or whole != tensor.shape:
             return f"the weight {weight.target!r} is shared among features"
         self.found.edits.append(Edit(weight, layout))
         return None
@@ -284,7 +279,6 @@ class _Search:
 
 _Step = Callable[[_Search, fx.Node, torch.Tensor], str | None]
 _STEPS: tuple[tuple[frozenset[str], _Step], ...] = (
-    (_SAME, _Search.same),
     (frozenset({"aten.relu"}), _Search.relu),
     (_VIEWS, _Search.view),
     (_TRANSPOSES, _Search.transpose),

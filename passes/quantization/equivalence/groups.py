@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from graphwright.ir.arguments import arguments_of
 from graphwright.ir.mapped import release
 from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Refusal
@@ -15,6 +16,11 @@ from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of, tags_of
 from graphwright.passes.quantization.targets import LinearTarget, is_head, linear_target
 from graphwright.passes.selection import Predicate
+
+_UNCHANGED = frozenset(
+    f"aten.{name}"
+    for name in ("contiguous", "clone", "alias", "detach", "to.dtype", "to.dtype_layout", "to.device", "_to_copy")
+)
 
 
 @dataclass(frozen=True)
@@ -92,3 +98,9 @@ def _objection(
 def is_assertion(node: fx.Node) -> bool:
     """Whether a node only checks dtype and device of a value."""
     return op_name(node) == "aten._assert_tensor_metadata"
+
+
+def gives_its_input(node: fx.Node) -> bool:
+    """Whether an operator's value is its input's: copies, changes of dtype, dropout that is off."""
+    name = op_name(node)
+    return name in _UNCHANGED or (name == "aten.dropout" and not arguments_of(node)["train"])

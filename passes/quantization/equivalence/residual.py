@@ -12,17 +12,12 @@ from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import tags_of
 from graphwright.ir.types import TensorType
-from graphwright.passes.quantization.equivalence.groups import is_assertion, readers_of
+from graphwright.passes.quantization.equivalence.groups import gives_its_input, is_assertion, readers_of
 from graphwright.passes.quantization.targets import LinearTarget, linear_target
 
 _RMS = frozenset({"graphwright.rms_norm", "aten.rms_norm"})
 _LAYER_NORM = "aten.layer_norm"
-# One operand, and every feature stays where it is.
-_SAME = frozenset(
-    f"aten.{name}"
-    for name in ("contiguous", "clone", "alias", "detach", "to.dtype", "to.dtype_layout", "to.device", "_to_copy")
-)
-# The same, but other rows of features; not along the last dimension.
+# Other rows of the features; not along the last dimension.
 _ROWS = frozenset({"aten.slice.Tensor", "aten.select.int", "aten.index_select", "aten.unsqueeze", "aten.squeeze.dim"})
 _VIEWS = frozenset({"aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand"})
 _SIZES = frozenset({"aten.sym_size.int"})
@@ -134,7 +129,7 @@ class _Walk:
             return None
         if name == "aten.add.Tensor":
             return self._sum(node)
-        if name in _SAME | _ROWS | _VIEWS or (name == "aten.mul.Tensor" and len(node.all_input_nodes) == 1):
+        if _keeps_features(node):
             return self._objection(node, node.all_input_nodes[0]) or self._enter(node.all_input_nodes[0], None)
         found = linear_target(self.program, node) if node.op == "call_function" else None
         if isinstance(found, LinearTarget):
@@ -171,7 +166,7 @@ class _Walk:
             return self._enter(user, None)
         if (name in _RMS or name == _LAYER_NORM) and norm is None:
             return self._norm(user, node)
-        if name in _SAME | _ROWS | _VIEWS or (name == "aten.mul.Tensor" and norm is None and len(user.all_input_nodes) == 1):
+        if _keeps_features(user):
             return self._objection(user, node) or self._enter(user, norm)
         fused = " (FuseRMSNorm and FuseLayerNorm turn norms into one operator)" if "pow" in name else ""
         return f"%{user.name} ({found if isinstance(found, str) else name}) reads them{fused}"
@@ -222,3 +217,11 @@ class _Walk:
         if place is not None and place in (-1, rank - 1):
             return f"%{node.name} ({op_name(node)}) picks features"
         return None
+
+
+def _keeps_features(node: fx.Node) -> bool:
+    """Whether an operator moves rows of features only, or multiplies them all with one number."""
+    if node.op != "call_function":
+        return False
+    name = op_name(node)
+    return gives_its_input(node) or name in _ROWS | _VIEWS or (name == "aten.mul.Tensor" and len(node.all_input_nodes) == 1)

@@ -57,15 +57,12 @@ class ScaleSalientChannels(ScaleInputs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.bits, bool) or self.bits not in range(2, 9):
-            raise InputError(f"must be in 2..8, not {self.bits!r}", where=f"{self.name}: bits")
-        if self.group_size is not None and (isinstance(self.group_size, bool) or self.group_size < 1):
-            raise InputError(f"must be at least 1 or None, not {self.group_size!r}", where=f"{self.name}: group_size")
         if isinstance(self.ratios, bool) or self.ratios < 1:
             raise InputError(f"must be at least 1, not {self.ratios!r}", where=f"{self.name}: ratios")
         if self.balance not in (True, False, "auto"):
             raise InputError(f"must be True, False or 'auto', not {self.balance!r}", where=f"{self.name}: balance")
-        object.__setattr__(self, "_form", Format(self.bits, self.group_size, self.symmetric, self.clip_search))
+        form = format_of(self.name, self.bits, self.group_size, self.symmetric, self.clip_search)
+        object.__setattr__(self, "_form", form)
 
     def factors(self, program: Program, places: Sequence[Place], stream: Stream) -> Iterator[tuple[Place, torch.Tensor]]:
         """The best ratio for every place."""
@@ -146,15 +143,32 @@ def relative_sizes(weights: Sequence[torch.Tensor], form: Format) -> torch.Tenso
     return total / max(1, rows)
 
 
-def rounded(weight: torch.Tensor, form: Format) -> torch.Tensor:
-    """A weight ``[rows, columns]`` float32 with every element at the nearest code of its group's grid."""
+def format_of(name: str, bits: int, group_size: int | None, symmetric: bool, clip_search: bool) -> Format:
+    """The integer format that a pass's options name.
+
+    Raises:
+        InputError: there is no such format; names the option.
+    """
+    if isinstance(bits, bool) or bits not in range(2, 9):
+        raise InputError(f"must be in 2..8, not {bits!r}", where=f"{name}: bits")
+    if group_size is not None and (isinstance(group_size, bool) or group_size < 2):
+        raise InputError(f"must be at least 2, or None, not {group_size!r}", where=f"{name}: group_size")
+    return Format(bits, group_size, symmetric, clip_search)
+
+
+def groups_in(weight: torch.Tensor, form: Format) -> list[torch.Tensor]:
+    """A weight ``[rows, columns]`` cut into ``[rows, groups, columns of a group]``; a shorter last group by itself."""
     rows, columns = weight.shape
     size = form.columns_per_group(columns)
     whole = columns // size * size
+    found = [weight[:, :whole].reshape(rows, -1, size)] if whole else []
+    return found + ([weight[:, whole:].unsqueeze(1)] if whole < columns else [])
+
+
+def rounded(weight: torch.Tensor, form: Format) -> torch.Tensor:
+    """A weight ``[rows, columns]`` float32 with every element at the nearest code of its group's grid."""
     parts = []
-    for piece, shape in ((weight[:, :whole], (rows, -1, size)), (weight[:, whole:], (rows, 1, columns - whole))):
-        if piece.shape[1]:
-            groups = piece.reshape(shape)
-            scale, zero = form.fit(groups)
-            parts.append(form.values(form.round(groups, scale, zero), scale, zero).reshape(rows, -1))
+    for groups in groups_in(weight, form):
+        scale, zero = form.fit(groups)
+        parts.append(form.values(form.round(groups, scale, zero), scale, zero).flatten(1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
