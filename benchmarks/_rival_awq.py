@@ -15,7 +15,7 @@ from typing import Any
 REQUIREMENTS = (
     "torch==2.13.0",
     "--no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0 accelerate==1.15.0",
-    "--no-deps datasets==5.2.0 tokenizers==0.23.3 huggingface-hub<2 safetensors numpy pyyaml loguru pydantic pyarrow pandas",
+    "--no-deps datasets==5.2.0 tokenizers==0.23.3 huggingface-hub<2 safetensors numpy loguru pydantic pyarrow pandas",
 )
 
 
@@ -52,7 +52,9 @@ def arguments() -> argparse.Namespace:
     """The options that all workers of this kind take."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--calibration", type=Path, required=True, help="safetensors file with input_ids [windows, tokens]")
+    parser.add_argument(
+        "--calibration", type=Path, required=True, help="safetensors file with input_ids [windows, tokens]"
+    )
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=128, help="columns to a scale; 0: one scale per output channel")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

@@ -64,9 +64,9 @@ class Absorption:
         return (total[first] / count[first]).exp().to(factors.dtype)
 
 
-def absorption(program: Program, value: fx.Node, readers: Collection[fx.Node], respects: frozenset[str]) -> (
-    Absorption | str
-):
+def absorption(
+    program: Program, value: fx.Node, readers: Collection[fx.Node], respects: frozenset[str]
+) -> Absorption | str:
     """What takes factors for the features of a value whose readers make up for them, or why nothing does.
 
     Args:

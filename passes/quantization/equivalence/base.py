@@ -55,7 +55,9 @@ class ScaleInputs(Pass):
         return {**super().options(), "calibration": str(self.calibration)}
 
     @abstractmethod
-    def factors(self, program: Program, places: Sequence[Place], stream: Stream) -> Iterator[tuple[Place, torch.Tensor]]:
+    def factors(
+        self, program: Program, places: Sequence[Place], stream: Stream
+    ) -> Iterator[tuple[Place, torch.Tensor]]:
         """Factors ``[features]`` of the weights for each place, in order; those that are not worth a change may lack.
 
         Raises:

@@ -110,9 +110,7 @@ def renew(rewriter: Rewriter, nodes: list[fx.Node]) -> None:
     A node that keeps its name is held to its old value when the pass is verified.
     """
     for node in nodes:
-        new = rewriter.call(
-            node.target, *node.args, like=node, name=f"{node.name}_scaled", **node.kwargs
-        )
+        new = rewriter.call(node.target, *node.args, like=node, name=f"{node.name}_scaled", **node.kwargs)
         rewriter.replace(node, new, equivalent=False)
 
 

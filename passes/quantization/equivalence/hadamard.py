@@ -10,8 +10,8 @@ from graphwright.ir.errors import InputError
 def hadamard(size: int) -> torch.Tensor | None:
     """A Hadamard matrix of this size divided by ``√size``, float64; ``None`` where no construction here gives one.
 
-    ``2^n`` by doubling (Sylvester), times a matrix of a smaller order by the constructions of Paley (1933): ``q + 1`` for
-    primes ``q ≡ 3 (mod 4)``, ``2 (q + 1)`` for primes ``q ≡ 1 (mod 4)``. That covers 12, 20, 28, 36, 40, 44, 60, ….
+    ``2^n`` by doubling (Sylvester), times a matrix of a smaller order by the constructions of Paley (1933): ``q + 1``
+    for primes ``q ≡ 3 (mod 4)``, ``2 (q + 1)`` for primes ``q ≡ 1 (mod 4)``. That covers 12, 20, 28, 36, 40, 44, 60, ….
     """
     if size < 1:
         return None

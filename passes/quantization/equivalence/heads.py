@@ -47,7 +47,9 @@ def value_heads(program: Program, chosen: Callable[[fx.Node], bool], respects: f
         found = absorption(program, linear.x, {node}, respects)
         if not isinstance(found, Absorption) or not found.mixes:
             continue
-        gathered = [each for each in found.changed if op_name(each) in _ATTENTION and linear_target(program, each) is None]
+        gathered = [
+            each for each in found.changed if op_name(each) in _ATTENTION and linear_target(program, each) is None
+        ]
         width = gathered[-1].meta["val"].shape[-1] if gathered else 0
         if isinstance(width, int) and width > 1 and all(_in_heads(edit, found, width) for edit in found.edits):
             result.append(ValueHeads(linear, found, width))
@@ -80,5 +82,7 @@ def rotate_heads(rewriter: Rewriter, heads: ValueHeads, turn: torch.Tensor) -> N
     weight = program.tensor(heads.linear.weight).detach()
     columns = weight.double().t() if heads.linear.transposed else weight.double()
     turned = (columns.unflatten(-1, (-1, width)) @ turn).flatten(-2)
-    rewriter.rebind(heads.linear.weight, (turned.t() if heads.linear.transposed else turned).contiguous().to(weight.dtype))
+    rewriter.rebind(
+        heads.linear.weight, (turned.t() if heads.linear.transposed else turned).contiguous().to(weight.dtype)
+    )
     renew(rewriter, heads.found.changed)

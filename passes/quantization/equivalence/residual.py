@@ -46,9 +46,9 @@ class HiddenStates:
     changed: list[fx.Node] = field(default_factory=list)
 
 
-def hidden_states(program: Program, seed: fx.Node, respects: frozenset[str], chosen: Callable[[fx.Node], bool]) -> (
-    HiddenStates | str
-):
+def hidden_states(
+    program: Program, seed: fx.Node, respects: frozenset[str], chosen: Callable[[fx.Node], bool]
+) -> HiddenStates | str:
     """All that belongs to the hidden states that a lookup makes, or what keeps them as they are.
 
     Args:
@@ -93,7 +93,7 @@ class _Walk:
 
     def run(self, seed: fx.Node) -> str | None:
         """Follow them; what stands in the way, if anything does."""
-        self._enter(seed, None)
+        reason = self._enter(seed, None)
         while self.waiting:
             node, norm = self.waiting.pop()
             reason = self._made(node) if norm is None else None
@@ -103,7 +103,7 @@ class _Walk:
                     break
             if reason is not None:
                 return reason
-        return None
+        return reason
 
     def _enter(self, node: fx.Node, norm: fx.Node | None) -> str | None:
         if node in self.norm_of:
@@ -140,7 +140,9 @@ class _Walk:
             return None
         if node.op == "placeholder":
             return f"they come from the input %{node.name}, which is not rotated"
-        return f"%{node.name} ({found if isinstance(found, str) else name}) makes them, and no weight of it can be rotated"
+        return (
+            f"%{node.name} ({found if isinstance(found, str) else name}) makes them, and no weight of it can be rotated"
+        )
 
     def _sum(self, node: fx.Node) -> str | None:
         left, right = node.args[0], node.args[1]
@@ -168,6 +170,8 @@ class _Walk:
             return self._norm(user, node)
         if _keeps_features(user):
             return self._objection(user, node) or self._enter(user, norm)
+        if norm is not None and name == "aten.add.Tensor":
+            return f"what %{norm.name} gives is added to in %{user.name}, and its weight stands between (post-norm)"
         fused = " (FuseRMSNorm and FuseLayerNorm turn norms into one operator)" if "pow" in name else ""
         return f"%{user.name} ({found if isinstance(found, str) else name}) reads them{fused}"
 
@@ -224,4 +228,8 @@ def _keeps_features(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     name = op_name(node)
-    return gives_its_input(node) or name in _ROWS | _VIEWS or (name == "aten.mul.Tensor" and len(node.all_input_nodes) == 1)
+    return (
+        gives_its_input(node)
+        or name in _ROWS | _VIEWS
+        or (name == "aten.mul.Tensor" and len(node.all_input_nodes) == 1)
+    )

@@ -14,7 +14,7 @@ from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
-from graphwright.ir.provenance import path_of, tags_of
+from graphwright.ir.provenance import path_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact
@@ -48,10 +48,10 @@ class RotateHiddenStates(Pass):
     added in those that read them. With ``heads``, what attention gathers is rotated within each head as well, between
     the value projection and the output projection.
 
-    It does not fire on hidden states that something other than norms, sums and linears meets: that leave the model, come
-    in as an input (``inputs_embeds``), or are what a norm gives (BERT, whose norms stand behind the sums); on norms
-    that are not one operator (run ``FuseAll`` first); where a weight is shared, computed, or protected by a tag; and,
-    with ``untie=False``, on a head whose weight is the embedding's.
+    It does not fire on hidden states that something other than norms, sums and linears meets: that leave the model,
+    come in as an input (``inputs_embeds``), or are what a norm gives (BERT, whose norms stand behind the sums); on
+    norms that are not one operator (run ``FuseAll`` first); where a weight is shared, computed, or protected by a tag;
+    and, with ``untie=False``, on a head whose weight is the embedding's.
 
     Attributes:
         seed: of the signs or the matrix.

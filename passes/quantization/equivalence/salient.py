@@ -29,8 +29,8 @@ class ScaleSalientChannels(ScaleInputs):
         %n = graphwright.rms_norm(%h, %g, 1e-05)             %n = graphwright.rms_norm(%h, %g / s, 1e-05)
         %y = aten.linear(%n, %w)                      ->     %y = aten.linear(%n, %w * s)
 
-    ``s_j = mean |x_j|^r``, and with ``balance`` ``mean |x_j|^r / mean |w_j|^(1 - r)`` where ``|w_j|`` is relative to the
-    largest weight of its group. The ratio ``r`` is the one of ``ratios`` in [0, 1) whose outputs, over the calibration
+    ``s_j = mean |x_j|^r``, and with ``balance`` ``mean |x_j|^r / mean |w_j|^(1 - r)`` where ``|w_j|`` is relative to
+    the largest weight of its group. The ratio ``r`` is the one of ``ratios`` in [0, 1) whose outputs, over the calibration
     data and all linears of the group, err least with weights rounded to the format. Rounding itself is another pass:
     give :class:`QuantizeLinears` the same format, and ``rounding="awq-clip"`` for AWQ's search of ranges.
 
@@ -64,7 +64,9 @@ class ScaleSalientChannels(ScaleInputs):
         form = format_of(self.name, self.bits, self.group_size, self.symmetric, self.clip_search)
         object.__setattr__(self, "_form", form)
 
-    def factors(self, program: Program, places: Sequence[Place], stream: Stream) -> Iterator[tuple[Place, torch.Tensor]]:
+    def factors(
+        self, program: Program, places: Sequence[Place], stream: Stream
+    ) -> Iterator[tuple[Place, torch.Tensor]]:
         """The best ratio for every place."""
         for place in places:
             group = place.group

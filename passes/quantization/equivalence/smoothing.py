@@ -48,7 +48,9 @@ class SmoothActivations(ScaleInputs):
         if isinstance(self.strength, bool) or not 0.0 <= self.strength <= 1.0:
             raise InputError(f"must be in 0..1, not {self.strength!r}", where=f"{self.name}: strength")
 
-    def factors(self, program: Program, places: Sequence[Place], stream: Stream) -> Iterator[tuple[Place, torch.Tensor]]:
+    def factors(
+        self, program: Program, places: Sequence[Place], stream: Stream
+    ) -> Iterator[tuple[Place, torch.Tensor]]:
         """Equation 4 for every place."""
         for place in places:
             group = place.group

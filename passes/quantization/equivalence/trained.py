@@ -33,7 +33,8 @@ class TrainEquivalentScales(ScaleInputs):
 
     Block by block (a layer of the model), all factors of a block together: Adam on ``log s``, from ``s = 1``, minimises
     the squared error of what the block gives with weights ``round(w * s) / s``, relative to its size; rounding itself
-    passes gradients on as if it were not there. Factors that end up worse than none on the calibration data are dropped.
+    passes gradients on as if it were not there. Factors that end up worse than none are
+    dropped.
 
     It does not fire where :class:`SmoothActivations` does not.
 
@@ -58,13 +59,17 @@ class TrainEquivalentScales(ScaleInputs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "_form", format_of(self.name, self.bits, self.group_size, self.symmetric, self.clip_search))
+        object.__setattr__(
+            self, "_form", format_of(self.name, self.bits, self.group_size, self.symmetric, self.clip_search)
+        )
         if isinstance(self.steps, bool) or self.steps < 1:
             raise InputError(f"must be at least 1, not {self.steps!r}", where=f"{self.name}: steps")
         if isinstance(self.learning_rate, bool) or not 0.0 < self.learning_rate < 1.0:
             raise InputError(f"must be in 0..1, not {self.learning_rate!r}", where=f"{self.name}: learning_rate")
 
-    def factors(self, program: Program, places: Sequence[Place], stream: Stream) -> Iterator[tuple[Place, torch.Tensor]]:
+    def factors(
+        self, program: Program, places: Sequence[Place], stream: Stream
+    ) -> Iterator[tuple[Place, torch.Tensor]]:
         """Trained factors, block by block."""
         for block in blocks_of(stream.program):
             inside = {node.name for node in block.nodes}
@@ -153,11 +158,10 @@ class _Training:
 def straight_through(weight: torch.Tensor, form: Format) -> torch.Tensor:
     """A weight ``[rows, columns]`` float32 rounded to a format, with gradients.
 
-    With ``v`` the value a code stands for and ``c`` the scale, ``dv = v / c dc``, and ``+ dw - w / c dc`` for weights that
-    are not clipped. The scale is taken for a fixed multiple of its group's extent ``max w - min w``.
+    With ``v`` the value a code stands for and ``c`` the scale, ``dv = v / c dc``, and ``+ dw - w / c dc`` for weights
+    that are not clipped. The scale is taken for a fixed multiple of its group's extent ``max w - min w``.
     """
-    rows, columns = weight.shape
-    parts = [_straight_through(groups, form).reshape(rows, -1) for groups in groups_in(weight, form)]
+    parts = [_straight_through(groups, form).flatten(1) for groups in groups_in(weight, form)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -167,7 +171,7 @@ def _straight_through(groups: torch.Tensor, form: Format) -> torch.Tensor:
     value = form.values(form.round(held, scale, zero), scale, zero)
     extent = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
     fixed = extent.detach()
-    grown = torch.where(fixed > 0, extent / fixed.clamp_min(torch.finfo(torch.float32).tiny), torch.ones_like(fixed)) - 1
+    grown = extent / fixed.clamp_min(torch.finfo(torch.float32).tiny) - (fixed > 0).to(held.dtype)
     within = ((value - held).abs() <= 0.501 * scale.abs().unsqueeze(-1)).to(held.dtype)
     return value + value * grown + within * ((groups - held) - held * grown)
 
@@ -186,4 +190,3 @@ def _outputs(block: Block) -> list[fx.Node]:
 def _width(place: Place) -> int:
     width: Any = place.group.x.meta["val"].shape[-1]
     return int(width)
-
