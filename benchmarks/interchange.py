@@ -94,8 +94,8 @@ def _out(
         target = folder / f"{layout}-{bits}-{symmetric}-{group}"
         saved = gw.save_quantized(made, target, layout=layout, source=TINYLM)
         ours = load_model(target, dtype="float32")
-        scales: list[torch.Tensor] = [each.scales for each in ours.modules() if isinstance(each, StoredLinear)]
-        negative = sum(int((each < 0).sum()) for each in scales)
+        stored: list[Any] = [each for each in ours.modules() if isinstance(each, StoredLinear)]
+        negative = sum(int((each.scales < 0).sum()) for each in stored)
         _report(rows, f"{layout}: {kind}: read again by us", saved.error, 1e-6, f"{negative} negative scales")
         if layout == "compressed-tensors":
             _read_by_compressed_tensors(target, ours, kind, symmetric, rows)

@@ -134,6 +134,30 @@ class Rewriter:
         self.changed = True
         return node
 
+    def rebind(self, weight: fx.Node, tensor: torch.Tensor) -> None:
+        """Give a weight other values under its name: what its readers compute changes.
+
+        Args:
+            weight: its ``get_attr`` node.
+            tensor: of the same dtype and shape; never the old one written into, which the original model shares.
+
+        Raises:
+            TypeMismatch: dtype or shape differ.
+        """
+        old = self.program.tensor(weight)
+        if (tensor.dtype, tensor.shape) != (old.dtype, old.shape):
+            raise TypeMismatch(
+                f"the new values are {tensor.dtype}{list(tensor.shape)}, the weight {old.dtype}{list(old.shape)}",
+                where=f"weight {weight.target!r}",
+            )
+        owner, _, leaf = str(weight.target).rpartition(".")
+        module = self.program.body.get_submodule(owner)
+        if leaf in module._parameters:  # in its place: optimizers rely on the order
+            module._parameters[leaf] = torch.nn.Parameter(tensor, old.requires_grad)
+        else:
+            module._buffers[leaf] = tensor
+        self.changed = True
+
     # -- changing ------------------------------------------------------------------------------------------------------
 
     def replace(self, old: fx.Node, new: fx.Node, *, equivalent: bool = True) -> None:

@@ -15,10 +15,13 @@ class Exact:
             regrouped: outputs may move by a small multiple of the original's own rounding error.
         tolerance: largest error of a replaced value, computed in float64 from the same inputs, relative to the value's
             root mean square. Loosen it only for passes that compute constants in the native dtype.
+        stored: weights are computed anew and rounded to the dtype that they are stored in, so a value may also err by
+            what that rounding makes of it.
     """
 
     bitwise: bool = False
     tolerance: float = 1e-9
+    stored: bool = False
     kind: ClassVar[str] = "exact"
 
 
@@ -57,7 +60,8 @@ def weakest(contracts: list[Contract]) -> Contract:
     worst = max(contracts, key=lambda item: _STRENGTH[type(item)])
     if isinstance(worst, Exact):
         exact = [item for item in contracts if isinstance(item, Exact)]
-        return Exact(all(item.bitwise for item in exact), max(item.tolerance for item in exact))
+        tolerance, stored = max(item.tolerance for item in exact), any(item.stored for item in exact)
+        return Exact(all(item.bitwise for item in exact), tolerance, stored)
     if isinstance(worst, Approximate):
         loose = [item for item in contracts if isinstance(item, Approximate)]
         budgets = [item.max_relative_error for item in loose if item.max_relative_error is not None]

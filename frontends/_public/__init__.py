@@ -115,6 +115,7 @@ if TYPE_CHECKING:
     from graphwright.passes.pipeline import Pipeline as Pipeline
     from graphwright.passes.pipeline import run_passes as run_passes
     from graphwright.passes.quantization import Allocation as Allocation
+    from graphwright.passes.quantization import ClippedNearest as ClippedNearest
     from graphwright.passes.quantization import Gptq as Gptq
     from graphwright.passes.quantization import Hqq as Hqq
     from graphwright.passes.quantization import LinearSensitivity as LinearSensitivity
@@ -124,9 +125,13 @@ if TYPE_CHECKING:
     from graphwright.passes.quantization import QuantizeAttention as QuantizeAttention
     from graphwright.passes.quantization import QuantizeEmbeddings as QuantizeEmbeddings
     from graphwright.passes.quantization import QuantizeLinears as QuantizeLinears
+    from graphwright.passes.quantization import RotateHiddenStates as RotateHiddenStates
+    from graphwright.passes.quantization import ScaleSalientChannels as ScaleSalientChannels
     from graphwright.passes.quantization import Sensitivities as Sensitivities
+    from graphwright.passes.quantization import SmoothActivations as SmoothActivations
     from graphwright.passes.quantization import SplitOutlierColumns as SplitOutlierColumns
     from graphwright.passes.quantization import SplitOutlierWeights as SplitOutlierWeights
+    from graphwright.passes.quantization import TrainEquivalentScales as TrainEquivalentScales
     from graphwright.passes.quantization import allocate as allocate
     from graphwright.passes.quantization import sensitivities as sensitivities
     from graphwright.passes.quantization import skip_by_kurtosis as skip_by_kurtosis
@@ -149,6 +154,7 @@ _EXPORTS: dict[str, str] = {
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
     "Cleanup": "graphwright.passes.cleanup",
+    "ClippedNearest": "graphwright.passes.quantization",
     "ContractViolation": "graphwright.ir.errors",
     "CpuBackend": "graphwright.backends.cpu",
     "Decoder": "graphwright.frontends.generation.decoder",
@@ -212,21 +218,25 @@ _EXPORTS: dict[str, str] = {
     "Report": "graphwright.passes.report",
     "Retrain": "graphwright.passes.contract",
     "Rewriter": "graphwright.ir.rewriter",
+    "RotateHiddenStates": "graphwright.passes.quantization",
     "Rule": "graphwright.ir.pattern",
     "RulePass": "graphwright.passes.base",
     "Sampling": "graphwright.frontends.generation.sampling",
     "SavedModel": "graphwright.frontends.huggingface.quantized",
+    "ScaleSalientChannels": "graphwright.passes.quantization",
     "SearchSpace": "graphwright.frontends.autoquantize",
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
     "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
+    "SmoothActivations": "graphwright.passes.quantization",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "Stream": "graphwright.frontends.generation.stream",
     "TabulatePositions": "graphwright.passes.decoding",
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
+    "TrainEquivalentScales": "graphwright.passes.quantization",
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
     "TypeMismatch": "graphwright.ir.errors",

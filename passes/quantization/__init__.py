@@ -4,8 +4,15 @@ from graphwright.passes.quantization.allocation import Allocation, allocate
 from graphwright.passes.quantization.attention import QuantizeAttention
 from graphwright.passes.quantization.compensation import LoftQ, LowRank
 from graphwright.passes.quantization.embeddings import QuantizeEmbeddings
+from graphwright.passes.quantization.equivalence import (
+    RotateHiddenStates,
+    ScaleSalientChannels,
+    SmoothActivations,
+    TrainEquivalentScales,
+)
 from graphwright.passes.quantization.linears import QuantizeLinears
 from graphwright.passes.quantization.outliers import SplitOutlierColumns, SplitOutlierWeights
+from graphwright.passes.quantization.rounding.clipped import ClippedNearest
 from graphwright.passes.quantization.rounding.gptq import Gptq
 from graphwright.passes.quantization.rounding.hqq import Hqq
 from graphwright.passes.quantization.rounding.nearest import Nearest
@@ -18,6 +25,7 @@ from graphwright.passes.quantization.sensitivity import (
 
 __all__ = [
     "Allocation",
+    "ClippedNearest",
     "Gptq",
     "Hqq",
     "LinearSensitivity",
@@ -27,9 +35,13 @@ __all__ = [
     "QuantizeAttention",
     "QuantizeEmbeddings",
     "QuantizeLinears",
+    "RotateHiddenStates",
+    "ScaleSalientChannels",
     "Sensitivities",
+    "SmoothActivations",
     "SplitOutlierColumns",
     "SplitOutlierWeights",
+    "TrainEquivalentScales",
     "allocate",
     "sensitivities",
     "skip_by_kurtosis",

@@ -12,7 +12,7 @@ import torch
 from graphwright.ir.errors import ContractViolation, InputError
 from graphwright.ir.mapped import give_back_freed, streaming
 from graphwright.ir.program import Program, Snapshot
-from graphwright.ir.types import DTYPE_NAMES
+from graphwright.ir.types import DTYPE_NAMES, TensorType
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract, Exact, Retrain
 from graphwright.passes.hooks import Hook
@@ -29,6 +29,9 @@ _ROUNDING_FACTOR = 16.0
 # Single elements have heavy tails (a near-cancelled value, a padded position): the probe sees few of them, the examples
 # many.
 _TAIL_FACTOR = 256.0
+
+# A weight that is rounded anew moves each product by half an epsilon; sums that nearly cancel show it enlarged.
+_STORED_FACTOR = 32.0
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,10 @@ class Verifier(Hook):
             assert self._values is not None
             local = check_locally(before, self._values, program)
             self._note_local(record, contract, local)
-            self._hold_locally(item, contract, local, record.notes.get("local_limits", {}))
-            # After an approximate pass the old values downstream are no longer what the program computes.
-            self._values = local.values if isinstance(contract, Exact) else None
+            self._hold_locally(program, item, contract, local, record.notes.get("local_limits", {}))
+            # After an approximate pass, or with weights rounded anew, the old values are not what is computed now.
+            kept = isinstance(contract, Exact) and not contract.stored
+            self._values = local.values if kept else None
             del local
             give_back_freed()
         self._check_outputs(program, item, contract, record)
@@ -185,10 +189,16 @@ class Verifier(Hook):
             if entry.difference.worst > 0
         ]
 
-    def _hold_locally(self, item: Pass, contract: Contract, local: LocalResult, limits: Mapping[str, float]) -> None:
+    def _hold_locally(
+        self, program: Program, item: Pass, contract: Contract, local: LocalResult, limits: Mapping[str, float]
+    ) -> None:
         """Hold every replaced value to the contract; an approximate pass may note tighter limits for single nodes."""
         if isinstance(contract, Exact):
             worst, limit = local.worst(), contract.tolerance
+            if contract.stored and worst is not None:
+                kind = program.type_of(program.node(worst.node))
+                if isinstance(kind, TensorType) and kind.dtype.is_floating_point:
+                    limit = max(limit, _STORED_FACTOR * torch.finfo(kind.dtype).eps)
             error = worst.difference.worst if worst is not None else 0.0
         elif isinstance(contract, Approximate):
             most = contract.max_local_error
