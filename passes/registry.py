@@ -38,6 +38,8 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "tabulate-positions": ("decoding", "TabulatePositions"),
     "quantize-linears": ("quantization", "QuantizeLinears"),
     "quantize-embeddings": ("quantization", "QuantizeEmbeddings"),
+    "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
+    "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }
 
 

@@ -105,7 +105,10 @@ if TYPE_CHECKING:
     from graphwright.passes.hooks import Hook as Hook
     from graphwright.passes.pipeline import Pipeline as Pipeline
     from graphwright.passes.pipeline import run_passes as run_passes
+    from graphwright.passes.quantization import AutoRound as AutoRound
+    from graphwright.passes.quantization import ConvertFakeQuantize as ConvertFakeQuantize
     from graphwright.passes.quantization import Gptq as Gptq
+    from graphwright.passes.quantization import InsertFakeQuantize as InsertFakeQuantize
     from graphwright.passes.quantization import Nearest as Nearest
     from graphwright.passes.quantization import QuantizeEmbeddings as QuantizeEmbeddings
     from graphwright.passes.quantization import QuantizeLinears as QuantizeLinears
@@ -120,12 +123,14 @@ if TYPE_CHECKING:
 # exported name -> the module that defines it
 _EXPORTS: dict[str, str] = {
     "Approximate": "graphwright.passes.contract",
+    "AutoRound": "graphwright.passes.quantization",
     "BackendError": "graphwright.ir.errors",
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
     "Cleanup": "graphwright.passes.cleanup",
     "ContractViolation": "graphwright.ir.errors",
+    "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
@@ -153,6 +158,7 @@ _EXPORTS: dict[str, str] = {
     "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
     "InputError": "graphwright.ir.errors",
+    "InsertFakeQuantize": "graphwright.passes.quantization",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "Nearest": "graphwright.passes.quantization",

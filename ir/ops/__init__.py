@@ -21,6 +21,7 @@ DIALECT: dict[str, str] = {
     "cache_append": "cache",
     "cached_attention": "cache",
     "embedding_nbits": "quantization",
+    "fake_quantize": "fake_quantize",
     "gated_activation": "activation",
     "linear_int8_dynamic": "quantization",
     "linear_int8_static": "quantization",

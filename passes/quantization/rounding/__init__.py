@@ -12,6 +12,7 @@ __all__ = ["METHODS", "BlockRounding", "Codes", "InputRounding", "Rounding", "We
 
 # method -> module of this package and class
 METHODS: dict[str, tuple[str, str]] = {
+    "autoround": ("autoround", "AutoRound"),
     "gptq": ("gptq", "Gptq"),
     "nearest": ("nearest", "Nearest"),
 }
