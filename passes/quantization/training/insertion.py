@@ -77,9 +77,7 @@ class InsertFakeQuantize(Pass):
         super().__post_init__()
         check_format(self.name, self.bits, self.group_size)
         if self.activations not in ("none", "int8"):
-            raise InputError(
-                f"must be 'none' or 'int8', not {self.activations!r}", where=f"{self.name}: activations"
-            )
+            raise InputError(f"must be 'none' or 'int8', not {self.activations!r}", where=f"{self.name}: activations")
         if self.calibration is not None:
             object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
         if self.activations == "none":
