@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, required=True, help="columns to a scale; 0 for one scale per channel")
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8, help="windows to an iteration")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -30,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     windows = load_file(options.calibration)["input_ids"].long()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in windows.split(8)]
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in windows.split(options.batch)]
     rounding = AutoRound(
         model,
         AutoTokenizer.from_pretrained(options.model),
@@ -41,7 +42,7 @@ def main() -> None:
         seqlen=windows.shape[1],
         nsamples=len(windows),
         iters=options.iterations,
-        batch_size=8,
+        batch_size=options.batch,
         seed=options.seed,
         device_map="cpu",
         amp=False,

@@ -60,9 +60,9 @@ def test_a_scale_for_each_group() -> None:
             z, s = float(zero[row, group]), float(scale[row, group].detach())
             value, by_x, by_scale = expected(x[row, span].detach(), s, z, 0, 15)
             torch.testing.assert_close(found[row, span].detach(), value, rtol=0, atol=1e-12)
-            torch.testing.assert_close(x.grad[row, span], weights[row, span] * by_x)  # type: ignore[index]
+            torch.testing.assert_close(x.grad[row, span], weights[row, span] * by_x)
             wanted = (weights[row, span] * by_scale).sum() / math.sqrt(4 * 15 / 2)
-            torch.testing.assert_close(scale.grad[row, group], wanted)  # type: ignore[index]
+            torch.testing.assert_close(scale.grad[row, group], wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -155,7 +155,7 @@ def test_the_second_insertion_changes_nothing() -> None:
 def test_where_it_does_not_fire() -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.randn(48, 32))
-    model.forward = lambda x: x @ model.weight  # type: ignore[method-assign]
+    model.forward = lambda x: x @ model.weight
     program = gw.trace(model, X[:2])
     assert "is stored [in, out]" in gw.InsertFakeQuantize().refusals(program)[0].reason
     chosen = gw.InsertFakeQuantize(where="gate").refusals(gw.trace(Mlp(), X[:2]))

@@ -15,6 +15,7 @@ from torch import fx
 
 from graphwright.ir.errors import InputError
 from graphwright.passes.calibration.stream import run_nodes
+from graphwright.passes.quantization.grids import TINY
 from graphwright.passes.quantization.rounding.base import BlockRounding, BlockTask, Codes
 from graphwright.passes.quantization.rounding.gptq import gptq
 from graphwright.passes.quantization.rounding.offsets import TrainedRounding
@@ -104,14 +105,20 @@ class AutoRound(BlockRounding):
         descent = _Descent(groups, adam=self.optimizer == "adam")
         parameters = [*offsets, *ranges]
         start = [each.clone() for each in parameters]
-        best, least = start, float("inf")
+        with torch.no_grad():
+            dense = {name: weight.dense() for name, weight in weights.items()}
+            before = [stretch.loss(dense, [batch]) for batch in range(stretch.batches)]
+        best, least = start, 1.0
         order = _in_turn(stretch.batches, self.seed)
         for step in range(self.steps):
             for each in parameters:
                 each.requires_grad_()
             with torch.enable_grad():
                 dense = {name: weight.dense() for name, weight in weights.items()}
-            loss = stretch.loss(dense, self._batches(stretch, order), backward=True)
+            batches = self._batches(stretch, order)
+            loss = stretch.loss(dense, batches, backward=True)
+            # Batches differ in how hard they are: what counts is how much better than the start it is on the same ones.
+            loss /= max(sum(before[batch] for batch in batches), TINY)
             with torch.no_grad():
                 for each in parameters:
                     each.requires_grad_(False)
@@ -199,7 +206,7 @@ class _Stretch:
         return found
 
     def loss(self, dense: Mapping[str, torch.Tensor], batches: Any, *, backward: bool = False) -> float:
-        """Squared error of the outputs over some batches, each output relative to its size.
+        """Squared error of the outputs over some batches, each output relative to its size over all batches.
 
         Args:
             dense: the weights as ``[out, in]``, float32.
@@ -207,8 +214,7 @@ class _Stretch:
             backward: give the weights' parameters their gradients; one batch's activations are in memory at a time.
         """
         leaves = {name: weight.detach().requires_grad_(backward) for name, weight in dense.items()}
-        total, rows = 0.0, sum(self._rows[batch] for batch in batches)
-        share = sum(self._rows.values()) / max(rows, 1)
+        total = 0.0
         with torch.set_grad_enabled(backward):
             for batch in batches:
                 stored = {name: _as_stored(leaves[name], target, self.task) for name, target in self.stored.items()}
@@ -216,9 +222,9 @@ class _Stretch:
                 loss = torch.zeros(())
                 for node, size, wanted in zip(self.outputs, self._sizes, self._wanted(batch), strict=True):
                     given = self.task.rounded.without_padding(values[node], batch).to(torch.float32)
-                    loss = loss + (given - wanted).square().sum() * (share / max(size, 1e-30))
+                    loss = loss + (given - wanted).square().sum() / max(size, TINY)
                 if backward:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                 total += float(loss.detach())
         if backward:
             grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

@@ -12,6 +12,8 @@ from graphwright.passes.quantization.rounding.base import Codes
 
 # How far a trained range goes from the one that was fitted.
 _LEAST, _MOST = 0.5, 1.5
+# Where the choice of another method is least certain: a little inside the middle between two codes.
+_EDGE = 0.499
 
 
 def round_through(values: torch.Tensor) -> torch.Tensor:
@@ -58,13 +60,11 @@ class TrainedRounding:
         choice, from where a small offset takes them back."""
         self._fitted, self._zero = found.scales.clone(), found.zeros.clone()
         scale = self._fitted.unsqueeze(-1)
-        steps = self._grouped(found.codes.to(torch.float32) - _spread(found.zeros, self.form, self.columns))
-        units = self._grouped(self.exact) / scale
-        least, most = self._ends()
-        lower = torch.where(steps + self._zero.unsqueeze(-1) <= least, units, steps - 0.499)
-        upper = torch.where(steps + self._zero.unsqueeze(-1) >= most, units, steps + 0.499)
-        self.latent = units.clamp(torch.minimum(lower, units), torch.maximum(upper, units))
-        self.latent = torch.minimum(torch.maximum(units, lower), upper) * scale
+        codes = self._grouped(found.codes.to(torch.float32))
+        steps, (least, most) = codes - self._zero.unsqueeze(-1), self._ends()
+        lower = torch.where(codes <= least, -torch.inf, steps - _EDGE)
+        upper = torch.where(codes >= most, torch.inf, steps + _EDGE)
+        self.latent = (self._grouped(self.exact) / scale).clamp(lower, upper) * scale
 
     def parameters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Offsets, and multipliers of ranges."""
