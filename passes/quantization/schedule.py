@@ -177,8 +177,10 @@ class Schedule:
                 for name, codes in rounding.codes(task).items():
                     done[name] = pack_codes(codes, self.forms[name])
                 for target in targets:
-                    found = Quantized(target, done[weight_name(target)])
-                    rounded.replace_weight(weight_name(target), _dense(found, self.program.tensor(target.weight).dtype))
+                    name = weight_name(target)
+                    found = Quantized(target, done[name])
+                    if rounding.rounded_inputs:
+                        rounded.replace_weight(name, _dense(found, self.program.tensor(target.weight).dtype))
                     yield found
 
     def _task(

@@ -16,7 +16,6 @@ from graphwright.passes.quantization.rounding.gptq import gptq
 from graphwright.passes.quantization.rounding.offsets import TrainedRounding
 from graphwright.passes.quantization.targets import LinearTarget, linear_target
 
-
 MIXING = torch.randn(8, 32, generator=torch.Generator().manual_seed(5)) / 3
 
 
@@ -190,7 +189,13 @@ def test_it_starts_from_the_codes_of_another_method() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"symmetric": False}, {"group_size": None}, {"bits": 8}, {"activations": "int8", "bits": 8, "group_size": None}],
+    [
+        {},
+        {"symmetric": False},
+        {"group_size": None},
+        {"bits": 8},
+        {"activations": "int8", "bits": 8, "group_size": None},
+    ],
 )
 def test_every_format_trains(options: dict[str, Any]) -> None:
     model = Layers().eval()
@@ -206,6 +211,16 @@ def test_outputs_come_nearer_than_with_the_nearest_codes(model: type[nn.Module],
     nearest = error(made, quantized(made, "nearest"), BATCHES)
     found = quantized(made, gw.AutoRound(start=start, **QUICK))
     assert error(made, found, BATCHES) < 0.8 * nearest
+
+
+def test_exact_inputs_train_every_block_by_itself() -> None:
+    """The first block is the same either way, the second is not."""
+    model = Layers().eval()
+    rounded = quantized(model, gw.AutoRound(**QUICK), bits=4).tensors()
+    exact = quantized(model, gw.AutoRound(rounded_inputs=False, **QUICK), bits=4).tensors()
+    first = [name for name in rounded if name.startswith("layers.0") and name.endswith("qweight")]
+    assert all(torch.equal(rounded[name], exact[name]) for name in first)
+    assert any(not torch.equal(rounded[name], exact[name]) for name in rounded if name not in first)
 
 
 def test_a_shared_weight_is_trained_once() -> None:

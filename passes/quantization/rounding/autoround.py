@@ -6,20 +6,19 @@ Cheng, Zhang, Shen, Cai, He, Lv, Liu: Optimize Weight Rounding via Signed Gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import fx
 
 from graphwright.ir.errors import InputError
-from graphwright.passes.calibration.stream import run_nodes
+from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.grids import TINY
 from graphwright.passes.quantization.rounding.base import BlockRounding, BlockTask, Codes
+from graphwright.passes.quantization.rounding.block_run import BlockRun
 from graphwright.passes.quantization.rounding.gptq import gptq
 from graphwright.passes.quantization.rounding.offsets import TrainedRounding
-from graphwright.passes.quantization.targets import LinearTarget
 
 STARTS = ("nearest", "gptq")
 OPTIMIZERS = ("sign", "adam")
@@ -35,8 +34,8 @@ class AutoRound(BlockRounding):
     Attributes:
         steps: of gradient descent for each block; 0 leaves the start as it is.
         tokens: rows that a step looks at: whole batches of the calibration data until there are as many.
-        learning_rate: of the offsets in the first step, falling to 0 on a line; ``None`` for ``1 / steps`` with signs
-            and for ``2 / steps`` with Adam.
+        learning_rate: of the offsets in the first step, falling to 0 on a line; ``None`` for ``1 / steps``, and twice
+            that with Adam or for weights of 2 bits.
         scale_learning_rate: of the ranges; ``None`` for ``learning_rate``.
         optimizer: ``"sign"``, the paper's, or ``"adam"`` (Kingma and Ba 2015).
         start: ``"nearest"``, or ``"gptq"``: from GPTQ's codes, with ranges fitted for the inputs.
@@ -76,20 +75,20 @@ class AutoRound(BlockRounding):
         Raises:
             InputError: the block's outputs on the calibration data are not finite, or GPTQ finds no start.
         """
-        stretch = _Stretch(task)
-        weights = self._start(task, stretch)
-        if self.steps and stretch.outputs:
-            self._train(stretch, weights)
+        run = BlockRun(task)
+        weights = self._start(task, run)
+        if self.steps and run.outputs:
+            self._train(run, weights)
         return {name: weight.found() for name, weight in weights.items()}
 
-    def _start(self, task: BlockTask, stretch: _Stretch) -> dict[str, TrainedRounding]:
-        moments = stretch.moments(task.targets) if self.start == "gptq" else {}
+    def _start(self, task: BlockTask, run: BlockRun) -> dict[str, TrainedRounding]:
+        moments = run.moments(task.targets)
         weights: dict[str, TrainedRounding] = {}
         for target in task.targets:
             name, form = str(target.weight.target), task.forms[str(target.weight.target)]
             matrix = task.rounded.weight(target.weight)
             matrix = matrix.t() if target.transposed else matrix
-            weights[name] = TrainedRounding(matrix, form, reach=self.reach)
+            weights[name] = TrainedRounding(matrix, form, importance=_importance(moments, name), reach=self.reach)
             if self.start == "gptq":
                 try:
                     weights[name].start_from(gptq(matrix, moments[name], form))
@@ -97,154 +96,62 @@ class AutoRound(BlockRounding):
                     raise InputError(error.what, where=f"weight {name!r}", hint=error.hint) from error
         return weights
 
-    def _train(self, stretch: _Stretch, weights: Mapping[str, TrainedRounding]) -> None:
-        offsets = [each for weight in weights.values() for each in weight.parameters()[0]]
-        ranges = [each for weight in weights.values() for each in weight.parameters()[1]]
-        rate = self.learning_rate or (1.0 if self.optimizer == "sign" else 2.0) / self.steps
-        groups = ((offsets, rate), (ranges, self.scale_learning_rate or rate))
+    def _train(self, run: BlockRun, weights: Mapping[str, TrainedRounding]) -> None:
+        groups: list[tuple[list[torch.Tensor], float]] = []
+        for weight in weights.values():
+            rate = self.learning_rate or self._usual_rate(weight.form)
+            offsets, ranges = weight.parameters()
+            groups += [(offsets, rate), (ranges, self.scale_learning_rate or rate)]
         descent = _Descent(groups, adam=self.optimizer == "adam")
-        parameters = [*offsets, *ranges]
-        start = [each.clone() for each in parameters]
-        with torch.no_grad():
-            dense = {name: weight.dense() for name, weight in weights.items()}
-            before = [stretch.loss(dense, [batch]) for batch in range(stretch.batches)]
-        best, least = start, 1.0
-        order = _in_turn(stretch.batches, self.seed)
+        parameters = [each for group, _ in groups for each in group]
+        start = best = [each.clone() for each in parameters]
+        dense = {name: weight.dense() for name, weight in weights.items()}
+        before = [run.loss(dense, [batch]) for batch in range(run.batches)]
+        order, least = _in_turn(run.batches, self.seed), 1.0
         for step in range(self.steps):
-            for each in parameters:
-                each.requires_grad_()
-            with torch.enable_grad():
-                dense = {name: weight.dense() for name, weight in weights.items()}
-            batches = self._batches(stretch, order)
-            loss = stretch.loss(dense, batches, backward=True)
+            batches = self._batches(run, order)
+            loss, grads = run.gradients(dense, batches)
             # Batches differ in how hard they are: what counts is how much better than the start it is on the same ones.
             loss /= max(sum(before[batch] for batch in batches), TINY)
-            with torch.no_grad():
-                for each in parameters:
-                    each.requires_grad_(False)
-                if loss < least:
-                    best, least = [each.clone() for each in parameters], loss
-                descent.step(1.0 - step / self.steps)
-                for weight in weights.values():
-                    weight.bound()
-        self._keep_best(stretch, weights, parameters, (start, best, [each.clone() for each in parameters]))
+            if loss < least:
+                best, least = [each.clone() for each in parameters], loss
+            for name, grad in grads.items():  # one by one: what lies between parameters and weight is large
+                weights[name].backward(grad)
+            descent.step(1.0 - step / self.steps)
+            for name, weight in weights.items():
+                weight.bound()
+                dense[name] = weight.dense()
+        # The loss of a step is that of its batches alone: what was best there and last, compared on all of them.
+        last = [each.clone() for each in parameters]
+        losses = {0: sum(before)}
+        for index, candidate in enumerate((best, last), 1):
+            _put(parameters, candidate)
+            dense = {name: weight.dense() for name, weight in weights.items()}
+            losses[index] = run.loss(dense, range(run.batches))
+        _put(parameters, (start, best, last)[min(losses, key=lambda index: losses[index])])
 
-    def _batches(self, stretch: _Stretch, order: Iterator[int]) -> list[int]:
+    def _usual_rate(self, form: Format) -> float:
+        return (2.0 if self.optimizer == "adam" or form.bits <= 2 else 1.0) / self.steps
+
+    def _batches(self, run: BlockRun, order: Iterator[int]) -> list[int]:
         chosen, rows = [next(order)], 0
-        rows = stretch.rows(chosen[0])
-        while rows < self.tokens and len(chosen) < stretch.batches:
+        rows = run.rows(chosen[0])
+        while rows < self.tokens and len(chosen) < run.batches:
             chosen.append(next(order))
-            rows += stretch.rows(chosen[-1])
+            rows += run.rows(chosen[-1])
         return chosen
 
-    @staticmethod
-    def _keep_best(
-        stretch: _Stretch,
-        weights: Mapping[str, TrainedRounding],
-        parameters: list[torch.Tensor],
-        candidates: tuple[list[torch.Tensor], ...],
-    ) -> None:
-        """The loss of a step is that of its batches alone: what was best there, first and last, compared on all."""
-        losses = []
-        with torch.no_grad():
-            for candidate in candidates:
-                for each, value in zip(parameters, candidate, strict=True):
-                    each.copy_(value)
-                dense = {name: weight.dense() for name, weight in weights.items()}
-                losses.append(stretch.loss(dense, range(stretch.batches)))
-            for each, value in zip(parameters, candidates[losses.index(min(losses))], strict=True):
-                each.copy_(value)
+
+def _importance(moments: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    if name not in moments:
+        return None
+    diagonal = moments[name].diagonal()
+    return (diagonal / diagonal.mean().clamp_min(TINY)).clamp_min(1e-8)
 
 
-class _Stretch:
-    """A block, run with weights in place of its own."""
-
-    def __init__(self, task: BlockTask) -> None:
-        self.task = task
-        self.stored = {str(target.weight.target): target for target in task.targets}
-        reached: set[fx.Node] = set()
-        for node in task.block.nodes:
-            if any(each in reached or str(each.target) in self.stored for each in node.all_input_nodes):
-                reached.add(node)
-        self.outputs = [node for node in task.outputs if node in reached]
-        read = {each for node in task.block.nodes for each in node.all_input_nodes}
-        self._given = [node for node in task.rounded.live() if node in read]
-        own = [node for node in read if node.op == "get_attr" and str(node.target) not in self.stored]
-        self._others = {str(node.target): task.rounded.weight(node).detach() for node in own}
-        self._sizes = [0.0] * len(self.outputs)
-        self._rows: dict[int, int] = {}
-        for batch in range(self.batches):
-            for index, wanted in enumerate(self._wanted(batch)):
-                self._sizes[index] += float(wanted.square().sum())
-                self._rows[batch] = len(wanted)
-        for node, size in zip(self.outputs, self._sizes, strict=True):
-            if not torch.isfinite(torch.tensor(size)):
-                raise InputError(
-                    "is NaN or infinite on the calibration data", where=f"%{node.name}", hint="look at the batches"
-                )
-
-    @property
-    def batches(self) -> int:
-        """How many there are."""
-        return self.task.exact.batches
-
-    def rows(self, batch: int) -> int:
-        """Rows of the block's outputs in a batch."""
-        return self._rows[batch]
-
-    def moments(self, targets: Any) -> dict[str, torch.Tensor]:
-        """``Σ x xᵀ`` of the inputs of every weight."""
-        found: dict[str, torch.Tensor] = {}
-        own = {name: self.task.rounded.weight(target.weight).detach() for name, target in self.stored.items()}
-        with torch.no_grad():
-            for batch in range(self.batches):
-                values = self._run(batch, own, free=False)
-                for target in targets:
-                    rows = self.task.rounded.without_padding(values[target.x], batch).to(torch.float32)
-                    name = str(target.weight.target)
-                    found[name] = found[name].addmm_(rows.T, rows) if name in found else rows.T @ rows
-        return found
-
-    def loss(self, dense: Mapping[str, torch.Tensor], batches: Any, *, backward: bool = False) -> float:
-        """Squared error of the outputs over some batches, each output relative to its size over all batches.
-
-        Args:
-            dense: the weights as ``[out, in]``, float32.
-            batches: their numbers.
-            backward: give the weights' parameters their gradients; one batch's activations are in memory at a time.
-        """
-        leaves = {name: weight.detach().requires_grad_(backward) for name, weight in dense.items()}
-        total = 0.0
-        with torch.set_grad_enabled(backward):
-            for batch in batches:
-                stored = {name: _as_stored(leaves[name], target, self.task) for name, target in self.stored.items()}
-                values = self._run(batch, stored, free=True)
-                loss = torch.zeros(())
-                for node, size, wanted in zip(self.outputs, self._sizes, self._wanted(batch), strict=True):
-                    given = self.task.rounded.without_padding(values[node], batch).to(torch.float32)
-                    loss = loss + (given - wanted).square().sum() / max(size, TINY)
-                if backward:
-                    loss.backward()
-                total += float(loss.detach())
-        if backward:
-            grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-            torch.autograd.backward([dense[name] for name in grads], list(grads.values()))
-        return total
-
-    def _run(self, batch: int, weights: Mapping[str, torch.Tensor], *, free: bool) -> dict[fx.Node, Any]:
-        task = self.task
-        values = {node: task.rounded.value(node, batch) for node in self._given}
-        return run_nodes(task.rounded.program, task.block.nodes, values, {**self._others, **weights}, free=free)
-
-    def _wanted(self, batch: int) -> list[torch.Tensor]:
-        exact = self.task.exact
-        values = (exact.value(node, batch) for node in self.outputs)
-        return [exact.without_padding(value, batch).to(torch.float32) for value in values]
-
-
-def _as_stored(weight: torch.Tensor, target: LinearTarget, task: BlockTask) -> torch.Tensor:
-    dtype = task.rounded.weight(target.weight).dtype
-    return (weight.t() if target.transposed else weight).to(dtype)
+def _put(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for each, value in zip(parameters, values, strict=True):
+        each.copy_(value)
 
 
 def _in_turn(count: int, seed: int) -> Iterator[int]:
@@ -257,7 +164,7 @@ def _in_turn(count: int, seed: int) -> Iterator[int]:
 class _Descent:
     """Signed gradient descent, or Adam without its bias towards 0."""
 
-    def __init__(self, groups: tuple[tuple[list[torch.Tensor], float], ...], *, adam: bool) -> None:
+    def __init__(self, groups: Sequence[tuple[list[torch.Tensor], float]], *, adam: bool) -> None:
         self._groups, self._adam, self._count = groups, adam, 0
         every = [each for parameters, _ in groups for each in parameters] if adam else []
         self._state = {id(each): (torch.zeros_like(each), torch.zeros_like(each)) for each in every}

@@ -92,9 +92,19 @@ class TrainedRounding:
         return (steps + zero.unsqueeze(-1)).clamp(*self._ends())
 
     def dense(self) -> torch.Tensor:
-        """The rounded weight ``[rows, columns]`` float32; gradients flow to the parameters."""
+        """The rounded weight ``[rows, columns]`` float32; gradients flow to the parameters that ask for them."""
         scale, zero = self.grid()
         return self.form.values(self.codes(scale, zero), scale, zero).flatten(1)[:, : self.columns]
+
+    def backward(self, grad: torch.Tensor) -> None:
+        """Give the parameters their gradients, from that of the rounded weight."""
+        parameters = [each for group in self.parameters() for each in group]
+        for each in parameters:
+            each.requires_grad_()
+        with torch.enable_grad():
+            self.dense().backward(grad)
+        for each in parameters:
+            each.requires_grad_(False)
 
     def found(self) -> Codes:
         """The codes as they are now; the loss is that of the weights."""
