@@ -45,6 +45,8 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "quantize-attention": ("quantization", "QuantizeAttention"),
     "split-outlier-columns": ("quantization", "SplitOutlierColumns"),
     "split-outlier-weights": ("quantization", "SplitOutlierWeights"),
+    "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
+    "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }
 
 

@@ -115,9 +115,12 @@ if TYPE_CHECKING:
     from graphwright.passes.pipeline import Pipeline as Pipeline
     from graphwright.passes.pipeline import run_passes as run_passes
     from graphwright.passes.quantization import Allocation as Allocation
+    from graphwright.passes.quantization import AutoRound as AutoRound
     from graphwright.passes.quantization import ClippedNearest as ClippedNearest
+    from graphwright.passes.quantization import ConvertFakeQuantize as ConvertFakeQuantize
     from graphwright.passes.quantization import Gptq as Gptq
     from graphwright.passes.quantization import Hqq as Hqq
+    from graphwright.passes.quantization import InsertFakeQuantize as InsertFakeQuantize
     from graphwright.passes.quantization import LinearSensitivity as LinearSensitivity
     from graphwright.passes.quantization import LoftQ as LoftQ
     from graphwright.passes.quantization import LowRank as LowRank
@@ -149,6 +152,7 @@ _EXPORTS: dict[str, str] = {
     "Allocation": "graphwright.passes.quantization",
     "Approximate": "graphwright.passes.contract",
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
+    "AutoRound": "graphwright.passes.quantization",
     "BackendError": "graphwright.ir.errors",
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
@@ -156,6 +160,7 @@ _EXPORTS: dict[str, str] = {
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
     "ContractViolation": "graphwright.ir.errors",
+    "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
@@ -184,6 +189,7 @@ _EXPORTS: dict[str, str] = {
     "Hook": "graphwright.passes.hooks",
     "Hqq": "graphwright.passes.quantization",
     "InputError": "graphwright.ir.errors",
+    "InsertFakeQuantize": "graphwright.passes.quantization",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
     "LoftQ": "graphwright.passes.quantization",

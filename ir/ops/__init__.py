@@ -22,6 +22,7 @@ DIALECT: dict[str, str] = {
     "cache_append": "cache",
     "cached_attention": "cache",
     "embedding_nbits": "quantization",
+    "fake_quantize": "fake_quantize",
     "gated_activation": "activation",
     "linear_codebook": "codebook",
     "linear_int8_dynamic": "quantization",

@@ -172,6 +172,11 @@ class Stream:
             and (node.op == "placeholder" or (node.op == "call_function" and self._place[node] < self._position))
         ]
 
+    def weight(self, node: fx.Node) -> torch.Tensor:
+        """The tensor that calls read at a ``get_attr`` node: its own, or what has replaced it."""
+        replaced = self._weights.get(str(node.target))
+        return replaced if replaced is not None else self.program.tensor(self.twin(node))
+
     def value(self, node: fx.Node, batch: int) -> Any:
         """The value that a live node, or a weight, has in a batch.
 

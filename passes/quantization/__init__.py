@@ -12,6 +12,7 @@ from graphwright.passes.quantization.equivalence import (
 )
 from graphwright.passes.quantization.linears import QuantizeLinears
 from graphwright.passes.quantization.outliers import SplitOutlierColumns, SplitOutlierWeights
+from graphwright.passes.quantization.rounding.autoround import AutoRound
 from graphwright.passes.quantization.rounding.clipped import ClippedNearest
 from graphwright.passes.quantization.rounding.gptq import Gptq
 from graphwright.passes.quantization.rounding.hqq import Hqq
@@ -22,12 +23,16 @@ from graphwright.passes.quantization.sensitivity import (
     sensitivities,
     skip_by_kurtosis,
 )
+from graphwright.passes.quantization.training import ConvertFakeQuantize, InsertFakeQuantize
 
 __all__ = [
     "Allocation",
+    "AutoRound",
     "ClippedNearest",
+    "ConvertFakeQuantize",
     "Gptq",
     "Hqq",
+    "InsertFakeQuantize",
     "LinearSensitivity",
     "LoftQ",
     "LowRank",

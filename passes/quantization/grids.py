@@ -17,7 +17,7 @@ _TWO_BITS_WIDE = (1.0, 0.74, 0.65, 0.57, 0.5, 0.43, 0.36)
 _EIGHT_BITS = (1.0, 0.94, 0.86)
 _WIDE_GROUP = 512
 
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
 
 # Least and greatest code less the zero point, broadcastable to the weights; plain numbers, which clamp faster, where
 # all groups share them.
@@ -75,8 +75,8 @@ def fit_grid(
     else:
         high, low = high.clamp_min(0), low.clamp_max(0)
         scale = high / (2 * half - 1) - low / (2 * half - 1)
-        zero = torch.round(-low / torch.where(scale < _TINY, torch.ones_like(scale), scale))
-    scale = torch.where(scale.abs() < _TINY, torch.ones_like(scale), scale)
+        zero = torch.round(-low / torch.where(scale < TINY, torch.ones_like(scale), scale))
+    scale = torch.where(scale.abs() < TINY, torch.ones_like(scale), scale)
     if not clip_search:
         return scale, zero
     if ratios is None:
@@ -104,7 +104,7 @@ def _least_squares_scale(
         product = torch.mul(weighted, steps, out=products).sum(-1)
         torch.mul(steps, steps, out=products)
         square = (products if importance is None else products.mul_(importance)).sum(-1)
-        fitted = product / square.clamp_min(_TINY)
+        fitted = product / square.clamp_min(TINY)
         gain = product * fitted
         better = gain > best_gain
         best_gain, best = torch.where(better, gain, best_gain), torch.where(better, fitted, best)

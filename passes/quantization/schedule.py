@@ -275,7 +275,9 @@ class Schedule:
                             inputs = Observed.over(rounded.rows(target.x)) if self._weighs() else None
                             found = self._compensated(self.compensation, target, found, inputs)
                         results.put(name, found)
-                    self._replace(rounded, target, results, passed)
+                    if rounding.rounded_inputs:
+                        self._replace(rounded, target, results, passed)
+                    passed.add(name)
                     yield Quantized(target, results[name])
 
     def _task(

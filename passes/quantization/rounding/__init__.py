@@ -13,6 +13,7 @@ __all__ = ["METHODS", "BlockRounding", "Codes", "InputRounding", "Rounding", "We
 # method -> module of this package and class
 METHODS: dict[str, tuple[str, str]] = {
     "awq-clip": ("clipped", "ClippedNearest"),
+    "autoround": ("autoround", "AutoRound"),
     "gptq": ("gptq", "Gptq"),
     "hqq": ("hqq", "Hqq"),
     "nearest": ("nearest", "Nearest"),

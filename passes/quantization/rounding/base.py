@@ -87,7 +87,8 @@ class BlockTask:
         block: its nodes are those of ``rounded.program``.
         targets: the linears, in that program, one for each weight.
         forms: their formats, by weight name.
-        rounded: the batches as earlier, rounded blocks left them; stands at the block's first node.
+        rounded: the batches as earlier blocks left them, rounded (see ``BlockRounding.rounded_inputs``); stands at the
+            block's first node.
         exact: the batches as the program that was given left them; stands behind the block's last node.
         outputs: values of the block that later nodes read.
     """
@@ -102,7 +103,14 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class BlockRounding(Rounding):
-    """A method that fits all linears of a block to what the block gives."""
+    """A method that fits all linears of a block to what the block gives.
+
+    Attributes:
+        rounded_inputs: a block is given what the rounded blocks before it give, and can make up for their errors; else
+            what the exact ones give. Its outputs are held against the exact ones either way.
+    """
+
+    rounded_inputs: bool = True
 
     @abstractmethod
     def codes(self, task: BlockTask) -> dict[str, Codes]:
