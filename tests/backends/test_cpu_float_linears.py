@@ -232,12 +232,27 @@ def some_kernels(isa: str, outputs: int = 200, columns: int = 300) -> list[Kerne
     weight, bias = weight_of(outputs, columns), torch.randn(outputs, generator=torch.Generator().manual_seed(1))
     quantized = coded(outputs, columns, 4, 32, False)
     packed = pack_nbits(quantized.qweight, quantized.scales, quantized.zero_points, 4, columns)
+    narrow = coded(outputs, columns, 2, 32, False)
+    two = narrow.qweight, narrow.scales, narrow.zero_points
+    looked_up = quantize_weight(weight, Format(4, 32, True, clip_search=False, codebook="nf4"))
     return [
         FloatLinear(pack_floats(weight), isa, bias),
         FloatLinear(pack_floats(weight, bfloat16=True), isa, bias),
         NbitsLinear(packed, 32, isa, bias),
         NbitsLinear(packed, 32, isa, bias, bfloat16=True),
+        NbitsLinear(pack_nbits(*two, 2, columns), 32, isa, bias),
+        CodebookLinear(pack_nbits(looked_up.qweight, looked_up.scales, None, 4, columns), "nf4", 32, isa, bias),
     ]
+
+
+def dense_weight(kernel: Kernel, outputs: int = 200, columns: int = 300) -> torch.Tensor:
+    """What the weights of one of :func:`some_kernels` stand for."""
+    weight = weight_of(outputs, columns)
+    if isinstance(kernel, NbitsLinear):
+        return coded(outputs, columns, kernel.packed.bits, 32, False).dense()
+    if isinstance(kernel, CodebookLinear):
+        return quantize_weight(weight, Format(4, 32, True, clip_search=False, codebook="nf4")).dense()
+    return weight
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
@@ -266,13 +281,19 @@ def test_rows_that_are_not_finite(isa: str, rows: int) -> None:
         found = kernel(x)
         assert found[0].isnan().all()
         assert found[3:].isfinite().all()
-        if isinstance(kernel, FloatLinear):
-            wanted = functional.linear(x[1:3], weight_of(200, 300))
-        else:
-            quantized = coded(200, 300, 4, 32, False)
-            stored = quantized.qweight, quantized.scales, quantized.zero_points
-            wanted = functional.linear(x[1:3], quantization.dequantize(*stored, 4, 300, torch.float32))
+        wanted = functional.linear(x[1:3], dense_weight(kernel))
         assert torch.equal(found[1:3].nan_to_num(nan=7.0), wanted.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_one_row_that_is_not_finite(value: float) -> None:
+    """With one row 2-bit weights go by pairs of columns."""
+    for isa in isas():
+        for kernel in some_kernels(isa):
+            x = torch.ones(1, 300)
+            x[0, 35] = value
+            wanted = functional.linear(x, dense_weight(kernel))
+            assert torch.equal(kernel(x).nan_to_num(nan=7.0), wanted.nan_to_num(nan=7.0)), kernel.label
 
 
 def test_the_largest_finite_values_round_to_infinity_in_bfloat16() -> None:
