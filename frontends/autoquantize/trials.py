@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from graphwright.frontends.api import OptimizedModel, optimize
 from graphwright.ir.errors import GraphwrightError, InputError
@@ -98,7 +99,8 @@ class Bench:
 
     def lowered(self, passes: Sequence[Pass]) -> OptimizedModel:
         """The model after a recipe."""
-        return optimize(self.program, passes, example_inputs=self.examples, target=self.target, verify=self.verify)
+        given = arguments_from(self.program, self.examples)
+        return optimize(self.program, passes, example_inputs=given, target=self.target, verify=self.verify)
 
     def score(self, model: OptimizedModel) -> float:
         """What ``evaluate`` says of a model.
@@ -143,6 +145,16 @@ class Bench:
             words = f"{type(error).__name__}: {error}"
             return Trial(index, choice, label, seconds=time.perf_counter() - start, error=words), None
         return Trial(index, choice, label, **facts, seconds=time.perf_counter() - start), model
+
+
+def arguments_from(program: Program, flat: Sequence[torch.Tensor]) -> tuple[Any, ...] | dict[str, Any]:
+    """The arguments of a call from a program's flat inputs: by position, or by name where any was traced by name."""
+    signature, values = program.signature, iter(flat)
+    leaves = [
+        signature.constants.get(index) if name is None else next(values) for index, name in enumerate(signature.inputs)
+    ]
+    args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
+    return {**dict(zip(signature.parameters, args)), **kwargs} if kwargs else tuple(args)
 
 
 def latency(model: OptimizedModel, inputs: Sequence[torch.Tensor]) -> float:

@@ -143,6 +143,53 @@ def test_int8_activations_keep_inputs_with_heavy_tails_in_floating_point(search:
     assert any("of 4 in floating point" in label for label in labels(part))
 
 
+def test_models_that_are_called_by_name_and_with_nested_arguments() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor], flag: bool = True) -> torch.Tensor:
+            result: torch.Tensor = self.up(x) * pair[0] + (pair[1] if flag else 0)
+            return result
+
+    x, other = torch.randn(4, 32), torch.randn(4, 32)
+    given = {"x": x, "pair": (x.abs(), other), "flag": True}
+    result = gw.auto_quantize(
+        Nested().eval(),
+        lambda model: 1.0 + float(model(**given).std()),
+        higher_is_better=False,
+        target=gw.Relative(0.5),
+        example_inputs=given,
+        space=SPACE,
+        limits=gw.Limits(target="reference"),
+    )
+    assert result.met
+
+
+def test_a_decoder_generates_while_it_is_judged() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        vocab_size=64,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+
+    def tokens(decoder: Any) -> float:
+        return float(len(decoder.generate([[1, 2, 3]], max_new_tokens=2).tokens[0]))
+
+    result = gw.auto_quantize(model, tokens, higher_is_better=True, space=SPACE)
+    assert result.met
+    assert isinstance(result.model, gw.OptimizedDecoder)
+    assert sum(result.trial.kernels.values()) == 4 if result.trial is not None else False
+
+
 # -- limits and proof --------------------------------------------------------------------------------------------------
 
 
