@@ -21,12 +21,10 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default on two cores 
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.quantization.config import FORMAT
 from gptqmodel.utils.backend import BACKEND
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-# What pip installs first, and then without looking at what else it asks for (it wants a newer torch than it needs).
-REQUIREMENTS = ("torch==2.13.0", "numpy", "safetensors", "transformers", "accelerate", "datasets", "setuptools")
 
 
 def main() -> None:
@@ -43,6 +41,7 @@ def main() -> None:
         damp_percent=options.damping,
         device="cpu",
         offload_to_disk=False,
+        format=FORMAT.GPTQ_V2,  # whose zero points are as they are; the older one's are off by one until loaded again
     )
     model = GPTQModel.load(str(options.model), config, dtype=torch.float32, backend=BACKEND.TORCH)
     start = time.perf_counter()
@@ -55,7 +54,10 @@ def main() -> None:
     with torch.no_grad():
         for path, module in model.model.named_modules():
             if hasattr(module, "dequantize_weight"):
-                names[path].weight.copy_(module.dequantize_weight().to(torch.float32).T)
+                given, weight = names[path].weight, module.dequantize_weight().to(torch.float32).T
+                if float((weight - given).norm() / given.norm()) > 1.0:
+                    raise RuntimeError(f"{path} is nothing like its original: its codes have been read wrongly")
+                given.copy_(weight)
                 count += 1
     if not count:
         raise RuntimeError("no weight has been quantised")

@@ -19,8 +19,6 @@ import torch
 from hqq.core.quantize import Quantizer
 from transformers import AutoModelForCausalLM
 
-REQUIREMENTS = ("torch==2.13.0", "numpy", "safetensors", "transformers", "accelerate", "tqdm", "einops", "termcolor")
-
 
 def main() -> None:
     """Quantise one folder."""

@@ -20,6 +20,29 @@ from _rows import REPOSITORY
 FOLDER: Path = REPOSITORY / "build" / "rivals"
 
 
+# Quantisers that are scripts of their own (``_rival_NAME.py --model DIR ... --out DIR``): what is installed, and what
+# is then installed without what it asks for: GPTQModel wants a newer torch than it needs.
+_PLAIN = ("torch==2.13.0", "numpy", "safetensors", "transformers", "accelerate")
+QUANTIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "gptq": (
+        (
+            *_PLAIN,
+            "datasets",
+            "jinja2",
+            "ninja",
+            "pillow",
+            "protobuf",
+            "requests",
+            "setuptools",
+            "threadpoolctl",
+            "wheel",
+        ),
+        ("gptqmodel==7.7.0", "defuser", "device-smi", "logbar", "pypcre", "tokenicer", "torchao"),
+    ),
+    "hqq": ((*_PLAIN, "einops", "termcolor", "tqdm"), ("hqq==0.2.8.post1",)),
+}
+
+
 class RivalError(RuntimeError):
     """A rival that cannot be installed, started or run; the message is the last line it gave."""
 
@@ -126,6 +149,17 @@ def when_needed(
     return get
 
 
+def quantizer(name: str) -> list[str]:
+    """What a command line of a quantiser begins with: its Python and its script.
+
+    Raises:
+        RivalError: it cannot be installed.
+    """
+    requirements, bare = QUANTIZERS[name]
+    python = _environment(f"quantizer-{name}", requirements, {"BUILD_CUDA_EXT": "0"}, bare)
+    return [str(python), str(Path(__file__).with_name(f"_rival_{name}.py"))]
+
+
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Arrays for a worker, as npz."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,18 +167,22 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     np.savez(path, **named)
 
 
-def _environment(name: str, requirements: Sequence[str], build: dict[str, str]) -> Path:
+def _environment(name: str, requirements: Sequence[str], build: dict[str, str], bare: Sequence[str] = ()) -> Path:
     folder: Path = FOLDER / name
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
-    wanted = "\n".join([sys.version, *requirements, *(f"{key}={value}" for key, value in build.items())])
+    wanted = "\n".join([sys.version, *requirements, *bare, *(f"{key}={value}" for key, value in build.items())])
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     print(f"installing {' '.join(requirements)} into {folder}", flush=True)
     venv.EnvBuilder(clear=True, with_pip=True).create(folder)
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **build})
-    if done.returncode != 0:
-        raise RivalError(f"cannot be installed: {_last_line(done.stderr)}")
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    steps = [[*command, *requirements]]
+    if bare:
+        steps.append([*command, "--no-deps", "--no-build-isolation", *bare])
+    for step in steps:
+        done = subprocess.run(step, capture_output=True, text=True, check=False, env={**os.environ, **build})
+        if done.returncode != 0:
+            raise RivalError(f"cannot be installed: {_last_line(done.stderr)}")
     stamp.write_text(wanted, encoding="utf-8")
     return python
 

@@ -19,15 +19,16 @@ def heavy(rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("group", "symmetric"), [(32, True), (32, False), (None, False), (48, False)])
-def test_no_group_is_worse_than_with_the_clip_search(bits: int, group: int | None, symmetric: bool) -> None:
+@pytest.mark.parametrize("fit_scale", [False, True])
+def test_no_group_is_worse_than_nearest(bits: int, group: int | None, symmetric: bool, fit_scale: bool) -> None:
     weight = heavy(20, 160) / 100
     form = Format(bits, group, symmetric, True)
-    found = Hqq().codes(weight, form)
+    found = Hqq(fit_scale=fit_scale).codes(weight, form)
     assert int(found.codes.max()) < 2**bits
     assert torch.equal(found.zeros, found.zeros.round().clamp(0, 2**bits - 1))
     size = form.columns_per_group(160)
     for index, piece in enumerate(weight.split(size, dim=1)):
-        scale, zero = form.fit(piece)
+        scale, zero = form.fit(piece, clip_search=fit_scale)
         near = (form.values(form.round(piece, scale, zero), scale, zero) - piece).square().sum(1)
         own = slice(index * size, (index + 1) * size)
         # Errors are small beside 1 / beta, so the objective is the squared error.
@@ -48,7 +49,7 @@ def test_a_small_norm_lets_outliers_go() -> None:
     weight = heavy(64, 128) * 3
     form = Format(3, 64, False, True)
     errors = [
-        (dense(Hqq(norm=norm, beta=beta).codes(weight, form), form) - weight).abs()
+        (dense(Hqq(norm=norm, beta=beta, fit_scale=True).codes(weight, form), form) - weight).abs()
         for norm, beta in ((0.5, 5.0), (1.0, 1e-3))
     ]
     assert float(errors[0].median()) < 0.97 * float(errors[1].median())

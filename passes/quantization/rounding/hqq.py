@@ -6,9 +6,9 @@ error, ``|E|_p + β/2 |E - (W - Ŵ)|²``, each step has a closed form: ``E`` by 
 the zero point as the mean of ``Ŵ``'s codes less those of ``W - E`` (their equation 8).
 
 The published solver keeps the scale of the full range and stores zero points as floats. A zero point stored here is a
-whole number, which costs more than any choice of it can win back: so both neighbours of the solver's zero point are
-tried, the scale is fitted to ``W - E`` by least squares, and of all grids that come up, that of the clip search among
-them, each group gets the one with the least objective, ``min_E |E|_p + β/2 |E - (W - Ŵ)|²``.
+whole number, so both neighbours of the solver's are tried, and each group gets the one with the least objective,
+``min_E |E|_p + β/2 |E - (W - Ŵ)|²``. ``fit_scale`` fits the scale to ``W - E`` as well: the weights come closer, but
+least squares make them smaller on the whole, which cost a small language model more than it gave.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Hqq(WeightRounding):
         beta: how closely the second variable follows the error at first. Errors that are small beside ``1 / beta``
             count by their square.
         growth: what ``beta`` is multiplied with at each step.
-        steps: how many there are at most.
+        steps: how many there are.
+        fit_scale: fit scales too, with those of the clip search among what is tried; symmetric grids change by nothing
+            else.
     """
 
     method: ClassVar[str] = "hqq"
@@ -45,6 +47,7 @@ class Hqq(WeightRounding):
     beta: float = 10.0
     growth: float = 1.01
     steps: int = 20
+    fit_scale: bool = False
 
     def __post_init__(self) -> None:
         for option, low, high in (("norm", 0.0, 1.0), ("beta", 0.0, 1e6), ("growth", 0.99, 10.0)):
@@ -81,15 +84,15 @@ class Hqq(WeightRounding):
 
     def _grid(self, weights: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of groups ``[..., group]``."""
-        scale, zero = form.fit(weights)
-        candidates = [(scale, zero), self._solve(weights, scale, zero, form)]
+        wide, middle = form.fit(weights, clip_search=False)
+        candidates = [(wide, middle)]
         if not form.symmetric:
-            wide, middle = form.fit(weights, clip_search=False)
             _, real = self._solve(weights, wide, middle, form, move_zero=True)
             limit = float(2**form.bits - 1)
-            for near in (real.floor(), real.ceil()):
-                whole = near.clamp(0, limit)
-                candidates.append(self._solve(weights, wide, whole, form))
+            candidates += [(wide, near.clamp(0, limit)) for near in (real.floor(), real.ceil())]
+        if self.fit_scale:
+            candidates.append(form.fit(weights, clip_search=True))
+            candidates += [self._solve(weights, scale, zero, form) for scale, zero in candidates]
         return self._best(weights, candidates, form)
 
     def _solve(
