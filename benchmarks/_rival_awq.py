@@ -29,7 +29,8 @@ def main() -> int:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    torch.Tensor.pin_memory = lambda self, *_: self  # it asks for pinned memory, which there is none of without a GPU
+    # It asks for pinned memory, which there is none of without a GPU.
+    setattr(torch.Tensor, "pin_memory", lambda self, *_: self)  # noqa: B010
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)

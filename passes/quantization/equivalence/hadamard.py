@@ -26,7 +26,8 @@ def hadamard(size: int) -> torch.Tensor | None:
         return None
     while len(base) < size:
         base = torch.cat((torch.cat((base, base), 1), torch.cat((base, -base), 1)))
-    return base / size**0.5
+    scaled: torch.Tensor = base / size**0.5
+    return scaled
 
 
 def random_rotation(size: int, seed: int) -> torch.Tensor:
@@ -50,7 +51,8 @@ def random_orthogonal(size: int, seed: int) -> torch.Tensor:
     """An orthogonal matrix drawn evenly from all (Haar), float64."""
     drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     factor, triangle = torch.linalg.qr(drawn)
-    return factor * triangle.diagonal().sign()
+    signed: torch.Tensor = factor * triangle.diagonal().sign()
+    return signed
 
 
 def _paley(order: int) -> torch.Tensor | None:

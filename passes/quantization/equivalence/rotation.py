@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -149,15 +150,21 @@ def _untie(rewriter: Rewriter, region: HiddenStates) -> int:
         if program.aliases.get(name) == target.weight.target:
             del program.aliases[name]
         own = rewriter.weight(name, torch.nn.Parameter(old.detach().clone(), old.requires_grad), like=target.node)
-        exchanged = fx.node.map_arg(
-            (target.node.args, target.node.kwargs), lambda n, old=target.weight, new=own: new if n is old else n
-        )
+        exchanged = fx.node.map_arg((target.node.args, target.node.kwargs), partial(_instead, target.weight, own))
         rewriter.set_arguments(target.node, *exchanged[0], **exchanged[1])
         now = linear_target(program, target.node)
         assert isinstance(now, LinearTarget)
         region.readers[place] = (now, norm)
         added += old.nbytes
     return added
+
+
+def _instead(old: fx.Node, new: fx.Node, node: fx.Node) -> fx.Node:
+    return new if node is old else node
+
+
+def _turned(gain: torch.Tensor | None, turn: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return (rows * gain if gain is not None else rows) @ turn
 
 
 def _rotate(rewriter: Rewriter, region: HiddenStates, turn: torch.Tensor) -> None:
@@ -174,7 +181,7 @@ def _rotate(rewriter: Rewriter, region: HiddenStates, turn: torch.Tensor) -> Non
             held = whole.double() * gain.unsqueeze(1) if gain is not None else whole.double()
             rewriter.rebind(target.weight, (turn.T @ held).to(whole.dtype))
         else:
-            _change(rewriter, target.weight, lambda rows, g=gain: (rows * g if g is not None else rows) @ turn)
+            _change(rewriter, target.weight, partial(_turned, gain, turn))
     for target in region.writers:
         if target.transposed:
             _change(rewriter, target.weight, lambda rows: rows @ made)

@@ -19,7 +19,7 @@ from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact
-from graphwright.passes.quantization.linears import stem
+from graphwright.passes.quantization.storing import stem
 
 _ROUNDED = "graphwright.fake_quantize"
 _TAGS = ("quantized",)

@@ -18,8 +18,9 @@ from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.calibration import CalibrationData, Observed, Stream
 from graphwright.passes.contract import Contract, Retrain
+from graphwright.passes.quantization.checks import check_format
 from graphwright.passes.quantization.formats import Format
-from graphwright.passes.quantization.linears import check_format, stem
+from graphwright.passes.quantization.storing import stem
 from graphwright.passes.quantization.targets import LinearTarget, half_shared, is_head, linear_target
 from graphwright.passes.quantization.weights import check_finite
 
