@@ -143,6 +143,7 @@ class Schedule:
                         results.put(name, found, grid)
                     self._replace(stream, target, results, passed)
                     yield Quantized(target, results[name].packed, results[name].grid)
+                inputs = None  # before the next ones are gathered: moments are the largest things here
 
     def _replace(self, stream: Stream, target: LinearTarget, results: Results, passed: set[str]) -> None:
         """Let what comes after a weight see it rounded; needless once nothing is left to do."""

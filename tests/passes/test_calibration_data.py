@@ -122,6 +122,10 @@ def raising(item: int) -> torch.Tensor:
     return batch_of(item)
 
 
+def nothing(item: int) -> Any:
+    return None
+
+
 def broken() -> Iterator[torch.Tensor]:
     yield batch_of(0)
     raise OSError("disk gone")
@@ -138,7 +142,7 @@ def without_end(number: float) -> torch.Tensor:
     [
         ([], "there is no calibration data"),
         (gw.CalibrationData([0, 1, 2], raising), r"ZeroDivisionError: no such thing \(at calibration item 3\)"),
-        (gw.CalibrationData([0], lambda _: None), "calibration batch 1 does not fit: is a NoneType"),
+        (gw.CalibrationData([0], nothing), "calibration batch 1 does not fit: is a NoneType"),
         ([batch_of(0), {"y": batch_of(0)}], r"calibration batch 2 does not fit: is missing \(at argument 'x'\)"),
         ([{"x": batch_of(0), "labels": batch_of(0)}], "calibration batch 1 does not fit.*\n?.*labels"),
         ([batch_of(0), "text"], "calibration batch 2 does not fit: is a str"),
