@@ -149,6 +149,7 @@ class Schedule:
                         results.put(name, self._new(target, inputs, grid, last=name == todo[-1]))
                     self._replace(stream, target, results, passed)
                     yield Quantized(target, results[name])
+                inputs = None  # before the next ones are gathered: moments are the largest things here
 
     def _replace(self, stream: Stream, target: LinearTarget, results: Results, passed: set[str]) -> None:
         """Let what comes after a weight see it rounded; needless once nothing is left to do."""

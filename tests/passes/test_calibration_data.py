@@ -122,6 +122,10 @@ def raising(item: int) -> torch.Tensor:
     return batch_of(item)
 
 
+def nothing(item: int) -> Any:
+    return None
+
+
 def broken() -> Iterator[torch.Tensor]:
     yield batch_of(0)
     raise OSError("disk gone")
@@ -131,10 +135,6 @@ def without_end(number: float) -> torch.Tensor:
     x = batch_of(0)
     x[1, 2, 3] = number
     return x
-
-
-def nothing(_: int) -> Any:
-    return None
 
 
 @pytest.mark.parametrize(
