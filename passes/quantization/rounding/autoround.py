@@ -35,7 +35,7 @@ class AutoRound(BlockRounding):
     Attributes:
         steps: of gradient descent for each block; 0 leaves the start as it is.
         tokens: rows that a step looks at: whole batches of the calibration data until there are as many. The paper
-            takes 8 sequences; with sequences of 512 that is 4096, at four times the time.
+            takes 8 sequences; with sequences of 512 that is 4096, at about four times the time.
         learning_rate: of the offsets in the first step, falling to 0 on a line; ``None`` for ``1 / steps`` with signs
             and twice that with Adam.
         scale_learning_rate: of the ranges; ``None`` for ``learning_rate``.
