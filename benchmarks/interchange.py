@@ -94,7 +94,8 @@ def _out(
         target = folder / f"{layout}-{bits}-{symmetric}-{group}"
         saved = gw.save_quantized(made, target, layout=layout, source=TINYLM)
         ours = load_model(target, dtype="float32")
-        negative = sum(int((module.scales < 0).sum()) for module in ours.modules() if isinstance(module, StoredLinear))
+        scales = [tensor for name, tensor in ours.named_buffers() if name.endswith(".scales")]
+        negative = sum(int((tensor < 0).sum()) for tensor in scales)
         _report(rows, f"{layout}: {kind}: read again by us", saved.error, 1e-6, f"{negative} negative scales")
         if layout == "compressed-tensors":
             _read_by_compressed_tensors(target, ours, kind, symmetric, rows)
@@ -124,7 +125,7 @@ def _read_by_compressed_tensors(
         return  # transformers 5.23 makes room for zero points that are not packed, and refuses packed ones
     from transformers import AutoModelForCausalLM
 
-    theirs: Any = AutoModelForCausalLM.from_pretrained(target).eval()
+    theirs: Any = AutoModelForCausalLM.from_pretrained(target)
     _report(rows, f"compressed-tensors: {kind}: logits by transformers", _logits_error(theirs, ours), 1e-6)
 
 

@@ -158,7 +158,8 @@ def model_class(folder: ModelFolder, name: str) -> tuple[Any, Any]:
     transformers = _transformers()
     with _quiet(transformers):
         config = _config(transformers, folder)
-        if isinstance(kind := getattr(transformers, name, None), type) and isinstance(config, kind.config_class or ()):
+        kind: Any = getattr(transformers, name, None)
+        if isinstance(kind, type) and isinstance(config, getattr(kind, "config_class", None) or ()):
             return kind, config
         return _class_of(transformers, folder, config, None), config
 
