@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 
 UP = "model.layers.0.mlp.up_proj"
 Tensors = dict[str, torch.Tensor]
+Change = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture(scope="module")
@@ -117,20 +118,23 @@ def test_gptq_of_other_bits_than_it_says(whole: Path, tmp_path: Path) -> None:
     go(".qweight", "int32 [6, 32], expected int32 [12, 32]", "bits=8", "model.safetensors", **change)
 
 
-def _with_groups(settings: Any, size: int) -> None:
-    settings_of(settings).update(group_size=size)
-
-
 def test_group_sizes(whole: Path, tmp_path: Path) -> None:
     for size, words in ((32, "group_size=32"), (12, "group_size=12"), (5, "whole bytes"), (0, "whole bytes")):
-        resized = partial(_with_groups, size=size)
-        refuse(whole, tmp_path, "gptq", words, settings=resized)
-    change: dict[str, Any] = {"settings": lambda d: settings_of(d).update(group_size=32)}
-    refuse(whole, tmp_path, "awq", ".scales", "[3, 32], expected", "[2, 32]", "group_size=32", **change)
-    change = {"settings": lambda d: weights_of(d)["weights"].update(group_size=32)}
-    refuse(whole, tmp_path, "compressed", ".weight_scale", "[32, 3], expected", "[32, 2]", **change)
-    change = {"settings": lambda d: weights_of(d)["weights"].pop("group_size")}
-    refuse(whole, tmp_path, "compressed", "'group_size' must be a whole number", **change)
+        refuse(whole, tmp_path, "gptq", words, settings=partial(put_group, size))
+    go = partial(refuse, whole, tmp_path, "awq", settings=partial(put_group, 32))
+    go(".scales", "[3, 32], expected", "[2, 32]", "group_size=32")
+    go = partial(refuse, whole, tmp_path, "compressed")
+    change: Change = partial(put_width, 32)
+    go(".weight_scale", "[32, 3], expected", "[32, 2]", settings=change)
+    go("'group_size' must be a whole number", settings=lambda d: weights_of(d)["weights"].pop("group_size"))
+
+
+def put_width(size: int, document: dict[str, Any]) -> None:
+    weights_of(document)["weights"]["group_size"] = size
+
+
+def put_group(size: int, document: dict[str, Any]) -> None:
+    settings_of(document)["group_size"] = size
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,9 @@ class GptqLayout(Layout):
 
     @property
     def _version(self) -> str:
-        # Readers of the older version add one to all zero points of a word at once, where a stored -1 would carry over.
-        return V2 if any(_has_zero_points_of_zero(_grouped(linear)) for linear in self.linears.values()) else V1
+        # Readers of the older version add one to all zero points of a word at once, where a stored -1 would carry over;
+        # GPTQModel refuses asymmetric weights in it.
+        return V1 if all(_grouped(linear).zero_points is None for linear in self.linears.values()) else V2
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Layout.settings`; modules unlike most are named by patterns in ``dynamic``."""
@@ -299,10 +300,6 @@ def _zeros(weight: GroupedWeight) -> torch.Tensor:
 def _group_of_columns(weight: GroupedWeight, inputs: int) -> torch.Tensor:
     groups = torch.arange(inputs) // weight.group_size
     return groups if weight.order is None else groups[weight.order.argsort()]
-
-
-def _has_zero_points_of_zero(weight: GroupedWeight) -> bool:
-    return weight.zero_points is not None and bool((weight.zero_points == 0).any())
 
 
 def _half(scales: torch.Tensor) -> torch.Tensor:

@@ -40,8 +40,8 @@ def check_saved(program: Program, folder: Path, inputs: list[torch.Tensor] | Non
     model = load_model(folder, dtype=torch.float64)
     flat = flat_examples(program, None) if inputs is None else inputs
     values = run(program, flat)
-    results: Any = program.output.args[0]
-    wanted = [values[item.name] for item in results if isinstance(item, fx.Node) and item.name in values]
+    items: Any = program.output.args[0]
+    wanted = [values[item.name] for item in items if isinstance(item, fx.Node) and item.name in values]
     with torch.no_grad():
         found = [item for item in pytree.tree_leaves(_call(program, model, flat)) if isinstance(item, torch.Tensor)]
     if len(found) != len(wanted):

@@ -64,16 +64,15 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
         if shift + bits > 8:
             octets[..., octet + 1] |= units[..., column] >> (8 - shift)
     size = 4 * words_for(codes.shape[1], bits)
-    flat: torch.Tensor = octets.flatten(1)
-    return _padded(flat, size)[:, :size].contiguous().view(torch.int32)
+    filled: torch.Tensor = _padded(octets.flatten(1), size)[:, :size].contiguous().view(torch.int32)
+    return filled
 
 
 def unpack_whole(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Codes of words that hold ``32 // bits`` each and leave the rest unused, as old compressed-tensors has 3 bits."""
     shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
-    codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    flat: torch.Tensor = codes.to(torch.uint8).flatten(1)[:, :count]
-    return flat
+    codes: torch.Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten(1)[:, :count]
 
 
 def _unit(bits: int) -> tuple[int, int]:
