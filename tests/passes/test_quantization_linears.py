@@ -387,7 +387,7 @@ def test_a_weight_with_nan_is_named_and_nothing_is_changed() -> None:
         ({"group_size": 33}, "quantize-linears: group_size", "multiple of 16"),
         ({"group_size": 32.0}, "quantize-linears: group_size", "multiple of 16"),
         ({"activations": "fp8"}, "quantize-linears: activations", "'none', 'int8'"),
-        ({"activations": "int4"}, "activations='int4'", "go with 4-bit weights"),
+        ({"activations": "int4"}, "activations='int4'", "go with 4-bit integer weights"),
         (
             {"activations": "int4", "bits": 4, "activation_ranges": "per_tensor"},
             "='per_tensor'",
@@ -397,7 +397,7 @@ def test_a_weight_with_nan_is_named_and_nothing_is_changed() -> None:
         ({"activations": "int8", "group_size": 32}, "activations='int8'", "one scale per channel"),
         ({"activations": "int8", "symmetric": False}, "activations='int8'", "symmetric INT8 weights"),
         ({"activation_ranges": "per_row"}, "activation_ranges", "'per_token', 'per_tensor'"),
-        ({"rounding": "up"}, "rounding", "must be one of 'gptq', "),
+        ({"rounding": "up"}, "rounding", "must be one of 'awq-clip', 'autoround', 'gptq', "),
         ({"rounding": "gptq"}, "rounding='gptq'", "needs calibration data"),
         ({"max_error": -1}, "max_error", "positive number"),
         ({"where": 3}, "where", ""),

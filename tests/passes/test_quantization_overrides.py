@@ -168,7 +168,7 @@ def test_an_override_that_selects_nothing_is_an_error() -> None:
 
 def test_int8_activations_have_one_format() -> None:
     with pytest.raises(gw.InputError, match="symmetric INT8 weights"):
-        gw.QuantizeLinears(activations="int8", overrides={"up": {"bits": 4}})
+        gw.QuantizeLinears(activations="int8", overrides={"up": {"bits": 3}})
 
 
 def test_a_recipe_holds_them(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_recipe_holds_them(tmp_path: Path) -> None:
 def test_a_recipe_says_that_data_is_needed(tmp_path: Path) -> None:
     data = [X]
     gw.save_recipe([gw.QuantizeLinears(rounding="gptq", calibration=data)], tmp_path / "r.toml")
-    with pytest.raises(gw.RecipeError, match="line 4.*needs calibration data|needs calibration data"):
+    with pytest.raises(gw.RecipeError, match="the recipe was made with calibration data .*line 1"):
         gw.load_recipe(tmp_path / "r.toml")
     (found,) = gw.load_recipe(tmp_path / "r.toml", calibration=data).passes
     small, same = gw.trace(Mlp(), X), gw.trace(Mlp(), X)

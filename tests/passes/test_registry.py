@@ -17,7 +17,12 @@ def test_every_built_in_pass_loads_and_documents_itself(name: str) -> None:
     kind = registry.get(name)
     assert kind.name == name
     assert kind.__doc__
-    assert registry.create(name, {}) == kind()
+    try:
+        made = kind()
+    except gw.InputError as error:  # some do nothing without data
+        assert "needs calibration data" in str(error)
+        return
+    assert registry.create(name, {}) == made
 
 
 def test_typos_are_met_with_the_nearest_name() -> None:
