@@ -6,6 +6,7 @@ Runs on the Python of the rival's own environment (see ``REQUIREMENTS``).
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -23,22 +24,25 @@ def main() -> int:
     """Quantise a folder with AWQ's scales and clipped ranges, and write what the model then computes with."""
     options = arguments()
     import torch
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQModifier
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    torch.Tensor.pin_memory = lambda self, *_: self  # it asks for pinned memory, which there is none of without a GPU
+    setattr(
+        torch.Tensor, "pin_memory", lambda self, *_: self
+    )  # it asks for pinned memory, which there is none of without a GPU
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     rows = load_file(options.calibration)["input_ids"].long()
-    rounding = QuantizationModifier(ignore=["lm_head"], config_groups=config_groups(options))
-    oneshot(
+    modifiers = "llmcompressor.modifiers"
+    rounding = importlib.import_module(f"{modifiers}.quantization").QuantizationModifier(
+        ignore=["lm_head"], config_groups=config_groups(options)
+    )
+    scaling = importlib.import_module(f"{modifiers}.transform.awq").AWQModifier(duo_scaling="both")
+    importlib.import_module("llmcompressor").oneshot(
         model=model,
         dataset=dataset(rows),
-        recipe=[AWQModifier(duo_scaling="both"), rounding],
+        recipe=[scaling, rounding],
         max_seq_length=rows.shape[1],
         num_calibration_samples=len(rows),
         pipeline="sequential",
@@ -78,17 +82,17 @@ def config_groups(options: argparse.Namespace) -> dict[str, Any]:
 
 def dataset(rows: Any) -> Any:
     """Calibration windows as llm-compressor takes them."""
-    from datasets import Dataset
-
-    return Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": [[1] * rows.shape[1]] * len(rows)})
+    return importlib.import_module("datasets").Dataset.from_dict(
+        {"input_ids": rows.tolist(), "attention_mask": [[1] * rows.shape[1]] * len(rows)}
+    )
 
 
 def save(model: Any, source: Path, out: Path) -> None:
     """Write the weights that rounding leaves, in float32, beside the configuration and the tokenizer of the source."""
     import torch
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from safetensors.torch import save_file
 
+    forward = importlib.import_module("compressed_tensors.quantization.lifecycle.forward")
     out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         for module in model.modules():
@@ -97,7 +101,7 @@ def save(model: Any, source: Path, out: Path) -> None:
                 continue
             zero = getattr(module, "weight_zero_point", None)
             index = getattr(module, "weight_g_idx", None)
-            found = fake_quantize(module.weight, module.weight_scale, zero, scheme.weights, g_idx=index)
+            found = forward.fake_quantize(module.weight, module.weight_scale, zero, scheme.weights, g_idx=index)
             module.weight.copy_(found)
     kept: dict[str, Any] = {}
     seen: set[int] = set()

@@ -172,4 +172,4 @@ def test_bad_options(kind: type[Any], options: dict[str, Any], word: str) -> Non
 def test_bad_options_of_clipping() -> None:
     for options, word in (({"steps": 0}, "steps"), ({"least": 1.0}, "least")):
         with pytest.raises(gw.InputError, match=word):
-            ClippedNearest(**options)  # type: ignore[arg-type]
+            ClippedNearest(**options)

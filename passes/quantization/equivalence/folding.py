@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -110,7 +111,8 @@ def renew(rewriter: Rewriter, nodes: list[fx.Node]) -> None:
     A node that keeps its name is held to its old value when the pass is verified.
     """
     for node in nodes:
-        new = rewriter.call(node.target, *node.args, like=node, name=f"{node.name}_scaled", **node.kwargs)
+        keywords: dict[str, Any] = dict(node.kwargs)
+        new = rewriter.call(node.target, *node.args, like=node, name=f"{node.name}_scaled", **keywords)
         rewriter.replace(node, new, equivalent=False)
 
 

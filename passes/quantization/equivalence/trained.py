@@ -108,7 +108,7 @@ class _Training:
                 group["lr"] = self.options.learning_rate * (1 - step / steps)
             adam.zero_grad()
             with torch.enable_grad():
-                self._loss(order.pop()).backward()  # type: ignore[no-untyped-call]
+                self._loss(order.pop()).backward()
             adam.step()
         with torch.no_grad():
             if not self._total() < before:
