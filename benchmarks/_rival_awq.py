@@ -27,9 +27,8 @@ def main() -> int:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    setattr(
-        torch.Tensor, "pin_memory", lambda self, *_: self
-    )  # it asks for pinned memory, which there is none of without a GPU
+    for method in ("pin_memory",):  # llm-compressor calls it, and it fails where there is no GPU
+        setattr(torch.Tensor, method, lambda self, *_: self)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
