@@ -143,10 +143,12 @@ def test_order_options_and_bad_calibration_data() -> None:
     smooth = gw.SmoothActivations(calibration=[X])
     with pytest.raises(gw.OrderError, match="must come before"):
         gw.optimize(Net(FOLDED["relu"][0]).eval(), [gw.QuantizeLinears(), smooth], example_inputs=X)
-    for options, word in (({}, "calibration"), ({"fold": "never"}, "fold"), ({"strength": 1.5}, "strength")):
-        given: dict[str, Any] = {"calibration": [X], **options} if options else {}
+    for options, word in (({"fold": "never"}, "fold"), ({"strength": 1.5}, "strength")):
+        given: dict[str, Any] = {"calibration": [X], **options}
         with pytest.raises(gw.InputError, match=word):
             gw.SmoothActivations(**given)
+    with pytest.raises(gw.InputError, match="needs calibration data"):
+        gw.optimize(Net(FOLDED["relu"][0]).eval(), [gw.SmoothActivations()], example_inputs=X)
     with pytest.raises(gw.InputError, match="no calibration data"):
         gw.optimize(Net(FOLDED["relu"][0]).eval(), [gw.SmoothActivations(calibration=[])], example_inputs=X)
     with pytest.raises(gw.InputError, match="NaN"):

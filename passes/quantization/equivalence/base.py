@@ -44,15 +44,15 @@ class ScaleInputs(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fold(self.name, self.fold)
-        if self.calibration is None:
-            raise InputError(
-                "needs calibration data", where=f"{self.name}: calibration", hint="give calibration=[batch, ...]"
-            )
-        object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
 
     def options(self) -> dict[str, Any]:
         """Options as JSON values; calibration data in words."""
-        return {**super().options(), "calibration": str(self.calibration)}
+        found = super().options()
+        if self.calibration is not None:
+            found["calibration"] = str(self.calibration)
+        return found
 
     @abstractmethod
     def factors(
@@ -68,11 +68,14 @@ class ScaleInputs(Pass):
         """Scale every group of linears that is selected and can be.
 
         Raises:
-            InputError: a weight or the calibration data holds NaN or infinity.
+            InputError: there is no calibration data, or it or a weight holds NaN or infinity.
         """
+        if self.calibration is None:
+            raise InputError(
+                "needs calibration data", where=f"{self.name}: calibration", hint="give calibration=[batch, ...]"
+            )
         places = self._places(program)
         counts = {"folded": 0, "multiplied": 0}
-        assert self.calibration is not None
         if not places:
             return False
         with program.edit() as rewriter:

@@ -26,8 +26,7 @@ def hadamard(size: int) -> torch.Tensor | None:
         return None
     while len(base) < size:
         base = torch.cat((torch.cat((base, base), 1), torch.cat((base, -base), 1)))
-    scaled: torch.Tensor = base / size**0.5
-    return scaled
+    return base.div(size**0.5)
 
 
 def random_rotation(size: int, seed: int) -> torch.Tensor:
@@ -44,15 +43,15 @@ def random_rotation(size: int, seed: int) -> torch.Tensor:
     if found is None:
         raise InputError(f"no Hadamard matrix of size {size} is known here", hint="use kind='orthogonal'")
     signs = torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(seed)).double()
-    return found * (2 * signs - 1)
+    return found.mul(2 * signs - 1)
 
 
 def random_orthogonal(size: int, seed: int) -> torch.Tensor:
     """An orthogonal matrix drawn evenly from all (Haar), float64."""
     drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     factor, triangle = torch.linalg.qr(drawn)
-    signed: torch.Tensor = factor * triangle.diagonal().sign()
-    return signed
+    result: torch.Tensor = factor * triangle.diagonal().sign()
+    return result
 
 
 def _paley(order: int) -> torch.Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -150,21 +149,13 @@ def _untie(rewriter: Rewriter, region: HiddenStates) -> int:
         if program.aliases.get(name) == target.weight.target:
             del program.aliases[name]
         own = rewriter.weight(name, torch.nn.Parameter(old.detach().clone(), old.requires_grad), like=target.node)
-        exchanged = fx.node.map_arg((target.node.args, target.node.kwargs), partial(_instead, target.weight, own))
+        exchanged = fx.node.map_arg((target.node.args, target.node.kwargs), _exchange(target.weight, own))
         rewriter.set_arguments(target.node, *exchanged[0], **exchanged[1])
         now = linear_target(program, target.node)
         assert isinstance(now, LinearTarget)
         region.readers[place] = (now, norm)
         added += old.nbytes
     return added
-
-
-def _instead(old: fx.Node, new: fx.Node, node: fx.Node) -> fx.Node:
-    return new if node is old else node
-
-
-def _turned(gain: torch.Tensor | None, turn: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return (rows * gain if gain is not None else rows) @ turn
 
 
 def _rotate(rewriter: Rewriter, region: HiddenStates, turn: torch.Tensor) -> None:
@@ -181,7 +172,7 @@ def _rotate(rewriter: Rewriter, region: HiddenStates, turn: torch.Tensor) -> Non
             held = whole.double() * gain.unsqueeze(1) if gain is not None else whole.double()
             rewriter.rebind(target.weight, (turn.T @ held).to(whole.dtype))
         else:
-            _change(rewriter, target.weight, partial(_turned, gain, turn))
+            _change(rewriter, target.weight, _scaled_and_turned(gain, turn))
     for target in region.writers:
         if target.transposed:
             _change(rewriter, target.weight, lambda rows: rows @ made)
@@ -196,6 +187,14 @@ def _rotate(rewriter: Rewriter, region: HiddenStates, turn: torch.Tensor) -> Non
         if weight is not None:
             rewriter.rebind(weight, torch.ones_like(program.tensor(weight)))
     _renew(rewriter, region)
+
+
+def _exchange(old: fx.Node, new: fx.Node) -> Callable[[fx.Node], fx.Node]:
+    return lambda node: new if node is old else node
+
+
+def _scaled_and_turned(gain: torch.Tensor | None, turn: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda rows: (rows if gain is None else rows * gain) @ turn
 
 
 def _renew(rewriter: Rewriter, region: HiddenStates) -> None:

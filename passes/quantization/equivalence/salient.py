@@ -32,7 +32,8 @@ class ScaleSalientChannels(ScaleInputs):
     ``s_j = mean |x_j|^r``, and with ``balance`` ``mean |x_j|^r / mean |w_j|^(1 - r)`` where ``|w_j|`` is relative to
     the largest weight of its group. The ratio ``r`` is the one of ``ratios`` in [0, 1) whose outputs, over the
     calibration data and all linears of the group, err least with weights rounded to the format. Rounding itself is
-    another pass: give :class:`QuantizeLinears` the same format, and ``rounding="awq-clip"`` for AWQ's search of ranges.
+    another pass: give :class:`QuantizeLinears` the same format, and ``rounding="awq-clip"`` for AWQ's search of
+    ranges.
 
     It does not fire where :class:`SmoothActivations` does not, nor where no ratio is better than no factors.
 
