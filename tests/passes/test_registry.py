@@ -11,7 +11,6 @@ import pytest
 import graphwright as gw
 from graphwright.passes import registry
 
-
 NEED_DATA = ("scale-salient-channels", "smooth-activations", "train-equivalent-scales")
 
 

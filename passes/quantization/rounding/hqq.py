@@ -25,6 +25,8 @@ from graphwright.passes.quantization.rounding.base import Codes, WeightRounding
 
 # Elements worked on at once: temporaries stay in the cache.
 _SLICE_ELEMENTS = 1 << 19
+# Bits up to which scales are fitted unless that is decided.
+_FEW_BITS = 2
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -39,7 +41,7 @@ class Hqq(WeightRounding):
         growth: what ``beta`` is multiplied with at each step.
         steps: how many there are.
         fit_scale: fit scales too, with those of the clip search among what is tried; symmetric grids change by nothing
-            else.
+            else. ``None``: at two bits, where the full range leaves most weights on one or two codes.
     """
 
     method: ClassVar[str] = "hqq"
@@ -47,7 +49,7 @@ class Hqq(WeightRounding):
     beta: float = 10.0
     growth: float = 1.01
     steps: int = 20
-    fit_scale: bool = False
+    fit_scale: bool | None = None
 
     def __post_init__(self) -> None:
         for option, low, high in (("norm", 0.0, 1.0), ("beta", 0.0, 1e6), ("growth", 0.99, 10.0)):
@@ -90,7 +92,7 @@ class Hqq(WeightRounding):
             _, real = self._solve(weights, wide, middle, form, move_zero=True)
             limit = float(2**form.bits - 1)
             candidates += [(wide, near.clamp(0, limit)) for near in (real.floor(), real.ceil())]
-        if self.fit_scale:
+        if self.fit_scale or (self.fit_scale is None and form.bits <= _FEW_BITS):
             candidates.append(form.fit(weights, clip_search=True))
             candidates += [self._solve(weights, scale, zero, form) for scale, zero in candidates]
         return self._best(weights, candidates, form)
