@@ -50,7 +50,7 @@ lint: setup ## ruff (rules and format) and mypy --strict
 
 test: lint ## everything CI asks for: set-up, lint, build, tests
 	@echo "== tests"
-	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 sanitize: setup ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@echo "== building into build/sanitize"

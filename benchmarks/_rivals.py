@@ -40,6 +40,16 @@ QUANTIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("gptqmodel==7.7.0", "defuser", "device-smi", "logbar", "pypcre", "tokenicer", "torchao"),
     ),
     "hqq": ((*_PLAIN, "einops", "termcolor", "tqdm"), ("hqq==0.2.8.post1",)),
+    "autoround": ((*_PLAIN, "datasets", "py-cpuinfo", "threadpoolctl", "tqdm"), ("auto-round==0.16.1",)),
+    "awq": (
+        ("torch==2.13.0", "numpy", "safetensors", "loguru", "pydantic", "pyarrow", "pandas", "pillow"),
+        (
+            *("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "transformers==5.17.0", "accelerate==1.15.0"),
+            *("datasets==5.2.0", "tokenizers==0.23.3", "huggingface-hub<2"),
+        ),
+    ),
+    "nncf": ((*_PLAIN,), ("nncf==3.4.0",)),
+    "torchao": (("torch==2.13.0", "numpy", "safetensors", "torchao==0.18.0"), ()),
 }
 
 

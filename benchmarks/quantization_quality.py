@@ -17,11 +17,11 @@ from typing import Any
 import _rows
 import torch
 from _stsb import correlation, minilm_folder, stored_share, sts
+from _text import calibration_windows, evaluation_windows, inputs, llama_folder, perplexity
 from tokenizers import Tokenizer
 
 import graphwright as gw
 
-WINDOW = 512
 CALIBRATION_SENTENCES = 512
 
 
@@ -134,13 +134,9 @@ def embed(program: gw.Program, tokenizer: Tokenizer, sentences: list[str], size:
 
 def perplexities(rows: _rows.Rows, *, quick: bool) -> None:
     """Perplexity of the small Llama."""
-    folder = _rows.need(_rows.SHARED / "models" / "tinylm")
-    text = _rows.need(_rows.SHARED / "data" / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
-    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
-    other = torch.tensor(tokenizer.encode(" ".join(sts("sts-train.csv", 1000)[0]), add_special_tokens=False).ids)
-    calibration = [inputs(window) for window in other.split(WINDOW) if len(window) == WINDOW]
+    folder = llama_folder()
+    windows = evaluation_windows(folder)
+    calibration = [inputs(window) for window in calibration_windows(folder, 32)]
     if quick:
         windows = windows[::59]
     program = gw.load_huggingface(folder, dtype="float32")
@@ -165,23 +161,6 @@ def perplexities(rows: _rows.Rows, *, quick: bool) -> None:
         found = perplexity(small, windows)
         rows.add(f"Llama 5.8M {name}", "graphwright", perplexity=found, ratio_to_fp32=found / base)
         rows.require(found / base <= expected * 1.01, f"{name}: perplexity {found:.1f}, {found / base:.4f} of fp32")
-
-
-def inputs(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Arguments of the Llama for one window or several."""
-    batch = ids.reshape(-1, ids.shape[-1])
-    return {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
-
-
-def perplexity(program: gw.Program, windows: torch.Tensor, size: int = 4) -> float:
-    """Exponential of the mean loss over positions 2 to 512 of every window."""
-    total = 0.0
-    with torch.no_grad():
-        for batch in windows.split(size):
-            logits = program(**inputs(batch)).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-            total += float(loss)
-    return math.exp(total / (windows.shape[0] * (WINDOW - 1)))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Sufficiency:
             raise InputError(
                 f"the calibration data is too short: {rows} rows (tokens) for {features} features",
                 where=where,
-                hint=f"give {features} rows or more, or rounding='nearest'",
+                hint=f"give {features} rows or more, leave it out with ignore=, or use rounding='nearest'",
             )
         if not self._warned:
             warnings.warn(

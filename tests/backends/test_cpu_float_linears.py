@@ -369,7 +369,7 @@ def test_what_follows_a_linear(activation: str, rows: int) -> None:
 def test_the_extension_refuses_what_does_not_fit() -> None:
     from graphwright.backends.cpu import _native
 
-    dense, _, coded_kernel, _ = some_kernels("scalar", 20, 48)
+    dense, _, coded_kernel, *_ = some_kernels("scalar", 20, 48)
     x, y = np.zeros((3, 48), np.float32), np.zeros((3, 20), np.float32)
     for native in (dense._kernel, coded_kernel._kernel):
         run: Any = native.run

@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Any, list[gw.Pass], str]] = {
     "BERT INT8": (bert, [gw.QuantizeLinears(bits=8, activations="int8"), gw.QuantizeEmbeddings()], "float32"),
     "BERT INT8 static": (
         bert,
-        [gw.QuantizeLinears(bits=8, activations="int8", calibration=[BATCH])],
+        [gw.QuantizeLinears(bits=8, activations="int8", calibration=[BATCH], rounding="nearest")],
         "float32",
     ),
     "GPT-2": (gpt2, [], "float32"),

@@ -30,7 +30,7 @@ def quantization_of(folder: ModelFolder) -> tuple[Mapping[str, Any], str] | None
     """How a folder is quantised, and the file that says so; ``None`` for a model in floating point.
 
     Raises:
-        InputError: the settings cannot be read.
+        InputError: the settings cannot be read, or their method is not.
     """
     for key in _KEYS:
         value = folder.config.get(key)
@@ -38,7 +38,9 @@ def quantization_of(folder: ModelFolder) -> tuple[Mapping[str, Any], str] | None
             continue
         if not isinstance(value, Mapping):
             raise InputError(f"{key!r} must be an object", where=str(folder.path / CONFIG))
-        return value, str(folder.path / CONFIG)
+        where = str(folder.path / CONFIG)
+        _kind_of_reader(value, where)
+        return value, where
     for name, method in _FILES.items():
         path = folder.path / name
         if path.is_file():
@@ -83,7 +85,8 @@ def load_quantized(
         InputError: an unknown method or format, or tensors that do not fit the settings or the configuration.
     """
     tensors = FolderTensors(folder)
-    reader = _reader(settings, tensors)
+    values, where = settings
+    reader = _kind_of_reader(values, where)(values, tensors, where)
     modules = reader.modules()
     if not modules:
         raise InputError(
@@ -107,12 +110,11 @@ def load_quantized(
     return model
 
 
-def _reader(settings: tuple[Mapping[str, Any], str], tensors: FolderTensors) -> Reader:
-    values, where = settings
+def _kind_of_reader(values: Mapping[str, Any], where: str) -> type[Reader]:
     method = values.get("quant_method")
     for each in READERS:
         if each.method == method:
-            return each(values, tensors, where)
+            return each
     known = ", ".join(each.method for each in READERS)
     raise InputError(
         f"is already quantised by {method or 'another tool'}, whose format is not read",
