@@ -11,6 +11,7 @@ from graphwright.ir.errors import InputError
 from graphwright.ir.mapped import release
 from graphwright.ir.ops.codebook import dequantize_codebook
 from graphwright.ir.ops.quantization import dequantize, pack
+from graphwright.passes.quantization.finite import is_finite
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss
 from graphwright.passes.quantization.rounding.base import Codes
@@ -66,7 +67,7 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
     Raises:
         InputError: it holds NaN or infinity.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise _not_finite(name)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from graphwright.ir.errors import InputError
 from graphwright.passes.calibration import Observed
+from graphwright.passes.quantization.finite import is_finite
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss
 from graphwright.passes.quantization.rounding.base import Codes, InputRounding
@@ -43,7 +44,7 @@ class ClippedNearest(InputRounding):
     def codes(self, weight: torch.Tensor, form: Format, inputs: Observed) -> Codes:
         """See :class:`ClippedNearest`."""
         moment = inputs.moment
-        if not bool(torch.isfinite(moment).all()):
+        if not is_finite(moment):
             raise InputError("the calibration inputs hold NaN or infinity", hint="check the calibration data")
         rows, columns = weight.shape
         size = form.columns_per_group(columns)

@@ -18,6 +18,7 @@ import torch
 
 from graphwright.ir.errors import InputError
 from graphwright.passes.calibration import Observed
+from graphwright.passes.quantization.finite import is_finite
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.rounding.base import Codes, InputRounding
 from graphwright.passes.quantization.rounding.descent import dense, descend
@@ -31,6 +32,8 @@ _ROWS = 1024
 _SLICE_ELEMENTS = 1 << 22
 # The damping is the least that a pivot can be: where one is found below this part of it, float32 is not precise enough.
 _TRUSTED = 0.5
+# Epsilons of the largest eigenvalue that a pivot may be off by, and iterations that find that eigenvalue.
+_ROUNDINGS, _ITERATIONS = 8, 12
 
 
 @dataclass(frozen=True)
@@ -70,22 +73,29 @@ class Gptq(InputRounding):
             )
 
     def codes(self, weight: torch.Tensor, form: Format, inputs: Observed) -> Codes:
-        """See :func:`gptq`."""
-        return gptq(weight, inputs.moment, form, options=self)
+        """See :func:`gptq`; uses the moment up."""
+        return gptq(weight, inputs.moment, form, options=self, spend=True)
 
 
-def gptq(weight: torch.Tensor, second_moment: torch.Tensor, form: Format, *, options: Gptq | None = None) -> Codes:
+def gptq(
+    weight: torch.Tensor,
+    second_moment: torch.Tensor,
+    form: Format,
+    *,
+    options: Gptq | None = None,
+    spend: bool = False,
+) -> Codes:
     """Quantise one weight so that ``X Wᵀ`` changes least.
 
-    Beyond the weight, the moment and the codes this takes a second matrix of the moment's size and one of the weight's,
-    in float32.
+    Beyond the weight, the moment and the codes this takes a matrix of the weight's size, in float32, and a second one
+    of the moment's unless that may be spent.
 
     Args:
         weight: ``[out, in]``, floating.
-        second_moment: ``[in, in]``, ``Σ x xᵀ`` over calibration tokens; any positive factor does not matter. It is only
-            read.
+        second_moment: ``[in, in]``, ``Σ x xᵀ`` over calibration tokens; any positive factor does not matter.
         form: the format; its grids are fitted when their group is reached.
         options: the method's; its defaults for ``None``.
+        spend: the moment may be overwritten. It is where columns are rounded as they are stored, without sweeps.
 
     Raises:
         InputError: the second moment is not finite, of another size, or not positive even when damped.
@@ -94,7 +104,7 @@ def gptq(weight: torch.Tensor, second_moment: torch.Tensor, form: Format, *, opt
     columns = weight.shape[1]
     if second_moment.shape != (columns, columns):
         raise InputError(f"the second moment is {list(second_moment.shape)}, the weight {list(weight.shape)}")
-    if not bool(torch.isfinite(second_moment).all()):
+    if not is_finite(second_moment):
         raise InputError("the calibration inputs hold NaN or infinity", hint="check the calibration data")
     diagonal = second_moment.diagonal().to(torch.float64)
     mean = float(diagonal.mean())
@@ -108,16 +118,21 @@ def gptq(weight: torch.Tensor, second_moment: torch.Tensor, form: Format, *, opt
             if options.static_groups
             else in_groups(importance, group_size, options.block, act_order=options.act_order)
         )
-        rounder = _Rounder(
-            weight, form, importance, _factor(second_moment, mean, options.damping, order.columns), order
-        )
+        size = _size(second_moment, weight)
+        factor: torch.Tensor | None = None
+        if spend and not options.sweeps and not options.act_order and second_moment.dtype == torch.float32:
+            factor = _factor_in_place(second_moment, mean, options.damping)
+        if factor is None:
+            factor = _factor(second_moment, mean, options.damping, order.columns)
+        rounder = _Rounder(weight, form, importance, factor, order)
+        del factor
         found, error = rounder.run()
         error = mean * (error - options.damping * rounder.moved)
         del rounder
         if options.sweeps:
             found = descend(weight, second_moment, found, form, sweeps=options.sweeps, damping=options.damping)
             error = _error(second_moment, weight, found, form)
-        found.loss.error, found.loss.size = max(error, 0.0), _size(second_moment, weight)
+        found.loss.error, found.loss.size = max(error, 0.0), size
         return found
 
 
@@ -141,6 +156,48 @@ def _error(second_moment: torch.Tensor, weight: torch.Tensor, found: Codes, form
     return total
 
 
+def _factor_in_place(moment: torch.Tensor, mean: float, damping: float) -> torch.Tensor | None:
+    """As :func:`_factor` for the columns in falling order, where the moment lies; ``None``, and the moment as it was,
+    where float32 may not be precise enough for it.
+
+    What rounding does to a pivot is a few epsilons of the largest eigenvalue, and no pivot is less than the damping.
+    """
+    if _ROUNDINGS * torch.finfo(torch.float32).eps * _largest_eigenvalue(moment) / mean > (1 - _TRUSTED) * damping:
+        return None
+    size = len(moment)
+    step = max(1, _SLICE_ELEMENTS // size)
+    for start in range(0, size // 2, step):
+        stop = min(start + step, size // 2)
+        first, last = slice(start, stop), slice(size - stop, size - start)
+        kept = moment[first].flip(0, 1)
+        moment[first] = moment[last].flip(0, 1)
+        moment[last] = kept
+    if size % 2:
+        moment[size // 2] = moment[size // 2].flip(0)
+    moment /= mean
+    moment.diagonal().add_(damping)
+    turned, failed = moment.t(), torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(turned, out=(turned, failed))
+    if int(failed):
+        raise _singular()
+    return turned
+
+
+def _largest_eigenvalue(moment: torch.Tensor) -> float:
+    """By power iteration; at most too small by a little, as the start has a part of every eigenvector."""
+    vector = torch.randn(len(moment), generator=torch.Generator().manual_seed(0))
+    for _ in range(_ITERATIONS):
+        vector = moment @ (vector / torch.linalg.vector_norm(vector))
+    return float(torch.linalg.vector_norm(vector))
+
+
+def _singular() -> InputError:
+    return InputError(
+        "the calibration inputs do not determine the rounding (their second moment is singular)",
+        hint="give more calibration data, or raise the damping",
+    )
+
+
 def _factor(second_moment: torch.Tensor, mean: float, damping: float, columns: torch.Tensor) -> torch.Tensor:
     """Lower Cholesky factor, float32, of the damped second moment, with its rows and columns arranged anew.
 
@@ -160,10 +217,8 @@ def _factor(second_moment: torch.Tensor, mean: float, damping: float, columns: t
         torch.linalg.cholesky_ex(turned, out=(turned, failed))
         if not int(failed) and float(turned.diagonal().min()) ** 2 >= _TRUSTED * damping:
             return turned.to(torch.float32)
-    raise InputError(
-        "the calibration inputs do not determine the rounding (their second moment is singular)",
-        hint="give more calibration data, or raise the damping",
-    )
+        del damped, turned
+    raise _singular()
 
 
 class _Rounder:
