@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import _rivals
 import _rows
@@ -162,7 +163,7 @@ def minilm(rows: _rows.Rows, *, quick: bool) -> None:
     base = judged(program)
     rows.add("MiniLM fp32", "graphwright", spearman_points=base, pairs=len(scores))
     quantize = gw.QuantizeLinears
-    four = {"bits": 4, "group_size": 32, "calibration": calibration}
+    four: dict[str, Any] = {"bits": 4, "group_size": 32, "calibration": calibration}
     cases: dict[str, tuple[gw.Pass, float]] = {
         "INT4 g32 asymmetric GPTQ": (quantize(symmetric=False, **four), 0.3),
         "INT4 g32 GPTQ": (quantize(**four), 0.3),
