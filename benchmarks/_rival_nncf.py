@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--data-aware", action="store_true", help="AWQ and scale estimation")
     given = parser.parse_args()
     shutil.copytree(given.model, given.out, dirs_exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    model.eval()
     model.config.use_cache = False
     windows = load_file(given.calibration)["input_ids"]
     whole = torch.ones(1, windows.shape[1], dtype=torch.int64)

@@ -18,7 +18,8 @@ WINDOW = 512
 
 def llama_folder() -> Path:
     """Where the model lies."""
-    return need(SHARED / "models" / "tinylm")
+    folder: Path = need(SHARED / "models" / "tinylm")
+    return folder
 
 
 def evaluation_windows(folder: Path) -> torch.Tensor:

@@ -16,7 +16,8 @@ from pathlib import Path
 import _rows
 import torch
 from _stsb import correlation, minilm_folder, sts
-from quantization_quality import CALIBRATION_SENTENCES, WINDOW, embed, encode, inputs, perplexity
+from _text import calibration_windows, evaluation_windows, inputs, llama_folder, perplexity
+from quantization_quality import CALIBRATION_SENTENCES, embed, encode
 from tokenizers import Tokenizer
 
 import graphwright as gw
@@ -40,13 +41,9 @@ def main() -> int:
 
 def llama(rows: _rows.Rows, *, step: int) -> None:
     """Perplexity of the small Llama; calibration on other text."""
-    folder = _rows.need(_rows.SHARED / "models" / "tinylm")
-    text = _rows.need(_rows.SHARED / "data" / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
-    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)[::step]
-    other = torch.tensor(tokenizer.encode(" ".join(sts("sts-train.csv", 1000)[0]), add_special_tokens=False).ids)
-    calibration = [inputs(window) for window in other.split(WINDOW) if len(window) == WINDOW]
+    folder = llama_folder()
+    windows = evaluation_windows(folder)[::step]
+    calibration = [inputs(window) for window in calibration_windows(folder, 32)]
     start = time.perf_counter()
     result = gw.auto_quantize(
         gw.load_huggingface(folder, dtype="float32"),

@@ -13,10 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import _rows
-import torch
-from _stsb import sts
-from quantization_quality import WINDOW, inputs, perplexity
-from tokenizers import Tokenizer
+from _text import calibration_windows, evaluation_windows, inputs, llama_folder, perplexity
 
 import graphwright as gw
 from graphwright.passes.quantization.rounding import rounding_of
@@ -39,13 +36,9 @@ def main() -> int:
     options = parser.parse_args()
     step, count = (47, 8) if options.quick else (options.windows, 32)
     rows = _rows.Rows()
-    folder = _rows.need(_rows.SHARED / "models" / "tinylm")
-    text = _rows.need(_rows.SHARED / "data" / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
-    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)[::step]
-    other = torch.tensor(tokenizer.encode(" ".join(sts("sts-train.csv", 3000)[0]), add_special_tokens=False).ids)
-    calibration = [inputs(window) for window in other.split(WINDOW) if len(window) == WINDOW][:count]
+    folder = llama_folder()
+    windows = evaluation_windows(folder)[::step]
+    calibration = [inputs(window) for window in calibration_windows(folder, count)]
     program = gw.load_huggingface(folder, dtype="float32")
 
     def judged(case: str, overrides: Mapping[str, Any], bits: float) -> float:

@@ -158,7 +158,8 @@ def minilm(rows: _rows.Rows, *, quick: bool) -> None:
     program = gw.load_huggingface(folder, dtype="float32")
 
     def judged(item: gw.Program) -> float:
-        return 100 * correlation(torch.cat([embed(item, tokenizer, left), embed(item, tokenizer, right)]), scores)
+        both = torch.cat([embed(item, tokenizer, left), embed(item, tokenizer, right)])
+        return 100 * float(correlation(both, scores))
 
     base = judged(program)
     rows.add("MiniLM fp32", "graphwright", spearman_points=base, pairs=len(scores))
