@@ -1,7 +1,7 @@
 """Quality of quantised models, each method beside another library's with the same settings and calibration data.
 
 A small Llama at INT4 and INT3 in groups of 128 and INT2 in groups of 64: perplexity on WikiText-2 valid (fp32 245.4),
-and the divergence of its predictions from those of fp32 (mean Kullback-Leibler divergence in nats, every 12th window).
+and the divergence of its predictions from those of fp32 (mean Kullback-Leibler divergence in nats, on 60 windows).
 The model is too sure of itself on this text, so that rounding can lower its perplexity; the divergence cannot be
 flattered so. MiniLM: Spearman's rank correlation on STS-B dev. A rival quantises in an environment of its own and
 writes the floats that its weights stand for; both are evaluated by the same code, in float32.
@@ -35,7 +35,7 @@ import graphwright as gw
 # bits, group size, and what the best method may lose against fp32
 SETTINGS = ((4, 128, 0.002), (3, 128, 0.015), (2, 64, 0.40))
 CALIBRATION_WINDOWS = 128
-EVERY = 12  # windows on which predictions are compared
+COMPARED = 60  # windows on which predictions are compared
 WITHIN = 1.003
 FOLDER = _rivals.FOLDER / "quality"
 
@@ -44,9 +44,14 @@ def main() -> int:
     """Run the comparison; the exit code is 1 when a target is missed."""
     parser = _rows.parser(__doc__)
     parser.add_argument("--only", metavar="NAMES", help="methods and rivals to run, by the beginning of their names")
+    parser.add_argument("--bits", type=int, choices=[setting[0] for setting in SETTINGS], help="of one setting only")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="judge on every N-th window of the text")
     options = parser.parse_args()
     rows = _rows.Rows()
-    llama(rows, quick=options.quick, only=options.only.split(",") if options.only else None)
+    settings = [each for each in SETTINGS if options.bits in (None, each[0])]
+    every = 47 if options.quick else options.every
+    only = options.only.split(",") if options.only else None
+    llama(rows, settings[1:2] if options.quick else settings, every, quick=options.quick, only=only)
     if options.only is None:
         minilm(rows, quick=options.quick)
     return int(rows.finish(options.json))
@@ -59,7 +64,7 @@ class Judge:
     """Perplexity of a program, and how far its predictions are from the original's."""
 
     def __init__(self, original: gw.Program, windows: torch.Tensor) -> None:
-        self._windows, self._some = windows, windows[::EVERY]
+        self._windows, self._some = windows, windows[:: -(-len(windows) // COMPARED)]
         with torch.no_grad():
             self._wanted = [self._predictions(original, window) for window in self._some]
         self.fp32 = perplexity(original, windows)
@@ -79,17 +84,24 @@ class Judge:
         return functional.log_softmax(program(**inputs(window)).logits[0].float(), -1)
 
 
-def llama(rows: _rows.Rows, *, quick: bool, only: Sequence[str] | None) -> None:
+def llama(
+    rows: _rows.Rows,
+    settings: Sequence[tuple[int, int, float]],
+    every: int,
+    *,
+    quick: bool,
+    only: Sequence[str] | None,
+) -> None:
     """Every method at every setting, and its rivals."""
     folder = llama_folder()
-    windows = evaluation_windows(folder)[:: 47 if quick else 1]
+    windows = evaluation_windows(folder)[::every]
     tokens = calibration_windows(folder, 16 if quick else CALIBRATION_WINDOWS)
     FOLDER.mkdir(parents=True, exist_ok=True)
     save_file({"input_ids": tokens.contiguous()}, FOLDER / "calibration.safetensors")
     original = gw.load_huggingface(folder, dtype="float32")
     judge = Judge(original, windows)
     rows.add("Llama 5.8M fp32", "graphwright", perplexity=judge.fp32, windows=len(windows))
-    for bits, group, allowed in SETTINGS[1:2] if quick else SETTINGS:
+    for bits, group, allowed in settings:
         case = f"Llama 5.8M INT{bits} g{group}"
         theirs: dict[str, float] = {}
         for rival in () if quick else RIVALS:
