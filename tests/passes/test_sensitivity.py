@@ -263,3 +263,15 @@ def test_bad_input(program: gw.Program, options: dict[str, Any], what: str) -> N
     given = {"calibration": batches(), **options}
     with pytest.raises(gw.InputError, match=what):
         gw.sensitivities(program, **given)
+
+
+@pytest.mark.parametrize("measure", ["fisher", "output"])
+def test_a_method_that_uses_its_inputs_up_leaves_them_to_the_next_candidate(program: gw.Program, measure: str) -> None:
+    forms: list[dict[str, Any]] = [{"bits": bits, "group_size": 16} for bits in (4, 3, 8)]
+    there, back = (
+        gw.sensitivities(program, batches(), candidates=given, measure=measure, rounding="gptq")
+        for given in (forms, forms[::-1])
+    )
+    for row, other in zip(there.linears, back.linears, strict=True):
+        assert min(row.values) > 0
+        assert row.values == other.values[::-1]

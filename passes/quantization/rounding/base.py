@@ -74,6 +74,8 @@ class InputRounding(Rounding):
     def codes(self, weight: torch.Tensor, form: Format, inputs: Observed) -> Codes:
         """Codes of a weight ``[rows, columns]``, floating, finite, whose inputs are ``[n, columns]``.
 
+        ``inputs.moment`` may be overwritten: whoever needs it afterwards gives :meth:`Observed.copy`.
+
         Raises:
             InputError: the inputs do not determine the codes; without ``where``, which the caller knows.
         """

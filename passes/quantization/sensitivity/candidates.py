@@ -77,7 +77,7 @@ def rounded(
     wide = weight.detach().to(torch.float32)
     if isinstance(rounding, InputRounding):
         assert inputs is not None
-        found = rounding.codes(wide, form, inputs)
+        found = rounding.codes(wide, form, inputs.copy())  # it may use them up, and other candidates need them
     elif isinstance(rounding, WeightRounding):
         found = rounding.codes(wide, form)
     else:
