@@ -24,6 +24,7 @@ DIALECT: dict[str, str] = {
     "embedding_nbits": "quantization",
     "fake_quantize": "fake_quantize",
     "gated_activation": "activation",
+    "kron_linear": "kronecker",
     "linear_codebook": "codebook",
     "linear_int8_dynamic": "quantization",
     "linear_int8_static": "quantization",

@@ -18,6 +18,7 @@ _ROW_WISE: dict[str, str] = {
     "aten.linear": "input",
     "aten.layer_norm": "input",
     "aten.rms_norm": "input",
+    "graphwright.kron_linear": "x",
     "graphwright.linear_codebook": "x",
     "graphwright.linear_int8_dynamic": "x",
     "graphwright.linear_int8_static": "x",
