@@ -131,8 +131,7 @@ def _merge(rewriter: Rewriter, adapter: Inserted) -> None:
                 _write(rewriter, place, site)
                 done.add(place.weight)
             # A node of its own, because the bare one's value, by whose name it is known, is another.
-            bare = place.node
-            merged = rewriter.call(bare.target, *bare.args, like=bare, **bare.kwargs)
+            merged = rewriter.call(place.node.target, *place.node.args, like=place.node)
             rewriter.replace(exit_, merged)
 
 

@@ -92,5 +92,5 @@ def stirred(program: gw.Program, seed: int = 0) -> gw.Program:
     with torch.no_grad():
         for parameter in program.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return program
