@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import AdapterKind as AdapterKind
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
+    from graphwright.passes.adapters import KronABlock as KronABlock
     from graphwright.passes.adapters import LoRA as LoRA
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
@@ -112,8 +113,8 @@ if TYPE_CHECKING:
     from graphwright.passes.decoding import UnflattenRows as UnflattenRows
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
-    from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
     from graphwright.passes.fusion import FuseGateUp as FuseGateUp
+    from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
     from graphwright.passes.fusion import FuseGelu as FuseGelu
     from graphwright.passes.fusion import FuseLayerNorm as FuseLayerNorm
     from graphwright.passes.fusion import FuseQKV as FuseQKV
@@ -202,6 +203,7 @@ _EXPORTS: dict[str, str] = {
     "InsertAdapters": "graphwright.passes.adapters",
     "InsertFakeQuantize": "graphwright.passes.quantization",
     "KronA": "graphwright.passes.adapters",
+    "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
     "LoRA": "graphwright.passes.adapters",

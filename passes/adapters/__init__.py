@@ -8,6 +8,7 @@ from graphwright.passes.adapters.files import load_adapter, save_adapter
 from graphwright.passes.adapters.inserted import adapter_tensors, adapters_of
 from graphwright.passes.adapters.insertion import InsertAdapters
 from graphwright.passes.adapters.kinds.krona import KronA, kronecker_shapes
+from graphwright.passes.adapters.kinds.krona_block import KronABlock
 from graphwright.passes.adapters.kinds.lora import LoRA
 from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
 
@@ -18,6 +19,7 @@ __all__ = [
     "Factor",
     "InsertAdapters",
     "KronA",
+    "KronABlock",
     "LoRA",
     "MergeAdapters",
     "RemoveAdapters",

@@ -14,6 +14,7 @@ from graphwright.passes.adapters.base import AdapterKind
 # name -> module of this package and class
 KINDS: dict[str, tuple[str, str]] = {
     "krona": ("krona", "KronA"),
+    "krona-block": ("krona_block", "KronABlock"),
     "lora": ("lora", "LoRA"),
 }
 
