@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import DoRA as DoRA
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
+    from graphwright.passes.adapters import KronABlock as KronABlock
     from graphwright.passes.adapters import LoHa as LoHa
     from graphwright.passes.adapters import LoKr as LoKr
     from graphwright.passes.adapters import LoRA as LoRA
@@ -210,6 +211,7 @@ _EXPORTS: dict[str, str] = {
     "InsertAdapters": "graphwright.passes.adapters",
     "InsertFakeQuantize": "graphwright.passes.quantization",
     "KronA": "graphwright.passes.adapters",
+    "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
     "LoHa": "graphwright.passes.adapters",

@@ -10,6 +10,7 @@ from graphwright.passes.adapters.insertion import InsertAdapters
 from graphwright.passes.adapters.kinds.dora import DoRA
 from graphwright.passes.adapters.kinds.ia3 import IA3
 from graphwright.passes.adapters.kinds.krona import KronA, kronecker_shapes
+from graphwright.passes.adapters.kinds.krona_block import KronABlock
 from graphwright.passes.adapters.kinds.loha import LoHa
 from graphwright.passes.adapters.kinds.lokr import LoKr
 from graphwright.passes.adapters.kinds.lora import LoRA
@@ -30,6 +31,7 @@ __all__ = [
     "LoKr",
     "LoRAFA",
     "VeRA",
+    "KronABlock",
     "LoRA",
     "MergeAdapters",
     "RemoveAdapters",

@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "krona": ("krona", "KronA"),
     "loha": ("loha", "LoHa"),
     "lokr": ("lokr", "LoKr"),
+    "krona-block": ("krona_block", "KronABlock"),
     "lora": ("lora", "LoRA"),
     "lora_fa": ("lora_fa", "LoRAFA"),
     "vera": ("vera", "VeRA"),

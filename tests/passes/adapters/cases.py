@@ -91,6 +91,9 @@ CASES: dict[str, Case] = {
     "ia3-input": Case(gw.IA3(side="input"), 2 * sum(into for _, into in SHAPES)),
     "krona": Case(gw.KronA(), 2 * (2 * 24 + 2 * (27 + 32))),
     "krona-a": Case(gw.KronA((12, 4), scale=2.0), 2 * sum(48 + (o // 12) * (i // 4) for o, i in SHAPES)),
+    "krona-block": Case(gw.KronABlock(), 2 * (2 * 12 + 2 * 12)),
+    "krona-block-a": Case(gw.KronABlock((6, 4), scale=4.0, biases=1), 2 * (6 * 4 + 4 * 6 + WIDTH)),
+    "krona-block-residual": Case(gw.KronABlock((3, 8), biases=2, residual=True), 2 * (24 + 24 + 2 * WIDTH + 1)),
 }
 
 
