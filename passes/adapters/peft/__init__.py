@@ -28,6 +28,7 @@ LAYOUTS: dict[str, str] = {
     "LOHA": "lycoris",
     "LOKR": "lycoris",
     "LORA": "lora",
+    "OFT": "oft",
     "VERA": "vera",
 }
 
@@ -39,6 +40,7 @@ WRITTEN: dict[str, str] = {
     "lokr": "LOKR",
     "lora": "LORA",
     "lora_fa": "LORA",
+    "oft": "OFT",
     "vera": "VERA",
 }
 

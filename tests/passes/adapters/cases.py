@@ -89,6 +89,20 @@ CASES: dict[str, Case] = {
     "loha": Case(gw.LoHa(rank=3, alpha=6), 2 * low_rank(3)),
     "ia3": Case(gw.IA3(), 2 * sum(out for out, _ in SHAPES)),
     "ia3-input": Case(gw.IA3(side="input"), 2 * sum(into for _, into in SHAPES)),
+    "lora-xs": Case(gw.LoRAXS(rank=4, std=0.01), 6 * 16),
+    "lora-xs-zero": Case(gw.LoRAXS(rank=4, alpha=8, std=0), 6 * 16),
+    "nola": Case(gw.NOLA(bases=10, rank=3, alpha=6), 6 * 20),
+    "nola-saved": Case(gw.NOLA(bases=5, rank=2, seed=2, save_bases=True), 6 * 10),
+    "sora": Case(gw.SoRA(rank=4, scale=2.0), low_rank(4) + 6 * 4),
+    "oft": Case(gw.OFT(block=6), 2 * sum(into // 6 * 15 for _, into in SHAPES)),
+    "ether": Case(gw.ETHER(), 2 * sum(into for _, into in SHAPES)),
+    "ether-blocks": Case(gw.ETHER(blocks=4), 2 * sum(into for _, into in SHAPES)),
+    "ether-plus": Case(gw.ETHERPlus(blocks=2), 2 * sum(2 * (out + into) for out, into in SHAPES)),
+    "ether-plus-in": Case(gw.ETHERPlus(blocks=3, both_sides=False), 2 * sum(2 * into for _, into in SHAPES)),
+    "compacter": Case(gw.Compacter(bottleneck=8), 4**3 + 2 * sum(3 * (out + 8) for out, _ in SHAPES)),
+    "compacter-rank": Case(
+        gw.Compacter(bottleneck=6, n=2, rank=2, activation="relu"), 2**3 + 2 * sum(5 * (out + 6) for out, _ in SHAPES)
+    ),
     "krona": Case(gw.KronA(), 2 * (2 * 24 + 2 * (27 + 32))),
     "krona-a": Case(gw.KronA((12, 4), scale=2.0), 2 * sum(48 + (o // 12) * (i // 4) for o, i in SHAPES)),
 }
