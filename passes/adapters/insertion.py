@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -134,7 +134,7 @@ class InsertAdapters(Pass):
             raise SelectionError(
                 f"there is no place for {kind.kind}",
                 where=f"{self.name}: where={self.where!r}",
-                hint=str(refusals[0]) if refusals else "the program has no layer of the kind it goes to",
+                hint=_foremost(refusals),
             )
         noted: dict[str, tuple[AdapterKind, dict[str, Any]]] = {}
         trained = 0
@@ -196,6 +196,12 @@ class InsertAdapters(Pass):
             if self.overrides and (reason := kinds[path].check(places[0])) is not None:
                 raise InputError(reason, where=path)
         return kinds
+
+
+def _foremost(refusals: Sequence[Refusal]) -> str:
+    """The reason of a place that was meant, else of any."""
+    meant = [each for each in refusals if not each.reason.startswith("not selected")]
+    return str((meant or list(refusals))[0]) if refusals else "the program has no layer of the kind it goes to"
 
 
 def _freeze(rewriter: Rewriter) -> None:

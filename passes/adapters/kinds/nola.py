@@ -21,8 +21,8 @@ class NOLA(AdapterKind):
     """``y = x Wᵀ + s · (x Aᵀ) Bᵀ``, ``A = Σᵢ αᵢ Aᵢ``, ``B = Σⱼ βⱼ Bⱼ`` (Koohpayegani et al. 2024, eq. 3).
 
     The ``Aᵢ [r, in]`` and ``Bⱼ [out, r]`` are random and frozen; linears of one width share them. Trains ``2 k``
-    numbers a linear, whatever its rank and shape. ``α`` starts normal with variance ``1 / k``, so that ``A`` is as large as one
-    ``Aᵢ``; ``β`` at 0. The matrices are not saved: the seed gives them again.
+    numbers a linear, whatever its rank and shape. ``α`` starts normal with variance ``1 / k``, so that ``A`` is as
+    large as one ``Aᵢ``; ``β`` at 0. The matrices are not saved: the seed gives them again.
 
     Attributes:
         bases: k of each.

@@ -39,9 +39,7 @@ class OFT(AdapterKind):
 
     def check(self, site: Site) -> str | None:
         """A block that does not divide the inputs is an error."""
-        check_blocks(
-            self.kind, site, site.features[1] // self.block, site.features[1], option="block", given=self.block
-        )
+        check_blocks(self.kind, site, "block", self.block, site.features[1])
         return None
 
     def factors(self, site: Site, draw: Draw) -> dict[str, Factor]:

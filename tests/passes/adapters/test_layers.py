@@ -35,10 +35,6 @@ class Net(nn.Module):
         return torch.addmm(self.bias, rows, self.weight)
 
 
-def factors(kernel: int, channels: int) -> int:
-    return channels * kernel
-
-
 CASES: dict[str, tuple[gw.AdapterKind, str, int]] = {
     "lora-embedding": (gw.LoRA(rank=3, alpha=6, ops=("embedding",)), "table", 3 * (13 + 8)),
     "lora-conv1d": (gw.LoRA(rank=3, alpha=6, ops=("conv",)), "flat", 3 * (8 * 3 + 12)),
