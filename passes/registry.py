@@ -47,6 +47,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "split-outlier-weights": ("quantization", "SplitOutlierWeights"),
     "insert-adapters": ("adapters", "InsertAdapters"),
     "merge-adapters": ("adapters", "MergeAdapters"),
+    "delete-ranks": ("adapters", "DeleteRanks"),
     "remove-adapters": ("adapters", "RemoveAdapters"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),

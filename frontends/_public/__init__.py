@@ -83,9 +83,15 @@ if TYPE_CHECKING:
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
+    from graphwright.passes.adapters import ETHER as ETHER
     from graphwright.passes.adapters import IA3 as IA3
+    from graphwright.passes.adapters import NOLA as NOLA
+    from graphwright.passes.adapters import OFT as OFT
     from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import Compacter as Compacter
+    from graphwright.passes.adapters import DeleteRanks as DeleteRanks
     from graphwright.passes.adapters import DoRA as DoRA
+    from graphwright.passes.adapters import ETHERPlus as ETHERPlus
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
     from graphwright.passes.adapters import KronABlock as KronABlock
@@ -93,12 +99,15 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import LoKr as LoKr
     from graphwright.passes.adapters import LoRA as LoRA
     from graphwright.passes.adapters import LoRAFA as LoRAFA
+    from graphwright.passes.adapters import LoRAXS as LoRAXS
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
+    from graphwright.passes.adapters import SoRA as SoRA
     from graphwright.passes.adapters import VeRA as VeRA
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
     from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
     from graphwright.passes.adapters import save_adapter as save_adapter
+    from graphwright.passes.adapters import shrink_gates as shrink_gates
     from graphwright.passes.base import Pass as Pass
     from graphwright.passes.base import RulePass as RulePass
     from graphwright.passes.bisection import bisect as bisect
@@ -176,16 +185,20 @@ _EXPORTS: dict[str, str] = {
     "Chat": "graphwright.frontends.generation.chat",
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
+    "Compacter": "graphwright.passes.adapters",
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
+    "DeleteRanks": "graphwright.passes.adapters",
     "Dim": "graphwright.ir.types",
     "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
     "DumpIR": "graphwright.passes.hooks",
+    "ETHER": "graphwright.passes.adapters",
+    "ETHERPlus": "graphwright.passes.adapters",
     "EliminateCommonSubexpressions": "graphwright.passes.cleanup",
     "Exact": "graphwright.passes.contract",
     "ExportError": "graphwright.ir.errors",
@@ -218,12 +231,15 @@ _EXPORTS: dict[str, str] = {
     "LoKr": "graphwright.passes.adapters",
     "LoRA": "graphwright.passes.adapters",
     "LoRAFA": "graphwright.passes.adapters",
+    "LoRAXS": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
     "LowRank": "graphwright.passes.quantization",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "MergeAdapters": "graphwright.passes.adapters",
+    "NOLA": "graphwright.passes.adapters",
     "Nearest": "graphwright.passes.quantization",
+    "OFT": "graphwright.passes.adapters",
     "OptimizedDecoder": "graphwright.frontends.generation.optimized",
     "OptimizedModel": "graphwright.frontends.api",
     "OrderError": "graphwright.ir.errors",
@@ -264,6 +280,7 @@ _EXPORTS: dict[str, str] = {
     "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
     "SmoothActivations": "graphwright.passes.quantization",
+    "SoRA": "graphwright.passes.adapters",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "Stream": "graphwright.frontends.generation.stream",
@@ -306,6 +323,7 @@ _EXPORTS: dict[str, str] = {
     "save_quantized": "graphwright.frontends.huggingface.quantized",
     "save_recipe": "graphwright.frontends.recipes",
     "sensitivities": "graphwright.passes.quantization",
+    "shrink_gates": "graphwright.passes.adapters",
     "skip_by_kurtosis": "graphwright.passes.quantization",
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",

@@ -5,9 +5,12 @@
 
 from graphwright.passes.adapters.base import AdapterKind, Dense, Draw, Factor
 from graphwright.passes.adapters.files import load_adapter, save_adapter
+from graphwright.passes.adapters.gates import DeleteRanks, shrink_gates
 from graphwright.passes.adapters.inserted import adapter_tensors, adapters_of
 from graphwright.passes.adapters.insertion import InsertAdapters
+from graphwright.passes.adapters.kinds.compacter import Compacter
 from graphwright.passes.adapters.kinds.dora import DoRA
+from graphwright.passes.adapters.kinds.ether import ETHER, ETHERPlus
 from graphwright.passes.adapters.kinds.ia3 import IA3
 from graphwright.passes.adapters.kinds.krona import KronA, kronecker_shapes
 from graphwright.passes.adapters.kinds.krona_block import KronABlock
@@ -15,6 +18,10 @@ from graphwright.passes.adapters.kinds.loha import LoHa
 from graphwright.passes.adapters.kinds.lokr import LoKr
 from graphwright.passes.adapters.kinds.lora import LoRA
 from graphwright.passes.adapters.kinds.lora_fa import LoRAFA
+from graphwright.passes.adapters.kinds.lora_xs import LoRAXS
+from graphwright.passes.adapters.kinds.nola import NOLA
+from graphwright.passes.adapters.kinds.oft import OFT
+from graphwright.passes.adapters.kinds.sora import SoRA
 from graphwright.passes.adapters.kinds.vera import VeRA
 from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
 
@@ -32,6 +39,15 @@ __all__ = [
     "LoRAFA",
     "VeRA",
     "KronABlock",
+    "Compacter",
+    "ETHER",
+    "ETHERPlus",
+    "LoRAXS",
+    "NOLA",
+    "OFT",
+    "SoRA",
+    "DeleteRanks",
+    "shrink_gates",
     "LoRA",
     "MergeAdapters",
     "RemoveAdapters",

@@ -90,12 +90,14 @@ class AdapterKind(ABC):
 
     - ``kind``: its name, lower case, as recipes and files have it.
     - ``unmergeable``: why it cannot become part of the weights; ``None`` when it can.
+    - ``stored``: what it starts with is of the weight, rounded to the weight's dtype, so the same means that much.
     - ``identity``: whether the model computes the same right after it was put in; see also :meth:`starts_as_identity`.
     """
 
     kind: ClassVar[str]
     unmergeable: ClassVar[str | None] = None
     identity: ClassVar[bool] = True
+    stored: ClassVar[bool] = False
 
     def sites(self, program: Program, selected: Predicate, *, head: bool) -> Iterator[Site | Refusal]:
         """The places of a program for this kind, each whole or with the reason why not; linears by default.

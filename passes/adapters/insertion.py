@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from graphwright.ir.errors import InputError, SelectionError
@@ -97,7 +98,7 @@ class InsertAdapters(Pass):
     def effective_contract(self) -> Contract:
         """Exact where new adapters change nothing yet."""
         if isinstance(self.adapter, AdapterKind) and self.adapter.starts_as_identity():
-            return Exact()
+            return Exact(stored=self.adapter.stored)
         return Retrain()
 
     def options(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class InsertAdapters(Pass):
             raise SelectionError(
                 f"there is no place for {kind.kind}",
                 where=f"{self.name}: where={self.where!r}",
-                hint=str(refusals[0]) if refusals else "the program has no layer of the kind it goes to",
+                hint=_foremost(refusals),
             )
         noted: dict[str, tuple[AdapterKind, dict[str, Any]]] = {}
         trained = 0
@@ -197,6 +198,12 @@ class InsertAdapters(Pass):
         return kinds
 
 
+def _foremost(refusals: Sequence[Refusal]) -> str:
+    """The reason of a place that was meant, else of any."""
+    meant = [each for each in refusals if not each.reason.startswith("not selected")]
+    return str((meant or list(refusals))[0]) if refusals else "the program has no layer of the kind it goes to"
+
+
 def _freeze(rewriter: Rewriter) -> None:
     program = rewriter.program
     adapters = {str(node.target) for node in program.nodes if node.op == "get_attr" and ADAPTER in tags_of(node)}
@@ -234,6 +241,11 @@ def _check_fits(
                 wrong.append(f"{path}.{key}: {'missing' if key in like else 'unknown'}")
             elif like[key].value.shape != there.tensors[key].shape:
                 wrong.append(f"{path}.{key}: {list(there.tensors[key].shape)}, not {list(like[key].value.shape)}")
+    present = program.tensors()
+    for name, tensor in saved.base.items():
+        here_ = present.get(program.aliases.get(name, name))
+        if here_ is None or here_.shape != tensor.shape or not torch.equal(here_, tensor.to(here_.dtype)):
+            wrong.append(f"{name}: a weight of the base that was saved along, and that the program has otherwise")
     if wrong:
         raise InputError(
             f"the adapter was saved from {saved.title!r} and does not fit {program.title!r}: {len(wrong)} of "

@@ -13,7 +13,10 @@ from graphwright.passes.adapters.base import AdapterKind
 
 # name -> module of this package and class
 KINDS: dict[str, tuple[str, str]] = {
+    "compacter": ("compacter", "Compacter"),
     "dora": ("dora", "DoRA"),
+    "ether": ("ether", "ETHER"),
+    "ether_plus": ("ether", "ETHERPlus"),
     "ia3": ("ia3", "IA3"),
     "krona": ("krona", "KronA"),
     "loha": ("loha", "LoHa"),
@@ -21,6 +24,10 @@ KINDS: dict[str, tuple[str, str]] = {
     "krona-block": ("krona_block", "KronABlock"),
     "lora": ("lora", "LoRA"),
     "lora_fa": ("lora_fa", "LoRAFA"),
+    "lora_xs": ("lora_xs", "LoRAXS"),
+    "nola": ("nola", "NOLA"),
+    "oft": ("oft", "OFT"),
+    "sora": ("sora", "SoRA"),
     "vera": ("vera", "VeRA"),
 }
 
