@@ -84,11 +84,16 @@ if TYPE_CHECKING:
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
     from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import BitFit as BitFit
+    from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
     from graphwright.passes.adapters import KronABlock as KronABlock
+    from graphwright.passes.adapters import LoDA as LoDA
     from graphwright.passes.adapters import LoRA as LoRA
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
+    from graphwright.passes.adapters import ParallelAdapter as ParallelAdapter
+    from graphwright.passes.adapters import ReduceProjections as ReduceProjections
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
     from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
@@ -113,8 +118,8 @@ if TYPE_CHECKING:
     from graphwright.passes.decoding import UnflattenRows as UnflattenRows
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
-    from graphwright.passes.fusion import FuseGateUp as FuseGateUp
     from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
+    from graphwright.passes.fusion import FuseGateUp as FuseGateUp
     from graphwright.passes.fusion import FuseGelu as FuseGelu
     from graphwright.passes.fusion import FuseLayerNorm as FuseLayerNorm
     from graphwright.passes.fusion import FuseQKV as FuseQKV
@@ -165,6 +170,7 @@ _EXPORTS: dict[str, str] = {
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
     "AutoRound": "graphwright.passes.quantization",
     "BackendError": "graphwright.ir.errors",
+    "BitFit": "graphwright.passes.adapters",
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
@@ -198,6 +204,7 @@ _EXPORTS: dict[str, str] = {
     "GraphwrightError": "graphwright.ir.errors",
     "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
+    "HoulsbyAdapter": "graphwright.passes.adapters",
     "Hqq": "graphwright.passes.quantization",
     "InputError": "graphwright.ir.errors",
     "InsertAdapters": "graphwright.passes.adapters",
@@ -206,6 +213,7 @@ _EXPORTS: dict[str, str] = {
     "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LoDA": "graphwright.passes.adapters",
     "LoRA": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
     "LowRank": "graphwright.passes.quantization",
@@ -218,6 +226,7 @@ _EXPORTS: dict[str, str] = {
     "OrderError": "graphwright.ir.errors",
     "PackedDecoder": "graphwright.frontends.generation.packed",
     "PackedModel": "graphwright.backends.cpu",
+    "ParallelAdapter": "graphwright.passes.adapters",
     "Pass": "graphwright.passes.base",
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
@@ -233,6 +242,7 @@ _EXPORTS: dict[str, str] = {
     "QuantizeEmbeddings": "graphwright.passes.quantization",
     "QuantizeLinears": "graphwright.passes.quantization",
     "RecipeError": "graphwright.ir.errors",
+    "ReduceProjections": "graphwright.passes.adapters",
     "Refusal": "graphwright.ir.pattern",
     "Relative": "graphwright.frontends.autoquantize",
     "RemoveAdapters": "graphwright.passes.adapters",

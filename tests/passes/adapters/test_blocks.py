@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.adapters.families import BATCH, FAMILIES
+from tests.passes.adapters.families import BATCH, FAMILIES, traced
 from torch import nn
 
 import graphwright as gw
@@ -28,7 +28,7 @@ def found(program: gw.Program, kind: str) -> list[Block]:
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest) -> tuple[str, gw.Program]:
     name: str = request.param
-    return name, gw.trace(FAMILIES[name](), BATCH)
+    return name, traced(name)
 
 
 def test_of_every_family(family: tuple[str, gw.Program]) -> None:
