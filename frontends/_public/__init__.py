@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import IA3 as IA3
     from graphwright.passes.adapters import AdapterKind as AdapterKind
     from graphwright.passes.adapters import BitFit as BitFit
+    from graphwright.passes.adapters import DePT as DePT
     from graphwright.passes.adapters import DoRA as DoRA
     from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
@@ -98,6 +99,8 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import LoRAFA as LoRAFA
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
     from graphwright.passes.adapters import ParallelAdapter as ParallelAdapter
+    from graphwright.passes.adapters import PrefixTuning as PrefixTuning
+    from graphwright.passes.adapters import PromptTuning as PromptTuning
     from graphwright.passes.adapters import ReduceProjections as ReduceProjections
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
     from graphwright.passes.adapters import VeRA as VeRA
@@ -185,6 +188,7 @@ _EXPORTS: dict[str, str] = {
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
+    "DePT": "graphwright.passes.adapters",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
@@ -242,11 +246,13 @@ _EXPORTS: dict[str, str] = {
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "PrefixTuning": "graphwright.passes.adapters",
     "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
     "ProgramError": "graphwright.ir.errors",
     "PromptCache": "graphwright.frontends.generation.prompt_cache",
     "PromptLookup": "graphwright.frontends.generation.drafts",
+    "PromptTuning": "graphwright.passes.adapters",
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
     "QuantizeAttention": "graphwright.passes.quantization",

@@ -19,6 +19,8 @@ from graphwright.passes.adapters.kinds.lokr import LoKr
 from graphwright.passes.adapters.kinds.lora import LoRA
 from graphwright.passes.adapters.kinds.lora_fa import LoRAFA
 from graphwright.passes.adapters.kinds.parallel import ParallelAdapter
+from graphwright.passes.adapters.kinds.prefix import PrefixTuning
+from graphwright.passes.adapters.kinds.prompt import DePT, PromptTuning
 from graphwright.passes.adapters.kinds.vera import VeRA
 from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
 from graphwright.passes.adapters.projections import ReduceProjections
@@ -26,6 +28,7 @@ from graphwright.passes.adapters.projections import ReduceProjections
 __all__ = [
     "AdapterKind",
     "BitFit",
+    "DePT",
     "Dense",
     "DoRA",
     "Draw",
@@ -42,6 +45,8 @@ __all__ = [
     "LoRAFA",
     "MergeAdapters",
     "ParallelAdapter",
+    "PrefixTuning",
+    "PromptTuning",
     "ReduceProjections",
     "RemoveAdapters",
     "VeRA",

@@ -107,7 +107,7 @@ class RemoveAdapters(Pass):
             for adapter in chosen:
                 for site in adapter.sites.values():
                     for exit_ in site.exits:
-                        rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False)
+                        rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False, retyped=True)
                 forget(program, adapter.name)
         return bool(chosen)
 

@@ -14,6 +14,7 @@ from graphwright.passes.adapters.base import AdapterKind
 # name -> module of this package and class
 KINDS: dict[str, tuple[str, str]] = {
     "bitfit": ("bitfit", "BitFit"),
+    "dept": ("prompt", "DePT"),
     "dora": ("dora", "DoRA"),
     "houlsby": ("houlsby", "HoulsbyAdapter"),
     "ia3": ("ia3", "IA3"),
@@ -25,6 +26,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "lora": ("lora", "LoRA"),
     "lora_fa": ("lora_fa", "LoRAFA"),
     "parallel": ("parallel", "ParallelAdapter"),
+    "prefix": ("prefix", "PrefixTuning"),
+    "prompt": ("prompt", "PromptTuning"),
     "vera": ("vera", "VeRA"),
 }
 
