@@ -49,6 +49,7 @@ class Snapshot:
     aliases: Mapping[str, str]
     journal: tuple[JournalEntry, ...]
     records: Mapping[str, Any] = field(default_factory=dict)
+    symbols: SymbolTable | None = None
 
 
 class Program(nn.Module):
@@ -348,7 +349,13 @@ class Program(nn.Module):
         versions = {name: -1 if tensor.is_inference() else tensor._version for name, tensor in tensors.items()}
         records = copy.deepcopy(self.records)
         return Snapshot(
-            copy_graph(self.body.graph), tensors, versions, dict(self.aliases), tuple(self.journal), records
+            copy_graph(self.body.graph),
+            tensors,
+            versions,
+            dict(self.aliases),
+            tuple(self.journal),
+            records,
+            self.symbols,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -357,6 +364,7 @@ class Program(nn.Module):
         self.aliases = dict(snapshot.aliases)
         self.journal = list(snapshot.journal)
         self.records = copy.deepcopy(dict(snapshot.records))
+        self.symbols = snapshot.symbols or self.symbols
         self.replacements = {}
         self.body.graph = copy_graph(snapshot.graph)
 

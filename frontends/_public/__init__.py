@@ -88,19 +88,27 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import NOLA as NOLA
     from graphwright.passes.adapters import OFT as OFT
     from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import BitFit as BitFit
     from graphwright.passes.adapters import Compacter as Compacter
     from graphwright.passes.adapters import DeleteRanks as DeleteRanks
+    from graphwright.passes.adapters import DePT as DePT
     from graphwright.passes.adapters import DoRA as DoRA
     from graphwright.passes.adapters import ETHERPlus as ETHERPlus
+    from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
     from graphwright.passes.adapters import KronABlock as KronABlock
+    from graphwright.passes.adapters import LoDA as LoDA
     from graphwright.passes.adapters import LoHa as LoHa
     from graphwright.passes.adapters import LoKr as LoKr
     from graphwright.passes.adapters import LoRA as LoRA
     from graphwright.passes.adapters import LoRAFA as LoRAFA
     from graphwright.passes.adapters import LoRAXS as LoRAXS
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
+    from graphwright.passes.adapters import ParallelAdapter as ParallelAdapter
+    from graphwright.passes.adapters import PrefixTuning as PrefixTuning
+    from graphwright.passes.adapters import PromptTuning as PromptTuning
+    from graphwright.passes.adapters import ReduceProjections as ReduceProjections
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
     from graphwright.passes.adapters import SoRA as SoRA
     from graphwright.passes.adapters import VeRA as VeRA
@@ -180,6 +188,7 @@ _EXPORTS: dict[str, str] = {
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
     "AutoRound": "graphwright.passes.quantization",
     "BackendError": "graphwright.ir.errors",
+    "BitFit": "graphwright.passes.adapters",
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
@@ -189,6 +198,7 @@ _EXPORTS: dict[str, str] = {
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
+    "DePT": "graphwright.passes.adapters",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
@@ -218,6 +228,7 @@ _EXPORTS: dict[str, str] = {
     "GraphwrightError": "graphwright.ir.errors",
     "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
+    "HoulsbyAdapter": "graphwright.passes.adapters",
     "Hqq": "graphwright.passes.quantization",
     "IA3": "graphwright.passes.adapters",
     "InputError": "graphwright.ir.errors",
@@ -227,6 +238,7 @@ _EXPORTS: dict[str, str] = {
     "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LoDA": "graphwright.passes.adapters",
     "LoHa": "graphwright.passes.adapters",
     "LoKr": "graphwright.passes.adapters",
     "LoRA": "graphwright.passes.adapters",
@@ -245,21 +257,25 @@ _EXPORTS: dict[str, str] = {
     "OrderError": "graphwright.ir.errors",
     "PackedDecoder": "graphwright.frontends.generation.packed",
     "PackedModel": "graphwright.backends.cpu",
+    "ParallelAdapter": "graphwright.passes.adapters",
     "Pass": "graphwright.passes.base",
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "PrefixTuning": "graphwright.passes.adapters",
     "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
     "ProgramError": "graphwright.ir.errors",
     "PromptCache": "graphwright.frontends.generation.prompt_cache",
     "PromptLookup": "graphwright.frontends.generation.drafts",
+    "PromptTuning": "graphwright.passes.adapters",
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
     "QuantizeAttention": "graphwright.passes.quantization",
     "QuantizeEmbeddings": "graphwright.passes.quantization",
     "QuantizeLinears": "graphwright.passes.quantization",
     "RecipeError": "graphwright.ir.errors",
+    "ReduceProjections": "graphwright.passes.adapters",
     "Refusal": "graphwright.ir.pattern",
     "Relative": "graphwright.frontends.autoquantize",
     "RemoveAdapters": "graphwright.passes.adapters",

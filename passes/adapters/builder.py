@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -98,9 +98,17 @@ class Builder:
         """x in another dtype; x itself where it has that one."""
         return x if x.meta["val"].dtype == dtype else self.call("aten.to.dtype", x, dtype)
 
-    def adapt(self, old: fx.Node, new: fx.Node) -> None:
-        """Let all users of ``old``, but the adapter, read ``new``, whose first operands lead back to ``old``."""
-        self.rewriter.redirect(old, new, besides=self._made)
+    def adapt(self, old: fx.Node, new: fx.Node, *, besides: Collection[fx.Node] = (), retyped: bool = False) -> None:
+        """Let all users of ``old``, but the adapter, read ``new``, whose first operands lead back to ``old``.
+
+        Args:
+            old: the bare value.
+            new: the adapted one.
+            besides: further users that go on reading ``old``.
+            retyped: the shapes differ: :meth:`Rewriter.retype` is called afterwards.
+        """
+        # Values of other shapes are not compared.
+        self.rewriter.redirect(old, new, besides={*self._made, *besides}, equivalent=not retyped, retyped=retyped)
         self._exit(new)
 
     def feed(self, node: fx.Node, name: str, new: fx.Node) -> None:
