@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from graphwright.frontends.recipes import load_recipe as load_recipe
     from graphwright.frontends.recipes import save_recipe as save_recipe
     from graphwright.frontends.torch import trace as trace
+    from graphwright.ir.checkpointing import checkpoint_blocks as checkpoint_blocks
     from graphwright.ir.cost import cost_of as cost_of
     from graphwright.ir.diff import diff as diff
     from graphwright.ir.equality import structurally_equal as structurally_equal
@@ -112,8 +113,8 @@ if TYPE_CHECKING:
     from graphwright.passes.decoding import UnflattenRows as UnflattenRows
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
-    from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
     from graphwright.passes.fusion import FuseGateUp as FuseGateUp
+    from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
     from graphwright.passes.fusion import FuseGelu as FuseGelu
     from graphwright.passes.fusion import FuseLayerNorm as FuseLayerNorm
     from graphwright.passes.fusion import FuseQKV as FuseQKV
@@ -150,6 +151,8 @@ if TYPE_CHECKING:
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.training import TrainingMemory as TrainingMemory
+    from graphwright.passes.training import training_memory as training_memory
     from graphwright.passes.verification import Verification as Verification
     from graphwright.passes.verification import Verifier as Verifier
 
@@ -258,6 +261,7 @@ _EXPORTS: dict[str, str] = {
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
     "TrainEquivalentScales": "graphwright.passes.quantization",
+    "TrainingMemory": "graphwright.passes.training",
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
     "TypeMismatch": "graphwright.ir.errors",
@@ -270,6 +274,7 @@ _EXPORTS: dict[str, str] = {
     "any_": "graphwright.ir.pattern",
     "auto_quantize": "graphwright.frontends.autoquantize",
     "bisect": "graphwright.passes.bisection",
+    "checkpoint_blocks": "graphwright.ir.checkpointing",
     "const": "graphwright.ir.pattern",
     "cost_of": "graphwright.ir.cost",
     "diff": "graphwright.ir.diff",
@@ -296,6 +301,7 @@ _EXPORTS: dict[str, str] = {
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",
     "trace": "graphwright.frontends.torch",
+    "training_memory": "graphwright.passes.training",
     "verify": "graphwright.ir.verifier",
     "weight": "graphwright.ir.pattern",
 }
