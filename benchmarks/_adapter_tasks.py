@@ -226,8 +226,8 @@ class Stsb(PairTask):
 
     name = "STS-B"
     judged_by = "spearman"
-    tokens = 64
-    held_out = 500
+    tokens = 48
+    held_out = 300
 
     def read(self) -> tuple[Pairs, Pairs]:
         """The training set; the development set."""
