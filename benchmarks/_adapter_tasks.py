@@ -1,4 +1,4 @@
-"""What adapters are compared on: two tasks of sentence pairs for the real MiniLM, one of generation for a small Llama."""
+"""What adapters are compared on: two tasks of sentence pairs for the real MiniLM, one of generation for a Llama."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ class E2e(Task):
 
     def test(self, program: gw.Program, head: nn.Module) -> dict[str, float]:
         """The token loss in nats, and BLEU in points."""
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
 
         tested = self.data[2]
         chosen = tested[:2] if self.quick else tested[:: -(-len(tested) // self.generated)]

@@ -1,12 +1,12 @@
 """Adapters at about equal numbers of trained parameters, beside fine-tuning and what their papers claim.
 
-MiniLM on RTE (accuracy on RTE-3's test set) and STS-B (Spearman on the development set), a Llama of 5.8 M parameters on
-E2E (token loss and BLEU on the test set). Every run takes the same number of AdamW steps of 16 examples, the rate rising
-for a tenth of them and falling to 0 afterwards. Each system's rate is chosen from three with the first seed, by the
-validation loss after a third of the steps. RTE's classifier trains beside every system at a rate of its own.
+MiniLM on RTE (accuracy on RTE-3's test set) and STS-B (Spearman on the development set), a Llama of 5.8 M parameters
+on E2E (token loss and BLEU on the test set). Every run takes the same number of AdamW steps of 16 examples, the rate
+rising for a tenth of them and falling to 0 afterwards. Each system's rate is chosen from three with the first seed, by
+the validation loss after a third of the steps. RTE's classifier trains beside every system at a rate of its own.
 
-A run is written to a file when it is done and is not repeated when it stands there, so that the whole, some hours on one
-core, may be interrupted and shared between processes. Training times are those of the processor, not of the clock.
+A run is written to a file when it is done and is not repeated when it stands there, so that the whole, some hours on
+one core, may be interrupted and shared between processes. Training times are those of the processor, not of the clock.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def seeds(task: Task, system: System, count: int, runs: Runs) -> None:
     if len(system.rates) > 1:
         tried = [runs.one(task, system, 0, each, trial=True) for each in system.rates]
         rate = min(tried, key=lambda row: row["validation_loss"])["rate"]
-    chance = bool(system.passes(task.model, 0)) or system.base or any(task.head().parameters())
+    chance = bool(system.passes(task.model, 0)) or system.base or any(True for _ in task.head().parameters())
     for seed in range(count if chance else 1):
         runs.one(task, system, seed, rate)
 
@@ -177,7 +177,7 @@ def report(
                 claim=system.claims.get(task.name),
                 claimed_time_of_fine_tuning=system.claimed_time,
             )
-    return rows.finish(target)
+    return int(rows.finish(target))
 
 
 def spread(runs: list[dict[str, Any]]) -> dict[str, float]:

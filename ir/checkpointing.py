@@ -134,9 +134,7 @@ def named_values(program: Program, inputs: Sequence[Any]) -> dict[str, Any]:
 def _stretch(block: Block, index: int, last: Mapping[fx.Node, int]) -> Stretch:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     inside = set(block.nodes)
-    sources = dict.fromkeys(
-        source for node in block.nodes for source in node.all_input_nodes if source not in inside
-    )
+    sources = dict.fromkeys(source for node in block.nodes for source in node.all_input_nodes if source not in inside)
     for source in sources:
         copies[source] = graph.placeholder(source.name)
     for node in block.nodes:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from graphwright.frontends.huggingface import load_huggingface as load_huggingface
     from graphwright.frontends.huggingface.quantized import SavedModel as SavedModel
     from graphwright.frontends.huggingface.quantized import save_quantized as save_quantized
+    from graphwright.frontends.huggingface.trainer import trainable as trainable
     from graphwright.frontends.recipes import load_recipe as load_recipe
     from graphwright.frontends.recipes import save_recipe as save_recipe
     from graphwright.frontends.torch import trace as trace
@@ -113,8 +114,8 @@ if TYPE_CHECKING:
     from graphwright.passes.decoding import UnflattenRows as UnflattenRows
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
-    from graphwright.passes.fusion import FuseGateUp as FuseGateUp
     from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
+    from graphwright.passes.fusion import FuseGateUp as FuseGateUp
     from graphwright.passes.fusion import FuseGelu as FuseGelu
     from graphwright.passes.fusion import FuseLayerNorm as FuseLayerNorm
     from graphwright.passes.fusion import FuseQKV as FuseQKV
@@ -301,6 +302,7 @@ _EXPORTS: dict[str, str] = {
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",
     "trace": "graphwright.frontends.torch",
+    "trainable": "graphwright.frontends.huggingface.trainer",
     "training_memory": "graphwright.passes.training",
     "verify": "graphwright.ir.verifier",
     "weight": "graphwright.ir.pattern",

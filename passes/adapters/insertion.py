@@ -100,9 +100,7 @@ class InsertAdapters(Pass):
             kind_of(given, where=f"{self.name}: adapter (there is no such file or folder either)")
         object.__setattr__(self, "adapter", given)
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise InputError(
-                f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}", where=f"{self.name}: dtype"
-            )
+            raise InputError(f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}", where=f"{self.name}: dtype")
         for key in self.overrides:
             selection.check(key, f"{self.name}: overrides")
         if self.overrides and isinstance(given, str):

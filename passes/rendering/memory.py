@@ -21,10 +21,10 @@ def render_memory(memory: TrainingMemory) -> str:
         ("in all", size(memory.state + memory.kept), size(memory.state + layers)),
     ]
     shapes = ", ".join("[" + ", ".join(map(str, shape)) + "]" for shape in memory.shapes)
-    heads = ("training takes", "all is kept", "layers are computed again")
-    marked = [head + (" *" if memory.checkpointed == (index == 2) and index else "") for index, head in enumerate(heads)]
-    title = f"{memory.title}: a training step on inputs of {shapes}"
-    return plain_text(columns(title, marked, rows, left=1, caption="* as the program is set"))
+    heads = ["training takes", "all is kept", "layers are computed again"]
+    heads[1 + memory.checkpointed] += " *"
+    caption = f"* as the program is set; inputs: {shapes}"
+    return plain_text(columns(memory.title, heads, rows, left=1, caption=caption))
 
 
 def _state(memory: TrainingMemory) -> list[tuple[str, int]]:
