@@ -45,6 +45,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "quantize-attention": ("quantization", "QuantizeAttention"),
     "split-outlier-columns": ("quantization", "SplitOutlierColumns"),
     "split-outlier-weights": ("quantization", "SplitOutlierWeights"),
+    "reduce-projections": ("adapters", "ReduceProjections"),
     "insert-adapters": ("adapters", "InsertAdapters"),
     "merge-adapters": ("adapters", "MergeAdapters"),
     "remove-adapters": ("adapters", "RemoveAdapters"),

@@ -86,10 +86,16 @@ if TYPE_CHECKING:
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
     from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import BitFit as BitFit
+    from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
+    from graphwright.passes.adapters import KronABlock as KronABlock
+    from graphwright.passes.adapters import LoDA as LoDA
     from graphwright.passes.adapters import LoRA as LoRA
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
+    from graphwright.passes.adapters import ParallelAdapter as ParallelAdapter
+    from graphwright.passes.adapters import ReduceProjections as ReduceProjections
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
     from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
@@ -168,6 +174,7 @@ _EXPORTS: dict[str, str] = {
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
     "AutoRound": "graphwright.passes.quantization",
     "BackendError": "graphwright.ir.errors",
+    "BitFit": "graphwright.passes.adapters",
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
@@ -201,13 +208,16 @@ _EXPORTS: dict[str, str] = {
     "GraphwrightError": "graphwright.ir.errors",
     "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
+    "HoulsbyAdapter": "graphwright.passes.adapters",
     "Hqq": "graphwright.passes.quantization",
     "InputError": "graphwright.ir.errors",
     "InsertAdapters": "graphwright.passes.adapters",
     "InsertFakeQuantize": "graphwright.passes.quantization",
     "KronA": "graphwright.passes.adapters",
+    "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LoDA": "graphwright.passes.adapters",
     "LoRA": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
     "LowRank": "graphwright.passes.quantization",
@@ -220,6 +230,7 @@ _EXPORTS: dict[str, str] = {
     "OrderError": "graphwright.ir.errors",
     "PackedDecoder": "graphwright.frontends.generation.packed",
     "PackedModel": "graphwright.backends.cpu",
+    "ParallelAdapter": "graphwright.passes.adapters",
     "Pass": "graphwright.passes.base",
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
@@ -235,6 +246,7 @@ _EXPORTS: dict[str, str] = {
     "QuantizeEmbeddings": "graphwright.passes.quantization",
     "QuantizeLinears": "graphwright.passes.quantization",
     "RecipeError": "graphwright.ir.errors",
+    "ReduceProjections": "graphwright.passes.adapters",
     "Refusal": "graphwright.ir.pattern",
     "Relative": "graphwright.frontends.autoquantize",
     "RemoveAdapters": "graphwright.passes.adapters",

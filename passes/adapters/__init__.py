@@ -7,19 +7,31 @@ from graphwright.passes.adapters.base import AdapterKind, Dense, Draw, Factor
 from graphwright.passes.adapters.files import load_adapter, save_adapter
 from graphwright.passes.adapters.inserted import adapter_tensors, adapters_of
 from graphwright.passes.adapters.insertion import InsertAdapters
+from graphwright.passes.adapters.kinds.bitfit import BitFit
+from graphwright.passes.adapters.kinds.houlsby import HoulsbyAdapter
 from graphwright.passes.adapters.kinds.krona import KronA, kronecker_shapes
+from graphwright.passes.adapters.kinds.krona_block import KronABlock
+from graphwright.passes.adapters.kinds.loda import LoDA
 from graphwright.passes.adapters.kinds.lora import LoRA
+from graphwright.passes.adapters.kinds.parallel import ParallelAdapter
 from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
+from graphwright.passes.adapters.projections import ReduceProjections
 
 __all__ = [
     "AdapterKind",
+    "BitFit",
     "Dense",
     "Draw",
     "Factor",
+    "HoulsbyAdapter",
     "InsertAdapters",
     "KronA",
+    "KronABlock",
+    "LoDA",
     "LoRA",
     "MergeAdapters",
+    "ParallelAdapter",
+    "ReduceProjections",
     "RemoveAdapters",
     "adapter_tensors",
     "adapters_of",

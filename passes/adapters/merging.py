@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from graphwright.ir.arguments import arguments_of
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.adapters.base import Dense
 from graphwright.passes.adapters.inserted import Inserted, InsertedSite, adapter_of, adapters_of, base_of, forget
-from graphwright.passes.adapters.sites import ADAPTER, Site, linear_site
+from graphwright.passes.adapters.sites import ADAPTER, Site
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact, Retrain
 
@@ -115,7 +116,7 @@ def _chosen(program: Program, names: tuple[str, ...] | None) -> list[Inserted]:
 
 def _merge(rewriter: Rewriter, adapter: Inserted) -> None:
     program = rewriter.program
-    done: set[fx.Node] = set()
+    biases: dict[fx.Node, fx.Node | None] = {}  # by the weights that are done: the bias, which they may not have had
     for site in adapter.sites.values():
         if site.kind.unmergeable is not None:
             raise InputError(
@@ -126,12 +127,14 @@ def _merge(rewriter: Rewriter, adapter: Inserted) -> None:
         places = {exit_: _place(program, adapter, site, exit_) for exit_ in site.exits}
         for exit_, place in places.items():
             assert place.weight is not None
-            if place.weight not in done:  # a module that is called several times
+            if place.weight not in biases:  # a module that is called several times
                 _check_readers(place, places.values())
-                _write(rewriter, place, site)
-                done.add(place.weight)
+                biases[place.weight] = _write(rewriter, place, site)
+            given = arguments_of(place.node)
+            if place.bias is None and biases[place.weight] is not None:
+                given["bias"] = biases[place.weight]
             # A node of its own, because the bare one's value, by whose name it is known, is another.
-            merged = rewriter.call(place.node.target, *place.node.args, like=place.node)
+            merged = rewriter.call(place.node.target, like=place.node, **given)
             rewriter.replace(exit_, merged)
 
 
@@ -144,7 +147,7 @@ def _place(program: Program, adapter: Inserted, site: InsertedSite, exit_: fx.No
             where=site.path,
             hint="merge them in the order in which they were put in, or all at once",
         )
-    place = linear_site(program, base)
+    place = site.kind.site_at(program, base)
     if not isinstance(place, Site):
         raise InputError(
             f"the layer cannot take an adapter in: {place or f'%{base.name} is no linear'}", where=site.path
@@ -171,7 +174,8 @@ def _check_readers(place: Site, places: Iterable[Site]) -> None:
         )
 
 
-def _write(rewriter: Rewriter, place: Site, site: InsertedSite) -> None:
+def _write(rewriter: Rewriter, place: Site, site: InsertedSite) -> fx.Node | None:
+    """Give the weight and bias the merged values; returns the bias, a new one where there was none before."""
     program = rewriter.program
     assert place.weight is not None
     stored = program.tensor(place.weight).detach()
@@ -181,5 +185,18 @@ def _write(rewriter: Rewriter, place: Site, site: InsertedSite) -> None:
     merged = site.kind.merged(place, Dense(weight, bias), factors)
     new = merged.weight.t() if place.transposed else merged.weight
     rewriter.rebind(place.weight, new.to(stored.dtype).contiguous())
-    if place.bias is not None and merged.bias is not None and not torch.equal(merged.bias, bias):  # type: ignore[arg-type]
+    if merged.bias is None or (bias is not None and torch.equal(merged.bias, bias)):
+        return place.bias
+    if place.bias is not None:
         rewriter.rebind(place.bias, merged.bias.to(program.tensor(place.bias).dtype))
+        return place.bias
+    if "bias" not in arguments_of(place.node):
+        raise InputError(
+            f"%{place.node.name} is a product that takes no bias, and the adapter has one",
+            where=place.path,
+            hint="run Cleanup first, which makes it a linear",
+        )
+    new_bias: torch.Tensor = merged.bias.to(stored.dtype)
+    if isinstance(program.tensor(place.weight), nn.Parameter):
+        new_bias = nn.Parameter(new_bias, program.tensor(place.weight).requires_grad)
+    return rewriter.weight(f"{place.path}.bias".lstrip("."), new_bias, like=place.node)

@@ -13,8 +13,13 @@ from graphwright.passes.adapters.base import AdapterKind
 
 # name -> module of this package and class
 KINDS: dict[str, tuple[str, str]] = {
+    "bitfit": ("bitfit", "BitFit"),
+    "houlsby": ("houlsby", "HoulsbyAdapter"),
     "krona": ("krona", "KronA"),
+    "krona-block": ("krona_block", "KronABlock"),
+    "loda": ("loda", "LoDA"),
     "lora": ("lora", "LoRA"),
+    "parallel": ("parallel", "ParallelAdapter"),
 }
 
 
