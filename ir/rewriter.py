@@ -247,7 +247,7 @@ class Rewriter:
         self.changed = True
         self._erase_dead(node)
 
-    def set_arguments(self, node: fx.Node, *args: Any, **kwargs: Any) -> None:
+    def set_arguments(self, node: fx.Node, /, *args: Any, **kwargs: Any) -> None:
         """Give a node other operands; its type is computed anew and must stay.
 
         Raises:

@@ -8,12 +8,18 @@ from graphwright.passes.adapters.files import load_adapter, save_adapter
 from graphwright.passes.adapters.inserted import adapter_tensors, adapters_of
 from graphwright.passes.adapters.insertion import InsertAdapters
 from graphwright.passes.adapters.kinds.bitfit import BitFit
+from graphwright.passes.adapters.kinds.dora import DoRA
 from graphwright.passes.adapters.kinds.houlsby import HoulsbyAdapter
+from graphwright.passes.adapters.kinds.ia3 import IA3
 from graphwright.passes.adapters.kinds.krona import KronA, kronecker_shapes
 from graphwright.passes.adapters.kinds.krona_block import KronABlock
 from graphwright.passes.adapters.kinds.loda import LoDA
+from graphwright.passes.adapters.kinds.loha import LoHa
+from graphwright.passes.adapters.kinds.lokr import LoKr
 from graphwright.passes.adapters.kinds.lora import LoRA
+from graphwright.passes.adapters.kinds.lora_fa import LoRAFA
 from graphwright.passes.adapters.kinds.parallel import ParallelAdapter
+from graphwright.passes.adapters.kinds.vera import VeRA
 from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
 from graphwright.passes.adapters.projections import ReduceProjections
 
@@ -21,18 +27,24 @@ __all__ = [
     "AdapterKind",
     "BitFit",
     "Dense",
+    "DoRA",
     "Draw",
     "Factor",
     "HoulsbyAdapter",
+    "IA3",
     "InsertAdapters",
     "KronA",
     "KronABlock",
     "LoDA",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAFA",
     "MergeAdapters",
     "ParallelAdapter",
     "ReduceProjections",
     "RemoveAdapters",
+    "VeRA",
     "adapter_tensors",
     "adapters_of",
     "kronecker_shapes",

@@ -109,7 +109,7 @@ class InsertAdapters(Pass):
     def effective_contract(self) -> Contract:
         """Exact where new adapters change nothing yet."""
         if isinstance(self.adapter, AdapterKind) and self.adapter.starts_as_identity():
-            return Exact()
+            return Exact(stored=self.adapter.stored)
         return Retrain()
 
     def options(self) -> dict[str, Any]:
@@ -259,6 +259,11 @@ def _check_fits(
                 wrong.append(f"{path}.{key}: {'missing' if key in like else 'unknown'}")
             elif like[key].value.shape != there.tensors[key].shape:
                 wrong.append(f"{path}.{key}: {list(there.tensors[key].shape)}, not {list(like[key].value.shape)}")
+    present = program.tensors()
+    for name, tensor in saved.base.items():
+        here_ = present.get(program.aliases.get(name, name))
+        if here_ is None or here_.shape != tensor.shape or not torch.equal(here_, tensor.to(here_.dtype)):
+            wrong.append(f"{name}: a weight of the base that was saved along, and that the program has otherwise")
     if wrong:
         raise InputError(
             f"the adapter was saved from {saved.title!r} and does not fit {program.title!r}: {len(wrong)} of "

@@ -14,12 +14,18 @@ from graphwright.passes.adapters.base import AdapterKind
 # name -> module of this package and class
 KINDS: dict[str, tuple[str, str]] = {
     "bitfit": ("bitfit", "BitFit"),
+    "dora": ("dora", "DoRA"),
     "houlsby": ("houlsby", "HoulsbyAdapter"),
+    "ia3": ("ia3", "IA3"),
     "krona": ("krona", "KronA"),
     "krona-block": ("krona_block", "KronABlock"),
     "loda": ("loda", "LoDA"),
+    "loha": ("loha", "LoHa"),
+    "lokr": ("lokr", "LoKr"),
     "lora": ("lora", "LoRA"),
+    "lora_fa": ("lora_fa", "LoRAFA"),
     "parallel": ("parallel", "ParallelAdapter"),
+    "vera": ("vera", "VeRA"),
 }
 
 
