@@ -44,9 +44,11 @@ if TYPE_CHECKING:
     from graphwright.frontends.huggingface import load_huggingface as load_huggingface
     from graphwright.frontends.huggingface.quantized import SavedModel as SavedModel
     from graphwright.frontends.huggingface.quantized import save_quantized as save_quantized
+    from graphwright.frontends.huggingface.trainer import trainable as trainable
     from graphwright.frontends.recipes import load_recipe as load_recipe
     from graphwright.frontends.recipes import save_recipe as save_recipe
     from graphwright.frontends.torch import trace as trace
+    from graphwright.ir.checkpointing import checkpoint_blocks as checkpoint_blocks
     from graphwright.ir.cost import cost_of as cost_of
     from graphwright.ir.diff import diff as diff
     from graphwright.ir.equality import structurally_equal as structurally_equal
@@ -174,6 +176,8 @@ if TYPE_CHECKING:
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.training import TrainingMemory as TrainingMemory
+    from graphwright.passes.training import training_memory as training_memory
     from graphwright.passes.verification import Verification as Verification
     from graphwright.passes.verification import Verifier as Verifier
 
@@ -304,6 +308,7 @@ _EXPORTS: dict[str, str] = {
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
     "TrainEquivalentScales": "graphwright.passes.quantization",
+    "TrainingMemory": "graphwright.passes.training",
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
     "TypeMismatch": "graphwright.ir.errors",
@@ -317,6 +322,7 @@ _EXPORTS: dict[str, str] = {
     "any_": "graphwright.ir.pattern",
     "auto_quantize": "graphwright.frontends.autoquantize",
     "bisect": "graphwright.passes.bisection",
+    "checkpoint_blocks": "graphwright.ir.checkpointing",
     "const": "graphwright.ir.pattern",
     "cost_of": "graphwright.ir.cost",
     "diff": "graphwright.ir.diff",
@@ -344,6 +350,8 @@ _EXPORTS: dict[str, str] = {
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",
     "trace": "graphwright.frontends.torch",
+    "trainable": "graphwright.frontends.huggingface.trainer",
+    "training_memory": "graphwright.passes.training",
     "verify": "graphwright.ir.verifier",
     "weight": "graphwright.ir.pattern",
 }

@@ -28,6 +28,11 @@ from graphwright.passes.adapters.sites import ADAPTER, Site, refusal
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact, Retrain
 
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _NAME = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -57,6 +62,9 @@ class InsertAdapters(Pass):
         overrides: options of single sites: ``{"model.layers.0.*": {"rank": 4}}``; the first selection that fits counts.
         seed: of the numbers that new adapters start with.
         freeze: take the base's parameters from training.
+        dtype: in which the adapter's trained tensors are stored: ``float32``, ``bfloat16`` or ``float16``; ``None`` for
+            that of their layer. Beside a layer in half precision, float32 keeps steps of training that half precision
+            would round away; the tensors are rounded to the layer's dtype where they are used.
     """
 
     name: ClassVar[str] = "insert-adapters"
@@ -69,6 +77,7 @@ class InsertAdapters(Pass):
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     seed: int = 0
     freeze: bool = True
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +99,8 @@ class InsertAdapters(Pass):
         if isinstance(given, str) and not Path(given).exists():
             kind_of(given, where=f"{self.name}: adapter (there is no such file or folder either)")
         object.__setattr__(self, "adapter", given)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}", where=f"{self.name}: dtype")
         for key in self.overrides:
             selection.check(key, f"{self.name}: overrides")
         if self.overrides and isinstance(given, str):
@@ -143,14 +154,17 @@ class InsertAdapters(Pass):
                 _freeze(rewriter)
             for path, places in sites.items():
                 first, own = places[0], kinds[path]
+                stored = first if self.dtype is None else dataclasses.replace(first, dtype=DTYPES[self.dtype])
                 factors = (
-                    own.factors(first, Draw(self.seed, path))
+                    own.factors(stored, Draw(self.seed, path))
                     if saved is None
-                    else _loaded(saved.sites[path], first, own)
+                    else _loaded(saved.sites[path], stored, own)
                 )
-                nodes = Builder(rewriter, self.adapter_name, first).weights(factors)
+                nodes = Builder(rewriter, self.adapter_name, first).weights(_frozen_as(first.dtype, factors))
                 for site in places:
-                    own.build(Builder(rewriter, self.adapter_name, site), site, nodes)
+                    builder = Builder(rewriter, self.adapter_name, site)
+                    own.build(builder, site, builder.as_used(nodes, stored.dtype))
+                    builder.sink()
                 tensors = {key: str(node.target) for key, node in nodes.items()}
                 noted[path] = (own, {**first.shapes(), "tensors": tensors})
             note_inserted(program, self.adapter_name, kind.settled([places[0] for places in sites.values()]), noted)
@@ -219,6 +233,16 @@ def _loaded(saved: SavedSite, site: Site, kind: AdapterKind) -> dict[str, Factor
         values = tensor.detach().to(factors[key].value.dtype, copy=True)  # not mapped: it will be trained
         factors[key] = dataclasses.replace(factors[key], value=values)
     return factors
+
+
+def _frozen_as(dtype: torch.dtype, factors: Mapping[str, Factor]) -> dict[str, Factor]:
+    """Factors that do not train in the dtype in which they are used: they gain nothing from another."""
+    return {
+        key: factor
+        if factor.trained or not factor.value.is_floating_point()
+        else dataclasses.replace(factor, value=factor.value.to(dtype))
+        for key, factor in factors.items()
+    }
 
 
 def _check_fits(
