@@ -45,6 +45,7 @@ class OptimizedModel(Program):
             aliases=program.aliases,
             journal=tuple(program.journal),
             records=program.records,
+            kept=program.kept,
         )
         self.origin = program.origin
         self.report = report

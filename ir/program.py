@@ -49,6 +49,8 @@ class Snapshot:
     aliases: Mapping[str, str]
     journal: tuple[JournalEntry, ...]
     records: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    signature: Signature | None = None
 
 
 class Program(nn.Module):
@@ -68,6 +70,8 @@ class Program(nn.Module):
         journal: what passes did, in order.
         aliases: further names of tied weights: alias name -> name in the graph.
         records: what passes leave for later ones to know, as JSON values, by the name of a family of passes; saved.
+        kept: what passes keep in memory for later ones, such as replaced tensors, by the name of a family
+            of passes; shared by copies, not saved. A value is put in anew, never changed.
         replacements: since the last pass began, name of a replaced node -> name of the node that stands for it.
         notes: what the running pass wants its report entry to say.
         origin: what the frontend that made the program knows of the model besides its graph; not saved.
@@ -83,6 +87,7 @@ class Program(nn.Module):
         aliases: Mapping[str, str] | None = None,
         journal: tuple[JournalEntry, ...] = (),
         records: Mapping[str, Any] | None = None,
+        kept: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.body = body
@@ -92,6 +97,7 @@ class Program(nn.Module):
         self.journal: list[JournalEntry] = list(journal)
         self.aliases: dict[str, str] = dict(aliases or {})
         self.records: dict[str, Any] = copy.deepcopy(dict(records or {}))
+        self.kept: dict[str, Any] = dict(kept or {})
         self.replacements: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
         self.origin: Any = None
@@ -348,7 +354,14 @@ class Program(nn.Module):
         versions = {name: -1 if tensor.is_inference() else tensor._version for name, tensor in tensors.items()}
         records = copy.deepcopy(self.records)
         return Snapshot(
-            copy_graph(self.body.graph), tensors, versions, dict(self.aliases), tuple(self.journal), records
+            copy_graph(self.body.graph),
+            tensors,
+            versions,
+            dict(self.aliases),
+            tuple(self.journal),
+            records,
+            dict(self.kept),
+            self.signature,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -357,6 +370,8 @@ class Program(nn.Module):
         self.aliases = dict(snapshot.aliases)
         self.journal = list(snapshot.journal)
         self.records = copy.deepcopy(dict(snapshot.records))
+        self.kept = dict(snapshot.kept)
+        self.signature = snapshot.signature or self.signature
         self.replacements = {}
         self.body.graph = copy_graph(snapshot.graph)
 
@@ -379,6 +394,7 @@ class Program(nn.Module):
             aliases=self.aliases,
             journal=tuple(self.journal),
             records=self.records,
+            kept=self.kept,
         )
         other.restore(snapshot)
         other.origin = self.origin

@@ -48,6 +48,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "insert-adapters": ("adapters", "InsertAdapters"),
     "merge-adapters": ("adapters", "MergeAdapters"),
     "remove-adapters": ("adapters", "RemoveAdapters"),
+    "unmerge-adapters": ("adapters", "UnmergeAdapters"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }

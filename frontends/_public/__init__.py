@@ -89,8 +89,12 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import LoRA as LoRA
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
+    from graphwright.passes.adapters import UnmergeAdapters as UnmergeAdapters
+    from graphwright.passes.adapters import adapter_parameters as adapter_parameters
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
+    from graphwright.passes.adapters import adapters_of as adapters_of
     from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
+    from graphwright.passes.adapters import load_adapter as load_adapter
     from graphwright.passes.adapters import save_adapter as save_adapter
     from graphwright.passes.base import Pass as Pass
     from graphwright.passes.base import RulePass as RulePass
@@ -262,10 +266,13 @@ _EXPORTS: dict[str, str] = {
     "Trial": "graphwright.frontends.autoquantize",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
+    "UnmergeAdapters": "graphwright.passes.adapters",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "Wanted": "graphwright.frontends.generation.drafts",
+    "adapter_parameters": "graphwright.passes.adapters",
     "adapter_tensors": "graphwright.passes.adapters",
+    "adapters_of": "graphwright.passes.adapters",
     "allocate": "graphwright.passes.quantization",
     "any_": "graphwright.ir.pattern",
     "auto_quantize": "graphwright.frontends.autoquantize",
@@ -277,6 +284,7 @@ _EXPORTS: dict[str, str] = {
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
     "kronecker_shapes": "graphwright.passes.adapters",
+    "load_adapter": "graphwright.passes.adapters",
     "load_decoder": "graphwright.frontends.huggingface",
     "load_huggingface": "graphwright.frontends.huggingface",
     "load_packed": "graphwright.frontends.generation.packed",

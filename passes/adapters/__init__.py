@@ -10,6 +10,8 @@ from graphwright.passes.adapters.insertion import InsertAdapters
 from graphwright.passes.adapters.kinds.krona import KronA, kronecker_shapes
 from graphwright.passes.adapters.kinds.lora import LoRA
 from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
+from graphwright.passes.adapters.parameters import adapter_parameters
+from graphwright.passes.adapters.unmerging import UnmergeAdapters
 
 __all__ = [
     "AdapterKind",
@@ -21,6 +23,8 @@ __all__ = [
     "LoRA",
     "MergeAdapters",
     "RemoveAdapters",
+    "UnmergeAdapters",
+    "adapter_parameters",
     "adapter_tensors",
     "adapters_of",
     "kronecker_shapes",

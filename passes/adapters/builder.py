@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from graphwright.ir import provenance
 from graphwright.ir.arguments import arguments_of
-from graphwright.ir.provenance import tags_of
+from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.adapters.base import Factor
 from graphwright.passes.adapters.sites import ADAPTER, Site
@@ -24,6 +24,11 @@ def tag_of(name: str) -> str:
 def exit_tag(name: str) -> str:
     """The tag of nodes that give an adapted value, in place of the one they are computed from."""
     return f"{ADAPTER}/{name}/exit"
+
+
+def fed_tag(name: str) -> str:
+    """The tag of those of them that a layer reads as its input, in place of what it read."""
+    return f"{ADAPTER}/{name}/fed"
 
 
 class Builder:
@@ -51,7 +56,8 @@ class Builder:
         return nodes
 
     def call(self, target: str, /, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node."""
+        """A new node; of a value that has an adapter already it reads the adapted one."""
+        args, kwargs = fx.node.map_arg((args, kwargs), self._standing)
         node = self.rewriter.call(target, *args, like=self.site.node, **kwargs)
         node.meta[provenance.TAGS] = frozenset({ADAPTER, tag_of(self.name)})
         self._made.add(node)
@@ -75,14 +81,35 @@ class Builder:
 
     def adapt(self, old: fx.Node, new: fx.Node) -> None:
         """Let all users of ``old``, but the adapter, read ``new``, whose first operands lead back to ``old``."""
-        self.rewriter.redirect(old, new, besides=self._made)
+        self.rewriter.redirect(self._standing(old), new, besides=self._made)
         self._exit(new)
 
     def feed(self, node: fx.Node, name: str, new: fx.Node) -> None:
         """Let a node read ``new`` as its argument ``name``; the first operands of ``new`` lead back to the old one."""
         given = {**arguments_of(node), name: new}
         self.rewriter.set_arguments(node, **given)
+        new.meta[provenance.TAGS] = tags_of(new) | {fed_tag(self.name)}
         self._exit(new)
+
+    def _standing(self, value: fx.Node) -> fx.Node:
+        """The site's value as the adapters that were put in before leave it: adapters stand in the order in which
+        they came."""
+        if value is not self.site.node:
+            return value
+        while (above := self._exit_over(value)) is not None:
+            value = above
+        return value
+
+    def _exit_over(self, value: fx.Node) -> fx.Node | None:
+        """The adapted value that first operands lead from to ``value``."""
+        for user in value.users:
+            node, below = user, value
+            while node.args and node.args[0] is below and ADAPTER in tags_of(node) and node not in self._made:
+                ends = {tag.rpartition("/")[2] for tag in tags_of(node)}
+                if "exit" in ends and "fed" not in ends and path_of(node) == self.site.path:
+                    return node
+                node, below = next((each for each in node.users if each.args and each.args[0] is node), node), node
+        return None
 
     def _exit(self, node: fx.Node) -> None:
         node.meta[provenance.TAGS] = tags_of(node) | {exit_tag(self.name)}

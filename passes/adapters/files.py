@@ -20,7 +20,7 @@ from graphwright.ir.errors import GraphwrightError, InputError, SerializationErr
 from graphwright.ir.program import Program
 from graphwright.ir.weights_file import WeightsFile, write_tensors
 from graphwright.passes.adapters.base import AdapterKind
-from graphwright.passes.adapters.inserted import adapter_of, described
+from graphwright.passes.adapters.inserted import Inserted, adapter_of, described
 from graphwright.passes.adapters.kinds import kind_of
 
 FORMAT = "graphwright adapter"
@@ -90,6 +90,20 @@ def save_adapter(program: Program, folder: str | os.PathLike[str], name: str = "
     write_adapter(
         Path(folder), tensors, {**config, "sites": sites}, header={_HEADER: json.dumps({**config, "sites": sites})}
     )
+
+
+def captured(program: Program, adapter: Inserted) -> SavedAdapter:
+    """An adapter of a program as :func:`load_adapter` would read it; its tensors are the program's."""
+    sites: dict[str, SavedSite] = {}
+    for path, site in adapter.sites.items():
+        shared = {
+            key: weight.removesuffix(f".{adapter.name}").removeprefix("adapters.")
+            for key, weight in site.tensors.items()
+            if weight.startswith("adapters.")
+        }
+        tensors = {key: program.tensor(weight).detach() for key, weight in site.tensors.items()}
+        sites[path] = SavedSite(site.kind, site.shapes, tensors, shared)
+    return SavedAdapter(f"adapter {adapter.name!r}", program.title, adapter.kind, sites)
 
 
 def write_adapter(
