@@ -49,6 +49,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "merge-adapters": ("adapters", "MergeAdapters"),
     "remove-adapters": ("adapters", "RemoveAdapters"),
     "unmerge-adapters": ("adapters", "UnmergeAdapters"),
+    "gate-adapters": ("adapters", "GateAdapters"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }

@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
     from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import GateAdapters as GateAdapters
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
     from graphwright.passes.adapters import LoRA as LoRA
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import UnmergeAdapters as UnmergeAdapters
     from graphwright.passes.adapters import adapter_parameters as adapter_parameters
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
+    from graphwright.passes.adapters import adapter_weights as adapter_weights
     from graphwright.passes.adapters import adapters_of as adapters_of
     from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
     from graphwright.passes.adapters import load_adapter as load_adapter
@@ -195,6 +197,7 @@ _EXPORTS: dict[str, str] = {
     "FuseQKV": "graphwright.passes.fusion",
     "FuseRMSNorm": "graphwright.passes.fusion",
     "FuseRotaryEmbedding": "graphwright.passes.fusion",
+    "GateAdapters": "graphwright.passes.adapters",
     "Generation": "graphwright.frontends.generation.result",
     "GenerationError": "graphwright.ir.errors",
     "Gptq": "graphwright.passes.quantization",
@@ -272,6 +275,7 @@ _EXPORTS: dict[str, str] = {
     "Wanted": "graphwright.frontends.generation.drafts",
     "adapter_parameters": "graphwright.passes.adapters",
     "adapter_tensors": "graphwright.passes.adapters",
+    "adapter_weights": "graphwright.passes.adapters",
     "adapters_of": "graphwright.passes.adapters",
     "allocate": "graphwright.passes.quantization",
     "any_": "graphwright.ir.pattern",

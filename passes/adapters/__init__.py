@@ -5,6 +5,7 @@
 
 from graphwright.passes.adapters.base import AdapterKind, Dense, Draw, Factor
 from graphwright.passes.adapters.files import load_adapter, save_adapter
+from graphwright.passes.adapters.gating import GateAdapters, adapter_weights
 from graphwright.passes.adapters.inserted import adapter_tensors, adapters_of
 from graphwright.passes.adapters.insertion import InsertAdapters
 from graphwright.passes.adapters.kinds.krona import KronA, kronecker_shapes
@@ -18,6 +19,7 @@ __all__ = [
     "Dense",
     "Draw",
     "Factor",
+    "GateAdapters",
     "InsertAdapters",
     "KronA",
     "LoRA",
@@ -26,6 +28,7 @@ __all__ = [
     "UnmergeAdapters",
     "adapter_parameters",
     "adapter_tensors",
+    "adapter_weights",
     "adapters_of",
     "kronecker_shapes",
     "load_adapter",

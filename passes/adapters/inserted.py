@@ -20,6 +20,8 @@ from graphwright.passes.adapters.kinds import kind_of
 RECORD = "adapters"
 # Where they have those that became part of the weights, and what is kept in memory of them.
 MERGED = "merged_adapters"
+# Where they have the names of those that calls switch and mix, in the order of their weights.
+GATED = "gated_adapters"
 
 
 @dataclass(frozen=True)

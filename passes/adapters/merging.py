@@ -12,7 +12,7 @@ from torch import fx
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.ir.rewriter import Rewriter
-from graphwright.passes.adapters.inserted import MERGED, Inserted, adapter_of, adapters_of, base_of, forget
+from graphwright.passes.adapters.inserted import GATED, MERGED, Inserted, adapter_of, adapters_of, base_of, forget
 from graphwright.passes.adapters.merged import note_merged
 from graphwright.passes.adapters.places import Place, Rounded, called_anew, check_readers, place_of, write_merged
 from graphwright.passes.base import Pass
@@ -161,6 +161,12 @@ def _merge(rewriter: Rewriter, adapter: Inserted, losses: dict[str, Rounded] | N
     done: set[tuple[fx.Node, tuple[int, int] | None]] = set()
     limits = program.notes.setdefault("local_limits", {}) if losses is not None else {}
     for site in adapter.sites.values():
+        if adapter.name in program.records.get(GATED, ()):
+            raise InputError(
+                f"adapter {adapter.name!r} is switched as the program runs, so no weight can take it in",
+                where=site.path,
+                hint="merge it before GateAdapters, or into the program from before",
+            )
         if site.kind.unmergeable is not None:
             raise InputError(
                 f"adapter {adapter.name!r} cannot be merged: {site.kind.unmergeable}",
