@@ -46,12 +46,22 @@ class Signature:
         Raises:
             InputError: there is an argument of that name.
         """
-        args_spec, kwargs_spec = self.in_spec.children()
+        kwargs_spec = self.in_spec.children()[1]
         if keyword in (*self.parameters, *kwargs_spec.context):
             raise InputError("is an argument of the program already", where=f"input {keyword!r}")
         args, kwargs = pytree.tree_unflatten(list(range(self.in_spec.num_leaves)), self.in_spec)
         spec = pytree.tree_structure((args, {**kwargs, keyword: 0}))
         return replace(self, in_spec=spec, inputs=(*self.inputs, name))
+
+    def keyword_of(self, name: str) -> str:
+        """What callers call a graph input that they give by keyword; its own name for any other."""
+        args_spec, kwargs_spec = self.in_spec.children()
+        leaf = args_spec.num_leaves
+        for keyword, child in zip(kwargs_spec.context, kwargs_spec.children(), strict=True):
+            if child.num_leaves == 1 and self.inputs[leaf] == name:
+                return str(keyword)
+            leaf += child.num_leaves
+        return name
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The graph inputs of a call.

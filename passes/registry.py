@@ -50,6 +50,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "remove-adapters": ("adapters", "RemoveAdapters"),
     "unmerge-adapters": ("adapters", "UnmergeAdapters"),
     "gate-adapters": ("adapters", "GateAdapters"),
+    "adapters-as-inputs": ("adapters", "AdaptersAsInputs"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }

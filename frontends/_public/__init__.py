@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
     from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import AdaptersAsInputs as AdaptersAsInputs
     from graphwright.passes.adapters import GateAdapters as GateAdapters
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
     from graphwright.passes.adapters import UnmergeAdapters as UnmergeAdapters
+    from graphwright.passes.adapters import adapter_inputs as adapter_inputs
     from graphwright.passes.adapters import adapter_parameters as adapter_parameters
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
     from graphwright.passes.adapters import adapter_weights as adapter_weights
@@ -165,6 +167,7 @@ if TYPE_CHECKING:
 _EXPORTS: dict[str, str] = {
     "Absolute": "graphwright.frontends.autoquantize",
     "AdapterKind": "graphwright.passes.adapters",
+    "AdaptersAsInputs": "graphwright.passes.adapters",
     "Allocation": "graphwright.passes.quantization",
     "Approximate": "graphwright.passes.contract",
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
@@ -273,6 +276,7 @@ _EXPORTS: dict[str, str] = {
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "Wanted": "graphwright.frontends.generation.drafts",
+    "adapter_inputs": "graphwright.passes.adapters",
     "adapter_parameters": "graphwright.passes.adapters",
     "adapter_tensors": "graphwright.passes.adapters",
     "adapter_weights": "graphwright.passes.adapters",

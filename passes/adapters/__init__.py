@@ -6,6 +6,7 @@
 from graphwright.passes.adapters.base import AdapterKind, Dense, Draw, Factor
 from graphwright.passes.adapters.files import load_adapter, save_adapter
 from graphwright.passes.adapters.gating import GateAdapters, adapter_weights
+from graphwright.passes.adapters.inputs import AdaptersAsInputs, adapter_inputs
 from graphwright.passes.adapters.inserted import adapter_tensors, adapters_of
 from graphwright.passes.adapters.insertion import InsertAdapters
 from graphwright.passes.adapters.kinds.krona import KronA, kronecker_shapes
@@ -16,6 +17,7 @@ from graphwright.passes.adapters.unmerging import UnmergeAdapters
 
 __all__ = [
     "AdapterKind",
+    "AdaptersAsInputs",
     "Dense",
     "Draw",
     "Factor",
@@ -26,6 +28,7 @@ __all__ = [
     "MergeAdapters",
     "RemoveAdapters",
     "UnmergeAdapters",
+    "adapter_inputs",
     "adapter_parameters",
     "adapter_tensors",
     "adapter_weights",

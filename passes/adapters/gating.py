@@ -19,12 +19,13 @@ from graphwright.ir.provenance import tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import VAL, TensorType
 from graphwright.passes.adapters.builder import exit_tag, fed_tag, tag_of
-from graphwright.passes.adapters.inserted import GATED, adapter_of, adapters_of, base_of
+from graphwright.passes.adapters.inserted import GATED, INPUTS, adapter_of, adapters_of, base_of
 from graphwright.passes.adapters.sites import ADAPTER
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact
 
-INPUT = "adapter_weights"
+# What callers call the weights.
+KEYWORD = "adapter_weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class GateAdapters(Pass):
         chosen = [adapter_of(program, name) for name in names]
         with program.edit() as rewriter:
             batch = program.inputs[0].meta[VAL].shape[0]
-            weights = rewriter.add_input(INPUT, (batch, len(names)), torch.float32, stand_in=1.0)
+            weights = rewriter.add_input(KEYWORD, (batch, len(names)), torch.float32, stand_in=1.0)
             for column, adapter in enumerate(chosen):
                 gates = _Gates(rewriter, weights, column, adapter.name)
                 for site in adapter.sites.values():
@@ -186,7 +187,7 @@ def adapter_weights(program: Program, rows: Sequence[str | Mapping[str, float] |
         raise InputError(
             "its adapters are not switched by calls", where=f"program {program.title!r}", hint="run GateAdapters on it"
         )
-    present = adapters_of(program)
+    present = {*adapters_of(program), *program.records.get(INPUTS, {})}
     found = torch.zeros(len(rows), len(names))
     for index, row in enumerate(rows):
         given = {} if row is None else {row: 1.0} if isinstance(row, str) else row
