@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -178,6 +178,32 @@ class Rewriter:
         module = self.program.body.get_submodule(owner)
         module._parameters[leaf] = torch.nn.Parameter(old.detach(), requires_grad=False)
         self.changed = True
+
+    def add_input(
+        self, keyword: str, shape: Sequence[Any], dtype: torch.dtype, *, stand_in: torch.Tensor | float
+    ) -> fx.Node:
+        """One more input of the program, which callers give by keyword; behind all others in the graph.
+
+        Args:
+            keyword: what callers call it; the node's name is made of it.
+            shape: sizes, or dimensions as other inputs' values have them.
+            dtype: of its value.
+            stand_in: the value with which the program computes what it did before, or a number to fill it with. It is
+                what example inputs from before are completed with, see :meth:`Program.completed`.
+
+        Raises:
+            InputError: the program has an argument of that name.
+        """
+        program, inputs = self.program, self.program.inputs
+        signature = program.signature
+        with program.graph.inserting_after(inputs[-1]):
+            node = program.graph.placeholder("".join(c if c.isalnum() else "_" for c in keyword))
+        node.target = node.name
+        program.signature = signature.with_keyword(keyword, node.name)
+        node.meta[VAL] = inputs[0].meta[VAL].new_empty(tuple(shape), dtype=dtype)
+        program.kept["inputs"] = {**program.kept.get("inputs", {}), node.name: stand_in}
+        self.changed = True
+        return node
 
     # -- changing ------------------------------------------------------------------------------------------------------
 

@@ -90,12 +90,14 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import NOLA as NOLA
     from graphwright.passes.adapters import OFT as OFT
     from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import AdaptersAsInputs as AdaptersAsInputs
     from graphwright.passes.adapters import BitFit as BitFit
     from graphwright.passes.adapters import Compacter as Compacter
     from graphwright.passes.adapters import DeleteRanks as DeleteRanks
     from graphwright.passes.adapters import DePT as DePT
     from graphwright.passes.adapters import DoRA as DoRA
     from graphwright.passes.adapters import ETHERPlus as ETHERPlus
+    from graphwright.passes.adapters import GateAdapters as GateAdapters
     from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
@@ -113,9 +115,15 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import ReduceProjections as ReduceProjections
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
     from graphwright.passes.adapters import SoRA as SoRA
+    from graphwright.passes.adapters import UnmergeAdapters as UnmergeAdapters
     from graphwright.passes.adapters import VeRA as VeRA
+    from graphwright.passes.adapters import adapter_inputs as adapter_inputs
+    from graphwright.passes.adapters import adapter_parameters as adapter_parameters
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
+    from graphwright.passes.adapters import adapter_weights as adapter_weights
+    from graphwright.passes.adapters import adapters_of as adapters_of
     from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
+    from graphwright.passes.adapters import load_adapter as load_adapter
     from graphwright.passes.adapters import save_adapter as save_adapter
     from graphwright.passes.adapters import shrink_gates as shrink_gates
     from graphwright.passes.base import Pass as Pass
@@ -187,6 +195,7 @@ if TYPE_CHECKING:
 _EXPORTS: dict[str, str] = {
     "Absolute": "graphwright.frontends.autoquantize",
     "AdapterKind": "graphwright.passes.adapters",
+    "AdaptersAsInputs": "graphwright.passes.adapters",
     "Allocation": "graphwright.passes.quantization",
     "Approximate": "graphwright.passes.contract",
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
@@ -226,6 +235,7 @@ _EXPORTS: dict[str, str] = {
     "FuseQKV": "graphwright.passes.fusion",
     "FuseRMSNorm": "graphwright.passes.fusion",
     "FuseRotaryEmbedding": "graphwright.passes.fusion",
+    "GateAdapters": "graphwright.passes.adapters",
     "Generation": "graphwright.frontends.generation.result",
     "GenerationError": "graphwright.ir.errors",
     "Gptq": "graphwright.passes.quantization",
@@ -313,11 +323,16 @@ _EXPORTS: dict[str, str] = {
     "Trial": "graphwright.frontends.autoquantize",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
+    "UnmergeAdapters": "graphwright.passes.adapters",
     "VeRA": "graphwright.passes.adapters",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "Wanted": "graphwright.frontends.generation.drafts",
+    "adapter_inputs": "graphwright.passes.adapters",
+    "adapter_parameters": "graphwright.passes.adapters",
     "adapter_tensors": "graphwright.passes.adapters",
+    "adapter_weights": "graphwright.passes.adapters",
+    "adapters_of": "graphwright.passes.adapters",
     "allocate": "graphwright.passes.quantization",
     "any_": "graphwright.ir.pattern",
     "auto_quantize": "graphwright.frontends.autoquantize",
@@ -330,6 +345,7 @@ _EXPORTS: dict[str, str] = {
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
     "kronecker_shapes": "graphwright.passes.adapters",
+    "load_adapter": "graphwright.passes.adapters",
     "load_decoder": "graphwright.frontends.huggingface",
     "load_huggingface": "graphwright.frontends.huggingface",
     "load_packed": "graphwright.frontends.generation.packed",

@@ -6,6 +6,8 @@
 from graphwright.passes.adapters.base import AdapterKind, Dense, Draw, Factor
 from graphwright.passes.adapters.files import load_adapter, save_adapter
 from graphwright.passes.adapters.gates import DeleteRanks, shrink_gates
+from graphwright.passes.adapters.gating import GateAdapters, adapter_weights
+from graphwright.passes.adapters.inputs import AdaptersAsInputs, adapter_inputs
 from graphwright.passes.adapters.inserted import adapter_tensors, adapters_of
 from graphwright.passes.adapters.insertion import InsertAdapters
 from graphwright.passes.adapters.kinds.bitfit import BitFit
@@ -34,6 +36,7 @@ from graphwright.passes.adapters.projections import ReduceProjections
 
 __all__ = [
     "AdapterKind",
+    "AdaptersAsInputs",
     "BitFit",
     "Compacter",
     "DeleteRanks",
@@ -44,6 +47,7 @@ __all__ = [
     "ETHER",
     "ETHERPlus",
     "Factor",
+    "GateAdapters",
     "HoulsbyAdapter",
     "IA3",
     "InsertAdapters",
@@ -64,8 +68,12 @@ __all__ = [
     "ReduceProjections",
     "RemoveAdapters",
     "SoRA",
+    "UnmergeAdapters",
     "VeRA",
+    "adapter_inputs",
+    "adapter_parameters",
     "adapter_tensors",
+    "adapter_weights",
     "adapters_of",
     "kronecker_shapes",
     "load_adapter",

@@ -112,7 +112,7 @@ def test_merged_it_is_the_same_function_with_nothing_left_of_it(case: Case) -> N
         return
     merged = gw.optimize(program, [gw.MergeAdapters()], example_inputs=X)
     assert close(merged(X), program(X))
-    assert not merged.records
+    assert set(merged.records) == {"merged_adapters"}
     assert not any("adapter" in gw.tags_of(node) for node in merged.nodes)
     bare = gw.trace(model, X)
     assert [gw.op_name(node) for node in merged.nodes if node.op == "call_function"] == [
