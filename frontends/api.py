@@ -44,6 +44,7 @@ class OptimizedModel(Program):
             title=program.title,
             aliases=program.aliases,
             journal=tuple(program.journal),
+            records=program.records,
         )
         self.origin = program.origin
         self.report = report

@@ -12,6 +12,8 @@ from typing import Any
 
 from graphwright.ir.errors import InputError, RecipeError
 from graphwright.passes import registry
+from graphwright.passes.adapters.base import AdapterKind
+from graphwright.passes.adapters.kinds import KINDS, kind_of
 from graphwright.passes.base import Pass
 from graphwright.passes.pipeline import Pipeline
 from graphwright.passes.quantization.rounding import METHODS, Rounding, rounding_of
@@ -23,6 +25,31 @@ NONE = "none"
 CALIBRATION = "calibration"
 
 Locate = Callable[[str | None], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Options that are one of several classes, each with options of its own, written as a table.
+
+    Attributes:
+        base: of the classes.
+        words: what it is in messages.
+        key: under which a table has the name of the class; that class has it as an attribute too.
+        known: all names.
+        named: the class of a name.
+    """
+
+    base: type
+    words: str
+    key: str
+    known: Sequence[str]
+    named: Callable[[Any], type]
+
+
+FAMILIES = (
+    Family(Rounding, "rounding method", "method", tuple(METHODS), lambda name: type(rounding_of(name, where="method"))),
+    Family(AdapterKind, "adapter", "kind", tuple(KINDS), lambda name: type(kind_of(name, where="kind"))),
+)
 
 
 def read_pass(table: Mapping[str, Any], where: Locate) -> Pass:
@@ -133,10 +160,11 @@ def _convert(value: Any, hint: Any, where: Locate) -> Any:
 
 
 def _plain(value: Any, kind: type, where: Locate) -> Any:
-    if issubclass(kind, Rounding):
+    family = next((each for each in FAMILIES if issubclass(kind, each.base)), None)
+    if family is not None:
         if not isinstance(value, dict):
             raise _WrongType(value)
-        return _rounding(value, where)
+        return _member(family, value, where)
     if issubclass(kind, Pass):
         if not isinstance(value, dict):
             raise _WrongType(value)
@@ -150,17 +178,19 @@ def _plain(value: Any, kind: type, where: Locate) -> Any:
     return value
 
 
-def _rounding(table: Mapping[str, Any], where: Locate) -> Rounding:
-    """A rounding method from a table of its name, as ``method``, and its options."""
+def _member(family: Family, table: Mapping[str, Any], where: Locate) -> Any:
+    """One of a family from a table of its name and its options."""
     options = dict(table)
-    method = options.pop("method", None)
-    if method is None:
+    name = options.pop(family.key, None)
+    if name is None:
         raise RecipeError(
-            "the table of a rounding method has no 'method'", where=where(None), hint=f"methods: {', '.join(METHODS)}"
+            f"the table of the {family.words} has no {family.key!r}",
+            where=where(None),
+            hint=f"{family.key}s: {', '.join(family.known)}",
         )
     try:
-        kind = type(rounding_of(method, where="method"))
-        return kind(**read_options(kind, options, where, owner=f"the rounding method {method!r}"))
+        kind = family.named(name)
+        return kind(**read_options(kind, options, where, owner=f"the {family.words} {name!r}"))
     except RecipeError:
         raise
     except InputError as error:

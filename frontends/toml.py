@@ -9,11 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from graphwright.frontends.options import CALIBRATION, NONE
+from graphwright.frontends.options import CALIBRATION, FAMILIES, NONE
 from graphwright.ir.errors import RecipeError
 from graphwright.passes.base import Pass
 from graphwright.passes.pipeline import Pipeline
-from graphwright.passes.quantization.rounding import Rounding
 
 
 def table_of(item: Pass) -> dict[str, Any]:
@@ -49,8 +48,10 @@ def to_toml(value: Any, where: str) -> str:
         return _text(value)
     if isinstance(value, Pass):
         return to_toml(table_of(value), where)
-    if isinstance(value, Rounding):
-        return to_toml({"method": value.method, **value.options()}, where)
+    family = next((each for each in FAMILIES if isinstance(value, each.base)), None)
+    if family is not None:
+        given = {family.key: getattr(value, family.key), **value.options()}
+        return to_toml({key: entry for key, entry in given.items() if entry is not None}, where)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         given = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
         return to_toml({key: entry for key, entry in given.items() if entry is not None}, where)

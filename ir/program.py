@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Snapshot:
     versions: Mapping[str, int]
     aliases: Mapping[str, str]
     journal: tuple[JournalEntry, ...]
+    records: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Program(nn.Module):
@@ -65,6 +67,7 @@ class Program(nn.Module):
         title: the model's class name, for messages.
         journal: what passes did, in order.
         aliases: further names of tied weights: alias name -> name in the graph.
+        records: what passes leave for later ones to know, as JSON values, by the name of a family of passes; saved.
         replacements: since the last pass began, name of a replaced node -> name of the node that stands for it.
         notes: what the running pass wants its report entry to say.
         origin: what the frontend that made the program knows of the model besides its graph; not saved.
@@ -79,6 +82,7 @@ class Program(nn.Module):
         title: str = "program",
         aliases: Mapping[str, str] | None = None,
         journal: tuple[JournalEntry, ...] = (),
+        records: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.body = body
@@ -87,6 +91,7 @@ class Program(nn.Module):
         self.title = title
         self.journal: list[JournalEntry] = list(journal)
         self.aliases: dict[str, str] = dict(aliases or {})
+        self.records: dict[str, Any] = copy.deepcopy(dict(records or {}))
         self.replacements: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
         self.origin: Any = None
@@ -341,13 +346,17 @@ class Program(nn.Module):
         """The present state, cheap: the graph is copied, tensors are referenced."""
         tensors = self.tensors()
         versions = {name: -1 if tensor.is_inference() else tensor._version for name, tensor in tensors.items()}
-        return Snapshot(copy_graph(self.body.graph), tensors, versions, dict(self.aliases), tuple(self.journal))
+        records = copy.deepcopy(self.records)
+        return Snapshot(
+            copy_graph(self.body.graph), tensors, versions, dict(self.aliases), tuple(self.journal), records
+        )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to a state taken before. Tensors written into since cannot be brought back; see ``overwritten``."""
         self.bind_tensors(snapshot.tensors)
         self.aliases = dict(snapshot.aliases)
         self.journal = list(snapshot.journal)
+        self.records = copy.deepcopy(dict(snapshot.records))
         self.replacements = {}
         self.body.graph = copy_graph(snapshot.graph)
 
@@ -369,6 +378,7 @@ class Program(nn.Module):
             title=self.title,
             aliases=self.aliases,
             journal=tuple(self.journal),
+            records=self.records,
         )
         other.restore(snapshot)
         other.origin = self.origin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import TracebackType
 from typing import Any
 
@@ -158,6 +159,22 @@ class Rewriter:
             module._buffers[leaf] = tensor
         self.changed = True
 
+    def freeze(self, weight: str) -> None:
+        """Take a weight from training: it becomes a parameter without gradient over the same memory.
+
+        The model that the program was traced from may share the parameter, which keeps its own setting.
+
+        Raises:
+            ProgramError: there is no such weight.
+        """
+        old = self.program.tensor(weight)
+        if not isinstance(old, torch.nn.Parameter) or not old.requires_grad:
+            return
+        owner, _, leaf = self.program.aliases.get(weight, weight).rpartition(".")
+        module = self.program.body.get_submodule(owner)
+        module._parameters[leaf] = torch.nn.Parameter(old.detach(), requires_grad=False)
+        self.changed = True
+
     # -- changing ------------------------------------------------------------------------------------------------------
 
     def replace(self, old: fx.Node, new: fx.Node, *, equivalent: bool = True) -> None:
@@ -188,6 +205,34 @@ class Rewriter:
             self.program.replacements[old.name] = new.name
         self.changed = True
         self._erase_dead(old)
+
+    def redirect(self, old: fx.Node, new: fx.Node, *, besides: Collection[fx.Node], equivalent: bool = True) -> None:
+        """Let the users of ``old`` read ``new``, which is computed from it.
+
+        Args:
+            old: stays, with the users in ``besides``.
+            new: the node to be read in its place.
+            besides: the nodes between the two.
+            equivalent: record that ``new`` stands for ``old``, so that verification compares their values.
+
+        Raises:
+            TypeMismatch: dtype or shape differ.
+            ProgramError: a user is computed before ``new``.
+        """
+        before, after = self.program.type_of(old), self.program.type_of(new)
+        if before != after:
+            raise TypeMismatch(f"the new value is {after}, the old one {before}", where=provenance.describe(old))
+        users = [user for user in old.users if user not in besides and user is not new]
+        late = [user for user in users if user < new]
+        if late:
+            raise ProgramError(
+                f"%{new.name} is computed after %{late[0].name}, which needs it", where=provenance.describe(old)
+            )
+        for user in users:
+            user.replace_input_with(old, new)
+        if equivalent:
+            self.program.replacements[old.name] = new.name
+        self.changed = True
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node nobody uses, and whatever becomes dead by that.

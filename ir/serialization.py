@@ -99,6 +99,7 @@ def _document(program: Program) -> dict[str, Any]:
         "torch": torch.__version__.partition("+")[0],
         "weights": {"file": WEIGHTS_FILE, "digest": "", "order": list(program.tensors())},
         "journal": [_entry(entry) for entry in program.journal],
+        "records": _plain(program.records, "records"),
         "text": text.splitlines(),
     }
 
@@ -254,6 +255,7 @@ def load(path: str | os.PathLike[str]) -> Program:
         JournalEntry(entry["pass"], entry["options"], entry["changed"], entry["details"])
         for entry in document["journal"]
     ]
+    program.records = dict(document.get("records", {}))  # programs saved before there were any have none
     return program
 
 
@@ -314,6 +316,7 @@ def _check_document(document: dict[str, Any], where: str) -> None:
         and isinstance(text, list)
         and all(isinstance(line, str) for line in text)
         and isinstance(journal, list)
+        and isinstance(document.get("records", {}), dict)
         and all(isinstance(item, dict) and set(item) == {"pass", "options", "changed", "details"} for item in journal)
     )
     if not well_formed:

@@ -45,6 +45,9 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "quantize-attention": ("quantization", "QuantizeAttention"),
     "split-outlier-columns": ("quantization", "SplitOutlierColumns"),
     "split-outlier-weights": ("quantization", "SplitOutlierWeights"),
+    "insert-adapters": ("adapters", "InsertAdapters"),
+    "merge-adapters": ("adapters", "MergeAdapters"),
+    "remove-adapters": ("adapters", "RemoveAdapters"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }

@@ -83,6 +83,15 @@ if TYPE_CHECKING:
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
+    from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import InsertAdapters as InsertAdapters
+    from graphwright.passes.adapters import KronA as KronA
+    from graphwright.passes.adapters import LoRA as LoRA
+    from graphwright.passes.adapters import MergeAdapters as MergeAdapters
+    from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
+    from graphwright.passes.adapters import adapter_tensors as adapter_tensors
+    from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
+    from graphwright.passes.adapters import save_adapter as save_adapter
     from graphwright.passes.base import Pass as Pass
     from graphwright.passes.base import RulePass as RulePass
     from graphwright.passes.bisection import bisect as bisect
@@ -149,6 +158,7 @@ if TYPE_CHECKING:
 # exported name -> the module that defines it
 _EXPORTS: dict[str, str] = {
     "Absolute": "graphwright.frontends.autoquantize",
+    "AdapterKind": "graphwright.passes.adapters",
     "Allocation": "graphwright.passes.quantization",
     "Approximate": "graphwright.passes.contract",
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
@@ -189,13 +199,17 @@ _EXPORTS: dict[str, str] = {
     "Hook": "graphwright.passes.hooks",
     "Hqq": "graphwright.passes.quantization",
     "InputError": "graphwright.ir.errors",
+    "InsertAdapters": "graphwright.passes.adapters",
     "InsertFakeQuantize": "graphwright.passes.quantization",
+    "KronA": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LoRA": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
     "LowRank": "graphwright.passes.quantization",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
+    "MergeAdapters": "graphwright.passes.adapters",
     "Nearest": "graphwright.passes.quantization",
     "OptimizedDecoder": "graphwright.frontends.generation.optimized",
     "OptimizedModel": "graphwright.frontends.api",
@@ -219,6 +233,7 @@ _EXPORTS: dict[str, str] = {
     "RecipeError": "graphwright.ir.errors",
     "Refusal": "graphwright.ir.pattern",
     "Relative": "graphwright.frontends.autoquantize",
+    "RemoveAdapters": "graphwright.passes.adapters",
     "RemoveDeadCode": "graphwright.passes.cleanup",
     "RemoveNoOps": "graphwright.passes.cleanup",
     "Report": "graphwright.passes.report",
@@ -250,6 +265,7 @@ _EXPORTS: dict[str, str] = {
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "Wanted": "graphwright.frontends.generation.drafts",
+    "adapter_tensors": "graphwright.passes.adapters",
     "allocate": "graphwright.passes.quantization",
     "any_": "graphwright.ir.pattern",
     "auto_quantize": "graphwright.frontends.autoquantize",
@@ -260,6 +276,7 @@ _EXPORTS: dict[str, str] = {
     "either": "graphwright.ir.pattern",
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
+    "kronecker_shapes": "graphwright.passes.adapters",
     "load_decoder": "graphwright.frontends.huggingface",
     "load_huggingface": "graphwright.frontends.huggingface",
     "load_packed": "graphwright.frontends.generation.packed",
@@ -271,6 +288,7 @@ _EXPORTS: dict[str, str] = {
     "parse": "graphwright.ir.parser",
     "path_of": "graphwright.ir.provenance",
     "run_passes": "graphwright.passes.pipeline",
+    "save_adapter": "graphwright.passes.adapters",
     "save_quantized": "graphwright.frontends.huggingface.quantized",
     "save_recipe": "graphwright.frontends.recipes",
     "sensitivities": "graphwright.passes.quantization",

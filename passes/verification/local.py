@@ -97,7 +97,7 @@ class _Check:
             self.identity[node] = node.name
             self._compare(node, self.old_values[node.name], self.claims.get(node.name, []))
         elif node.op == "get_attr":
-            kept = old is not None and self.before.tensors.get(str(old.target)) is self.program.tensor(node)
+            kept = old is not None and _same(self.before.tensors.get(str(old.target)), self.program.tensor(node))
             claims = self.claims.get(node.name, [])
             if kept:
                 self.identity[node] = node.name
@@ -226,6 +226,21 @@ class _Check:
 
     def _old_value(self, node: fx.Node) -> Any:
         return self.before.tensors[str(node.target)] if node.op == "get_attr" else self.old_values[node.name]
+
+
+def _same(old: torch.Tensor | None, new: torch.Tensor) -> bool:
+    """Whether two weights are one, or one memory seen alike: what is frozen gets a parameter of its own."""
+    if old is new:
+        return True
+    if old is None or old.is_meta or new.is_meta:
+        return False
+    layout = (old.dtype, old.shape, old.stride(), old.data_ptr()) == (
+        new.dtype,
+        new.shape,
+        new.stride(),
+        new.data_ptr(),
+    )
+    return layout and old.device == new.device and old.numel() > 0
 
 
 def _claims(replacements: Mapping[str, str], old_values: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import graphwright as gw
 from graphwright.frontends.recipes import Recipe, format_recipe, load_recipe, parse_recipe, save_recipe
 from graphwright.frontends.toml import to_toml
 from graphwright.ir.errors import InputError, RecipeError
@@ -313,3 +314,13 @@ def test_calibration_data_is_given_when_a_recipe_is_read(tmp_path: Path) -> None
 def test_calibration_data_that_is_missing_or_misplaced(text: str, data: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_recipe(text, calibration=data)
+
+
+def test_kinds_of_adapters_are_tables() -> None:
+    passes = (gw.InsertAdapters(gw.KronA((4, 2), scale=2.0), where="*.q"), gw.InsertAdapters("lora"))
+    text = format_recipe(passes)
+    assert 'adapter = { kind = "krona", a = [4, 2], scale = 2.0 }' in text
+    assert parse_recipe(text).passes == passes
+    wrong = '[[pass]]\nname = "insert-adapters"\nadapter = { kind = "lora", rnk = 4 }'
+    with pytest.raises(gw.GraphwrightError, match="has no option 'rnk'"):
+        parse_recipe(wrong)

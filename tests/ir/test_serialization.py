@@ -594,5 +594,5 @@ def test_no_pickle_in_the_files(tmp_path: Path) -> None:
     program.save(tmp_path)
     assert files_in(tmp_path) == ["model.safetensors", "program.json"]
     document = json.loads((tmp_path / "program.json").read_text())
-    assert set(document) == {"format", "version", "torch", "weights", "journal", "text"}
+    assert set(document) == {"format", "version", "torch", "weights", "journal", "records", "text"}
     assert set(load_file(tmp_path / "model.safetensors")) == set(program.tensors())

@@ -1,0 +1,29 @@
+"""Adapters: small trained parts beside the layers of a frozen model.
+
+``kinds/`` has one file for each published shape; everything else is the same for all of them.
+"""
+
+from graphwright.passes.adapters.base import AdapterKind, Dense, Draw, Factor
+from graphwright.passes.adapters.files import load_adapter, save_adapter
+from graphwright.passes.adapters.inserted import adapter_tensors, adapters_of
+from graphwright.passes.adapters.insertion import InsertAdapters
+from graphwright.passes.adapters.kinds.krona import KronA, kronecker_shapes
+from graphwright.passes.adapters.kinds.lora import LoRA
+from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
+
+__all__ = [
+    "AdapterKind",
+    "Dense",
+    "Draw",
+    "Factor",
+    "InsertAdapters",
+    "KronA",
+    "LoRA",
+    "MergeAdapters",
+    "RemoveAdapters",
+    "adapter_tensors",
+    "adapters_of",
+    "kronecker_shapes",
+    "load_adapter",
+    "save_adapter",
+]

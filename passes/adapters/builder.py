@@ -1,0 +1,95 @@
+"""Makes the nodes of one adapter at one site, tagged so that later passes know whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphwright.ir import provenance
+from graphwright.ir.arguments import arguments_of
+from graphwright.ir.provenance import tags_of
+from graphwright.ir.rewriter import Rewriter
+from graphwright.passes.adapters.base import Factor
+from graphwright.passes.adapters.sites import ADAPTER, Site
+
+
+def tag_of(name: str) -> str:
+    """The tag of an adapter's nodes, beside ``adapter``."""
+    return f"{ADAPTER}/{name}"
+
+
+def exit_tag(name: str) -> str:
+    """The tag of nodes that give an adapted value, in place of the one they are computed from."""
+    return f"{ADAPTER}/{name}/exit"
+
+
+class Builder:
+    """What a kind's ``build`` makes nodes with.
+
+    Attributes:
+        rewriter: of the program.
+        name: of the adapter.
+        site: where.
+        exits: nodes that give adapted values so far.
+    """
+
+    def __init__(self, rewriter: Rewriter, name: str, site: Site) -> None:
+        self.rewriter, self.name, self.site = rewriter, name, site
+        self.exits: list[fx.Node] = []
+        self._made: set[fx.Node] = set()
+
+    def weights(self, factors: Mapping[str, Factor]) -> dict[str, fx.Node]:
+        """Nodes of a site's tensors: parameters where they are trained, constants elsewhere."""
+        nodes: dict[str, fx.Node] = {}
+        for key, factor in factors.items():
+            base = f"{self.site.path}.{key}" if factor.shared is None else f"adapters.{factor.shared}"
+            value: torch.Tensor = nn.Parameter(factor.value) if factor.trained else factor.value
+            nodes[key] = self._weight(f"{base.lstrip('.')}.{self.name}", value, factor.shared is not None)
+        return nodes
+
+    def call(self, target: str, /, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node."""
+        node = self.rewriter.call(target, *args, like=self.site.node, **kwargs)
+        node.meta[provenance.TAGS] = frozenset({ADAPTER, tag_of(self.name)})
+        self._made.add(node)
+        return node
+
+    def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
+        """``x Wᵀ + b``."""
+        return self.call("aten.linear", x, weight, bias)
+
+    def scaled(self, x: fx.Node, factor: float) -> fx.Node:
+        """``factor · x``; x itself for 1."""
+        return x if factor == 1.0 else self.call("aten.mul.Tensor", x, factor)
+
+    def plus(self, y: fx.Node, branch: fx.Node) -> fx.Node:
+        """``y + branch``: the value that stands without the adapter is always the first operand."""
+        return self.call("aten.add.Tensor", y, branch)
+
+    def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """x in another dtype; x itself where it has that one."""
+        return x if x.meta["val"].dtype == dtype else self.call("aten.to.dtype", x, dtype)
+
+    def adapt(self, old: fx.Node, new: fx.Node) -> None:
+        """Let all users of ``old``, but the adapter, read ``new``, whose first operands lead back to ``old``."""
+        self.rewriter.redirect(old, new, besides=self._made)
+        self._exit(new)
+
+    def feed(self, node: fx.Node, name: str, new: fx.Node) -> None:
+        """Let a node read ``new`` as its argument ``name``; the first operands of ``new`` lead back to the old one."""
+        given = {**arguments_of(node), name: new}
+        self.rewriter.set_arguments(node, **given)
+        self._exit(new)
+
+    def _exit(self, node: fx.Node) -> None:
+        node.meta[provenance.TAGS] = tags_of(node) | {exit_tag(self.name)}
+        self.exits.append(node)
+
+    def _weight(self, name: str, value: torch.Tensor, shared: bool) -> fx.Node:
+        present = self.rewriter.program.tensors().get(name) if shared else None
+        node = self.rewriter.weight(name, value if present is None else present, like=self.site.node)
+        node.meta[provenance.TAGS] = frozenset({ADAPTER, tag_of(self.name)})
+        return node

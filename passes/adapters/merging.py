@@ -1,0 +1,185 @@
+"""Adapters that become part of the weights, or go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from graphwright.ir.errors import InputError
+from graphwright.ir.program import Program
+from graphwright.ir.provenance import tags_of
+from graphwright.ir.rewriter import Rewriter
+from graphwright.passes.adapters.base import Dense
+from graphwright.passes.adapters.inserted import Inserted, InsertedSite, adapter_of, adapters_of, base_of, forget
+from graphwright.passes.adapters.sites import ADAPTER, Site, linear_site
+from graphwright.passes.base import Pass
+from graphwright.passes.contract import Contract, Exact, Retrain
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeAdapters(Pass):
+    """Make adapters part of the weights they lie beside.
+
+    ::
+
+        %y = aten.linear(%x, %weight, %bias)
+        %hidden = aten.linear(%x, %lora_A)
+        %branch = aten.linear(%hidden, %lora_B)
+        %adapted = aten.add.Tensor(%y, %branch)
+        ->
+        %adapted = aten.linear(%x, %weight, %bias)      the weight's values are W + B A, computed in float64
+
+    The weight keeps its name, dtype and layout; the base model's own tensor is not written into.
+
+    Attributes:
+        adapters: names of those to be merged, in the order in which they were put in; ``None`` for all.
+    """
+
+    name: ClassVar[str] = "merge-adapters"
+    contract: ClassVar[Contract] = Exact(stored=True)
+    respects: ClassVar[frozenset[str]] = frozenset()
+
+    adapters: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapters is not None:
+            object.__setattr__(self, "adapters", _names(self.name, self.adapters))
+
+    def run(self, program: Program) -> bool:
+        """Merge them; all or nothing.
+
+        Raises:
+            InputError: there is no such adapter (it may have been merged already), its kind cannot be merged, a weight
+                is packed, or another adapter lies between it and the weight.
+        """
+        chosen = _chosen(program, self.adapters)
+        with program.edit() as rewriter:
+            for adapter in chosen:
+                _merge(rewriter, adapter)
+                forget(program, adapter.name)
+            program.notes["merged"] = [adapter.name for adapter in chosen]
+        return bool(chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveAdapters(Pass):
+    """Take adapters out again; what is left is the base, bit for bit.
+
+    Attributes:
+        adapters: names of those to go; ``None`` for all.
+    """
+
+    name: ClassVar[str] = "remove-adapters"
+    contract: ClassVar[Contract] = Retrain()
+    respects: ClassVar[frozenset[str]] = frozenset()
+
+    adapters: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapters is not None:
+            object.__setattr__(self, "adapters", _names(self.name, self.adapters))
+
+    def run(self, program: Program) -> bool:
+        """Take them out.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        chosen = _chosen(program, self.adapters)
+        with program.edit() as rewriter:
+            for adapter in chosen:
+                for site in adapter.sites.values():
+                    for exit_ in site.exits:
+                        rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False)
+                forget(program, adapter.name)
+        return bool(chosen)
+
+
+def _names(owner: str, names: object) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
+        raise InputError(f"must be names of adapters, not {names!r}", where=f"{owner}: adapters")
+    return tuple(names)
+
+
+def _chosen(program: Program, names: tuple[str, ...] | None) -> list[Inserted]:
+    if names is None:
+        return list(adapters_of(program).values())
+    return [adapter_of(program, name) for name in names]
+
+
+def _merge(rewriter: Rewriter, adapter: Inserted) -> None:
+    program = rewriter.program
+    done: set[fx.Node] = set()
+    for site in adapter.sites.values():
+        if site.kind.unmergeable is not None:
+            raise InputError(
+                f"adapter {adapter.name!r} cannot be merged: {site.kind.unmergeable}",
+                where=site.path,
+                hint="keep it beside the weights, where it also runs",
+            )
+        places = {exit_: _place(program, adapter, site, exit_) for exit_ in site.exits}
+        for exit_, place in places.items():
+            assert place.weight is not None
+            if place.weight not in done:  # a module that is called several times
+                _check_readers(place, places.values())
+                _write(rewriter, place, site)
+                done.add(place.weight)
+            # A node of its own, because the bare one's value, by whose name it is known, is another.
+            merged = rewriter.call(place.node.target, *place.node.args, like=place.node)
+            rewriter.replace(exit_, merged)
+
+
+def _place(program: Program, adapter: Inserted, site: InsertedSite, exit_: fx.Node) -> Site:
+    """The linear that an adapter lies beside."""
+    base = base_of(exit_, adapter.name)
+    if ADAPTER in tags_of(base):
+        raise InputError(
+            f"adapter {adapter.name!r} lies on another one",
+            where=site.path,
+            hint="merge them in the order in which they were put in, or all at once",
+        )
+    place = linear_site(program, base)
+    if not isinstance(place, Site):
+        raise InputError(
+            f"the layer cannot take an adapter in: {place or f'%{base.name} is no linear'}", where=site.path
+        )
+    if place.weight is None:
+        raise InputError(
+            "the weight is packed, and merging would round the adapter away",
+            where=site.path,
+            hint="merge before quantising, or keep the adapter beside the packed weight",
+        )
+    return place
+
+
+def _check_readers(place: Site, places: Iterable[Site]) -> None:
+    """Refuse a weight that something without this adapter reads too."""
+    assert place.weight is not None
+    adapted = {each.node for each in places}
+    others = [user for user in place.weight.users if user not in adapted]
+    if others:
+        raise InputError(
+            f"the weight is also read by %{others[0].name}, which has no adapter",
+            where=place.path,
+            hint="keep the adapter beside the weight",
+        )
+
+
+def _write(rewriter: Rewriter, place: Site, site: InsertedSite) -> None:
+    program = rewriter.program
+    assert place.weight is not None
+    stored = program.tensor(place.weight).detach()
+    weight = (stored.t() if place.transposed else stored).double()
+    bias = program.tensor(place.bias).detach().double() if place.bias is not None else None
+    factors = {key: program.tensor(name).detach().double() for key, name in site.tensors.items()}
+    merged = site.kind.merged(place, Dense(weight, bias), factors)
+    new = merged.weight.t() if place.transposed else merged.weight
+    rewriter.rebind(place.weight, new.to(stored.dtype).contiguous())
+    if place.bias is not None and merged.bias is not None and not torch.equal(merged.bias, bias):  # type: ignore[arg-type]
+        rewriter.rebind(place.bias, merged.bias.to(program.tensor(place.bias).dtype))

@@ -1,0 +1,96 @@
+"""A small model, and every kind of adapter with options that fit it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import graphwright as gw
+
+WIDTH, HIDDEN = 24, 36
+X = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(5))
+
+
+class Block(nn.Module):
+    """Linears of several shapes, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, WIDTH)
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + torch.tanh(self.q(x))
+        z: torch.Tensor = y + self.down(torch.relu(self.up(y)))
+        return z
+
+
+class Net(nn.Module):
+    """Two blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.out = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        y: torch.Tensor = self.out(x)
+        return y
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind and where to put it.
+
+    Attributes:
+        kind: with options.
+        where: in :class:`Net`.
+        trained: numbers that train, in all of the net.
+        dense: it needs the weight in floating point, so a packed base has no place for it.
+    """
+
+    kind: gw.AdapterKind
+    trained: int
+    where: Any = "blocks.*"
+    dense: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# outputs and inputs of the linears of one block
+SHAPES = ((WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN))
+
+
+def low_rank(rank: int) -> int:
+    """Numbers of two thin matrices beside every linear."""
+    return 2 * sum(rank * (out + into) for out, into in SHAPES)
+
+
+CASES: dict[str, Case] = {
+    "lora": Case(gw.LoRA(rank=4, alpha=8), low_rank(4)),
+    "lora-rs": Case(gw.LoRA(rank=3, alpha=6, rank_stabilized=True), low_rank(3)),
+    "krona": Case(gw.KronA(), 2 * (2 * 24 + 2 * (27 + 32))),
+    "krona-a": Case(gw.KronA((12, 4), scale=2.0), 2 * sum(48 + (o // 12) * (i // 4) for o, i in SHAPES)),
+}
+
+
+def inserted(case: Case, model: nn.Module | None = None, **options: Any) -> gw.OptimizedModel:
+    """The net with a case's adapter, verified as it went in."""
+    item = gw.InsertAdapters(case.kind, where=case.where, **case.options, **options)
+    return gw.optimize(Net() if model is None else model, [item], example_inputs=X)
+
+
+def stirred(program: gw.Program, seed: int = 0) -> gw.Program:
+    """The program, its adapters moved away from where they started."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in program.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return program
