@@ -164,7 +164,8 @@ class ByteLinear(LinearInstruction):
         """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
 
         ``x`` is ``[rows, columns]``; ``y``, ``factor`` and ``residual`` are ``[rows, outputs]``, the latter two with
-        rows that may lie apart, or with one row for all. ``activation`` is empty, ``relu``, ``silu``, ``gelu``, ``gelu_tanh`` or ``tanh``.
+        rows that may lie apart, or with one row for all. ``activation`` is empty, ``relu``, ``silu``, ``gelu``,
+        ``gelu_tanh`` or ``tanh``.
         """
 
 class Norm(Instruction):
@@ -419,8 +420,8 @@ class FloatLinear(LinearInstruction):
     ) -> None:
         """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
 
-        ``factor`` and ``residual`` have y's shape or one row; their rows may be any distance apart. Activations: ``""``, ``relu``,
-        ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
+        ``factor`` and ``residual`` have y's shape or one row; their rows may be any distance apart. Activations:
+        ``""``, ``relu``, ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
 
         Raises:
             ValueError: shapes do not fit, or there is no such activation.
@@ -458,15 +459,15 @@ class NarrowLinear(LinearInstruction):
     ) -> None:
         """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
 
-        ``factor`` and ``residual`` have y's shape or one row; their rows may be any distance apart. Activations: ``""``, ``relu``,
-        ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
+        ``factor`` and ``residual`` have y's shape or one row; their rows may be any distance apart. Activations:
+        ``""``, ``relu``, ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
 
         Raises:
             ValueError: shapes do not fit, or there is no such activation.
         """
 
 class KronLinear(LinearInstruction):
-    """A linear on a Kronecker product: ``scale · A X Bᵀ``, ``b_columns`` being ``Bᵀ``; which product comes first is given.
+    """A linear on a Kronecker product: ``scale · A X Bᵀ``, ``b_columns`` being ``Bᵀ``, one product before the other.
 
     Raises:
         ValueError: a factor is empty, or the instruction set is unknown or cannot run here.
@@ -494,8 +495,8 @@ class KronLinear(LinearInstruction):
     ) -> None:
         """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
 
-        ``factor`` and ``residual`` have y's shape or one row; their rows may be any distance apart. Activations: ``""``, ``relu``,
-        ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
+        ``factor`` and ``residual`` have y's shape or one row; their rows may be any distance apart. Activations:
+        ``""``, ``relu``, ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
 
         Raises:
             ValueError: shapes do not fit, or there is no such activation.

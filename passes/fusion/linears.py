@@ -32,6 +32,8 @@ _ACTIVATIONS = frozenset(
     f"aten.{name}" for name in ("silu", "gelu", "relu", "sigmoid", "tanh", "elu", "mish", "softplus")
 )
 
+_ADAPTER = "adapter"
+
 # An operand is followed back to its linear over at most this many operators.
 _FARTHEST = 64
 
@@ -146,7 +148,8 @@ class FuseQKV(MergeLinears):
       layers that share their weights do;
     - one weight is trainable and another is not, or they differ in dtype or device;
     - one of them is quantised already, or tagged ``adapter``, or they carry different tags;
-    - query, key or value depend on other than exactly one linear, such as one with an adapter beside it.
+    - query, key or value depend on other than exactly one linear; adapters beside it do not count, they go on reading
+      its part.
     """
 
     name: ClassVar[str] = "fuse-qkv"
@@ -268,6 +271,8 @@ def _linear_behind(value: Any) -> fx.Node | str:
             return f"%{node.name} is quantised already: merge linears before they are quantised"
         if name == _LINEAR:
             linears[node] = None
+        elif _ADAPTER in tags_of(node):
+            stack.extend(node.all_input_nodes[:1])  # by which an adapter leads back to what it is beside
         elif name not in _PRODUCTS and name not in _ATTENTION and len(seen) < _FARTHEST:
             stack.extend(node.all_input_nodes)
     if len(linears) != 1:

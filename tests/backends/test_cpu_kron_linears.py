@@ -1,4 +1,4 @@
-"""Linears on Kronecker products: right to a derived bound on every instruction set, the same for any number of threads."""
+"""Linears on Kronecker products: within a derived bound on every instruction set, alike for any number of threads."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
+from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site
 from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
 from graphwright.ir.ops.kronecker import b_first
 
@@ -23,9 +23,8 @@ class KronLinear(Linear):
         from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
         first = b_first(tuple(a.shape), tuple(b.shape))
-        factors = stored_floats(a), stored_floats(b.t())
-        assert factors[0] is not None and factors[1] is not None
-        kernel = _native.KronLinear(isa, factors[0], factors[1], scale, first)
+        rows, columns = (each.detach().to(torch.float32).contiguous().numpy() for each in (a, b.t()))
+        kernel = _native.KronLinear(isa, rows, columns, scale, first)
         label = f"kron_linear {kernel.isa}, [{a.shape[0]}, {a.shape[1]}] ⊗ [{b.shape[0]}, {b.shape[1]}], float32"
         super().__init__(kernel, a.shape[1] * b.shape[1], a.shape[0] * b.shape[0], label)
 
