@@ -40,9 +40,7 @@ def bert() -> nn.Module:
 
     torch.manual_seed(0)
     return BertModel(
-        BertConfig(
-            vocab_size=64, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4
-        ),
+        BertConfig(vocab_size=64, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4),
         add_pooling_layer=False,
     ).eval()
 

@@ -25,7 +25,10 @@ def test_plain(name: str, tmp_path: Path) -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
-    "patterns": {"rank_pattern": {"layers.0.self_attn.q_proj": 6, "v_proj": 2}, "alpha_pattern": {"^model.*up_proj": 3}},
+    "patterns": {
+        "rank_pattern": {"layers.0.self_attn.q_proj": 6, "v_proj": 2},
+        "alpha_pattern": {"^model.*up_proj": 3},
+    },
     "dropout": {"lora_dropout": 0.3},
     "all": {"target_modules": "all-linear"},
     "regex": {"target_modules": r".*\.1\..*(q|v)_proj"},
