@@ -10,7 +10,6 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from graphwright.ir.errors import InputError, SelectionError

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
 from tests.frontends.decoders import make
+from torch import fx, nn
 
 import graphwright as gw
 from graphwright.backends.reference.session import ReferenceSession
@@ -95,7 +95,7 @@ def traced() -> Any:
 
 
 def adapted(name: str) -> gw.Program:
-    program = traced().clone()
+    program: gw.Program = traced().clone()
     adapter, ends = ADAPTERS[name]
     with program.edit() as rewriter:
         for number, node in enumerate(list(program.nodes)):

@@ -133,7 +133,8 @@ class Adapted(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         branch: torch.Tensor = ops.get("kron_linear").target(x, self.a, self.b, 0.5)
-        return self.base(x) + branch
+        total: torch.Tensor = self.base(x) + branch
+        return total
 
 
 def test_the_sum_with_the_base_costs_no_pass_and_a_file_keeps_the_kernel(tmp_path: Path) -> None:

@@ -31,10 +31,9 @@ def by_hand(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float = 1.
     (a1, a2), (b1, b2) = a.shape, b.shape
     result = torch.zeros(*x.shape[:-1], a1 * b1, dtype=DOUBLE)
     for row in range(a1 * b1):
-        entries = [a[row // b1, k // b2] * b[row % b1, k % b2] for k in range(a2 * b2)]
-        for index in torch.cartesian_prod(*[torch.arange(size) for size in x.shape[:-1]]).reshape(-1, x.dim() - 1):
-            at = tuple(int(each) for each in index)
-            result[(*at, row)] = scale * math.fsum(float(w) * float(v) for w, v in zip(entries, x[at], strict=True))
+        entries = [float(a[row // b1, k // b2] * b[row % b1, k % b2]) for k in range(a2 * b2)]
+        for at, values in zip(result.view(-1, a1 * b1), x.reshape(-1, a2 * b2).tolist(), strict=True):
+            at[row] = scale * math.fsum(w * v for w, v in zip(entries, values, strict=True))
     return result
 
 

@@ -74,7 +74,7 @@ class Combination(Kernel):
         number: ``other``, where it is none of the program's tensors.
     """
 
-    inputs = ("self", "other")
+    inputs: tuple[str, ...] = ("self", "other")
 
     def __init__(self, isa: str, adds: bool, number: float | None = None) -> None:
         super().__init__()
