@@ -26,6 +26,11 @@ def exit_tag(name: str) -> str:
     return f"{ADAPTER}/{name}/exit"
 
 
+def fed_tag(name: str) -> str:
+    """The tag of those of them that a layer reads as its input, in place of what it read."""
+    return f"{ADAPTER}/{name}/fed"
+
+
 class Builder:
     """What a kind's ``build`` makes nodes with.
 
@@ -50,7 +55,7 @@ class Builder:
             nodes[key] = self._weight(f"{base.lstrip('.')}.{self.name}", value, factor.shared is not None)
         return nodes
 
-    def call(self, target: str, /, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node."""
         node = self.rewriter.call(target, *args, like=self.site.node, **kwargs)
         node.meta[provenance.TAGS] = frozenset({ADAPTER, tag_of(self.name)})
@@ -60,6 +65,26 @@ class Builder:
     def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
         """``x Wᵀ + b``."""
         return self.call("aten.linear", x, weight, bias)
+
+    def through(self, weight: fx.Node, x: fx.Node | None = None) -> fx.Node:
+        """What the site's layer does, with another weight and no bias.
+
+        Args:
+            weight: ``[out, in]`` of a linear, whatever the layer's own is stored as; ``[rows, dim]`` of an embedding;
+                ``[out, in / groups, …]`` of a convolution.
+            x: in place of the site's input.
+        """
+        given = arguments_of(self.site.node)
+        x = self.site.x if x is None else x
+        if self.site.op == "embedding":
+            return self.call("aten.embedding", weight, x)
+        if self.site.op == "conv":
+            return self.call(self.site.node.target, **{**given, "input": x, "weight": weight, "bias": None})
+        return self.linear(x, weight)
+
+    def pointwise(self, x: fx.Node, weight: fx.Node) -> fx.Node:
+        """A convolution ``[out, channels, 1…]`` over the channels of every place, where the site is a convolution."""
+        return self.call(self.site.node.target, x, weight)
 
     def scaled(self, x: fx.Node, factor: float) -> fx.Node:
         """``factor · x``; x itself for 1."""
@@ -82,6 +107,7 @@ class Builder:
         """Let a node read ``new`` as its argument ``name``; the first operands of ``new`` lead back to the old one."""
         given = {**arguments_of(node), name: new}
         self.rewriter.set_arguments(node, **given)
+        new.meta[provenance.TAGS] = tags_of(new) | {fed_tag(self.name)}
         self._exit(new)
 
     def _exit(self, node: fx.Node) -> None:

@@ -20,7 +20,7 @@ from graphwright.ir.errors import GraphwrightError, InputError, SerializationErr
 from graphwright.ir.program import Program
 from graphwright.ir.weights_file import WeightsFile, write_tensors
 from graphwright.passes.adapters.base import AdapterKind
-from graphwright.passes.adapters.inserted import adapter_of, described
+from graphwright.passes.adapters.inserted import Inserted, adapter_of, described
 from graphwright.passes.adapters.kinds import kind_of
 from graphwright.passes.adapters.peft import CONFIG_FILE, TENSORS_FILE, is_peft, peft_files, read_peft
 
@@ -80,7 +80,7 @@ def save_adapter(
     """
     if layout not in ("graphwright", "peft"):
         raise InputError(f"must be 'graphwright' or 'peft', not {layout!r}", where="save_adapter: layout")
-    saved = saved_from(program, name)
+    saved = captured(program, adapter_of(program, name))
     if layout == "peft":
         files = peft_files(saved)
         write_adapter(Path(folder), files.tensors, files.config, header={})
@@ -100,24 +100,20 @@ def save_adapter(
     )
 
 
-def saved_from(program: Program, name: str) -> SavedAdapter:
-    """An adapter of a program as it is saved: without the tensors that its kind draws again.
-
-    Raises:
-        InputError: there is no adapter of that name.
-    """
-    found = adapter_of(program, name)
+def captured(program: Program, adapter: Inserted) -> SavedAdapter:
+    """An adapter of a program as it is saved: without the tensors that its kind draws again."""
     sites: dict[str, SavedSite] = {}
-    for path, site in found.sites.items():
+    for path, site in adapter.sites.items():
         kept = {key: weight for key, weight in site.tensors.items() if key not in site.kind.drawn()}
         own = f"{path}." if path else ""
         shared = {
-            key: weight.removeprefix("adapters.").removesuffix(f".{name}")
+            key: weight.removeprefix("adapters.").removesuffix(f".{adapter.name}")
             for key, weight in kept.items()
-            if weight.startswith("adapters.") and weight != f"{own}{key}.{name}"
+            if weight.startswith("adapters.") and weight != f"{own}{key}.{adapter.name}"
         }
-        sites[path] = SavedSite(site.kind, site.shapes, {key: program.tensor(w) for key, w in kept.items()}, shared)
-    return SavedAdapter(f"adapter {name!r}", program.title, found.kind, sites)
+        tensors = {key: program.tensor(weight).detach() for key, weight in kept.items()}
+        sites[path] = SavedSite(site.kind, site.shapes, tensors, shared)
+    return SavedAdapter(f"adapter {adapter.name!r}", program.title, adapter.kind, sites)
 
 
 def write_adapter(

@@ -13,7 +13,7 @@ from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of, tags_of
 from graphwright.passes.adapters.base import AdapterKind
-from graphwright.passes.adapters.builder import tag_of
+from graphwright.passes.adapters.builder import exit_tag, fed_tag, tag_of
 from graphwright.passes.adapters.kinds import kind_of
 
 # Where a program's records have the adapters: name -> {"kind", "sites"}.
@@ -96,13 +96,26 @@ def adapter_of(program: Program, name: str) -> Inserted:
 
 
 def base_of(node: fx.Node, name: str) -> fx.Node:
-    """The value that stands without an adapter where ``node`` gives the adapted one: first operands lead to it."""
-    tag = tag_of(name)
+    """The value that stands without an adapter where ``node`` gives the adapted one: first operands lead to it.
+
+    What the same adapter gives elsewhere, such as at the layer before, is where it ends.
+    """
+    tag, end = tag_of(name), exit_tag(name)
     while tag in tags_of(node):
         first = node.args[0]
         assert isinstance(first, fx.Node)
         node = first
+        if end in tags_of(node):
+            break
     return node
+
+
+def fed_by(node: fx.Node, name: str) -> fx.Node | None:
+    """The layer that reads ``node`` as its input, where an adapter changes that; ``None`` where it changes a value."""
+    if fed_tag(name) not in tags_of(node):
+        return None
+    readers = [user for user in node.users if tag_of(name) not in tags_of(user)]
+    return readers[0] if len(readers) == 1 else None
 
 
 def note_inserted(

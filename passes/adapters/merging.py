@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
 
+from graphwright.ir.arguments import arguments_of
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import tags_of
 from graphwright.ir.rewriter import Rewriter
+from graphwright.ir.types import VAL
 from graphwright.passes.adapters.base import Dense
-from graphwright.passes.adapters.inserted import Inserted, InsertedSite, adapter_of, adapters_of, base_of, forget
-from graphwright.passes.adapters.sites import ADAPTER, Site, linear_site
+from graphwright.passes.adapters.builder import exit_tag, tag_of
+from graphwright.passes.adapters.inserted import (
+    Inserted,
+    InsertedSite,
+    adapter_of,
+    adapters_of,
+    base_of,
+    fed_by,
+    forget,
+)
+from graphwright.passes.adapters.layers import layer_site
+from graphwright.passes.adapters.sites import ADAPTER, Site
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact, Retrain
 
@@ -124,30 +136,38 @@ def _merge(rewriter: Rewriter, adapter: Inserted) -> None:
                 hint="keep it beside the weights, where it also runs",
             )
         places = {exit_: _place(program, adapter, site, exit_) for exit_ in site.exits}
-        for exit_, place in places.items():
+        for node in dict.fromkeys(place.node for place in places.values()):
+            exits = [exit_ for exit_, place in places.items() if place.node is node]
+            place = places[exits[0]]
             assert place.weight is not None
             if place.weight not in done:  # a module that is called several times
-                _check_readers(place, places.values())
+                _check_readers(program, place, places.values(), adapter)
                 _write(rewriter, place, site)
                 done.add(place.weight)
+            fed = next((exit_ for exit_ in exits if exit_ is place.x), None)
+            given = arguments_of(node)
+            if fed is not None:
+                given[place.input_name] = base_of(fed, adapter.name)
             # A node of its own, because the bare one's value, by whose name it is known, is another.
-            merged = rewriter.call(place.node.target, *place.node.args, like=place.node)
-            rewriter.replace(exit_, merged)
+            merged = rewriter.call(node.target, like=node, **given)
+            rewriter.replace(next((exit_ for exit_ in exits if exit_ is not fed), node), merged)
 
 
 def _place(program: Program, adapter: Inserted, site: InsertedSite, exit_: fx.Node) -> Site:
-    """The linear that an adapter lies beside."""
-    base = base_of(exit_, adapter.name)
+    """The layer that an adapter lies beside, or before."""
+    fed = fed_by(exit_, adapter.name)
+    base = base_of(exit_, adapter.name) if fed is None else fed
     if ADAPTER in tags_of(base):
         raise InputError(
             f"adapter {adapter.name!r} lies on another one",
             where=site.path,
             hint="merge them in the order in which they were put in, or all at once",
         )
-    place = linear_site(program, base)
-    if not isinstance(place, Site):
+    place = layer_site(program, base)
+    if not isinstance(place, Site) or (fed is not None and place.x is not exit_):
         raise InputError(
-            f"the layer cannot take an adapter in: {place or f'%{base.name} is no linear'}", where=site.path
+            f"the layer cannot take an adapter in: {place or f'%{base.name} is none that it lies beside'}",
+            where=site.path,
         )
     if place.weight is None:
         raise InputError(
@@ -155,14 +175,40 @@ def _place(program: Program, adapter: Inserted, site: InsertedSite, exit_: fx.No
             where=site.path,
             hint="merge before quantising, or keep the adapter beside the packed weight",
         )
+    inputs = {base_of(place.x, adapter.name), place.x, place.node}
+    other = next((each for each in _reads(exit_, adapter.name, place) if each not in inputs), None)
+    if other is not None:
+        raise InputError(
+            f"adapter {adapter.name!r} reads %{other.name}, but its layer reads %{place.x.name}, which another adapter "
+            "gives",
+            where=site.path,
+            hint="merge first the one that was put in last, or keep them",
+        )
     return place
 
 
-def _check_readers(place: Site, places: Iterable[Site]) -> None:
+def _reads(exit_: fx.Node, name: str, place: Site) -> Iterator[fx.Node]:
+    """What an adapter's nodes read that is neither theirs nor a weight."""
+    tag, stack, seen = tag_of(name), [exit_], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        for source in node.all_input_nodes:
+            if source in seen or source.op == "get_attr" or not isinstance(source.meta[VAL], torch.Tensor):
+                continue
+            seen.add(source)
+            if tag in tags_of(source) and source is not place.x and exit_tag(name) not in tags_of(source):
+                stack.append(source)
+            else:
+                yield source
+
+
+def _check_readers(program: Program, place: Site, places: Iterable[Site], adapter: Inserted) -> None:
     """Refuse a weight that something without this adapter reads too."""
     assert place.weight is not None
     adapted = {each.node for each in places}
-    others = [user for user in place.weight.users if user not in adapted]
+    own = tag_of(adapter.name)  # such as DoRA's norm of the weight, which goes
+    nodes = [node for node in program.nodes if node.op == "get_attr" and node.target == place.weight.target]
+    others = [user for node in nodes for user in node.users if user not in adapted and own not in tags_of(user)]
     if others:
         raise InputError(
             f"the weight is also read by %{others[0].name}, which has no adapter",

@@ -66,14 +66,15 @@ def read_peft(folder: Path) -> SavedAdapter:
     file = folder / TENSORS_FILE
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
+        found = ", only a pickled adapter_model.bin, which is not read" if pickled else ""
         raise SerializationError(
-            f"there is no {TENSORS_FILE}" + (", only a pickled adapter_model.bin, which is not read" if pickled else ""),
+            f"there is no {TENSORS_FILE}{found}",
             where=str(folder),
             hint="save it again with PEFT's save_pretrained(folder, safe_serialization=True)" if pickled else None,
         )
     module = importlib.import_module(f"{__name__}.{LAYOUTS[name]}")
-    found: SavedAdapter = module.read(PeftFolder(str(folder), config, WeightsFile(file)))
-    return found
+    adapter: SavedAdapter = module.read(PeftFolder(str(folder), config, WeightsFile(file)))
+    return adapter
 
 
 def peft_files(adapter: SavedAdapter) -> PeftFiles:

@@ -136,7 +136,8 @@ def wanted(source: str, path: str, tensors: Mapping[str, torch.Tensor], *names: 
     """
     for name in names:
         if name not in tensors:
-            raise SerializationError(f"{path} has no {name}", where=source, hint="the file may be truncated; copy it again")
+            hint = "the file may be truncated; copy it again"
+            raise SerializationError(f"{path} has no {name}", where=source, hint=hint)
 
 
 def targets(paths: Iterable[str]) -> str:

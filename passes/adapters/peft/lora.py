@@ -79,5 +79,5 @@ def write(adapter: SavedAdapter) -> PeftFiles:
 
 def _alpha(kind: LoRA) -> float:
     """``lora_alpha`` that gives the kind's scale, whole where it can be."""
-    alpha = kind.alpha if kind.alpha is not None else dataclasses.replace(kind, alpha=1.0).scale**-1
+    alpha = kind.alpha if kind.alpha is not None else dataclasses.replace(kind, alpha=1.0).scale ** -1
     return int(alpha) if float(alpha).is_integer() else alpha

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,17 @@ def adapted(model: nn.Module, config: Any, seed: int = 1) -> Any:
     return found
 
 
+@functools.cache
+def traced(build: Callable[[], nn.Module]) -> gw.Program:
+    """A model's program, once for all tests."""
+    return gw.trace(build(), {"input_ids": IDS})
+
+
 def ours(build: Callable[[], nn.Module], adapter: Any, **options: Any) -> gw.OptimizedModel:
     """A fresh model with an adapter of ours, a kind or a folder."""
-    return gw.optimize(build(), [gw.InsertAdapters(adapter, **options)], example_inputs={"input_ids": IDS})
+    return gw.optimize(
+        traced(build), [gw.InsertAdapters(adapter, **options)], example_inputs={"input_ids": IDS}, verify=False
+    )
 
 
 def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
