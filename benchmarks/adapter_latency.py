@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -25,7 +24,6 @@ from _rows import Rows, parser
 from optimize_1b import llama
 
 import graphwright as gw
-from graphwright.ir.provenance import path_of
 
 THREADS, POSITIONS, CONTEXT = 2, 1024, 64
 INSERT_S = 3.0
@@ -47,7 +45,7 @@ class System:
     """
 
     name: str
-    insert: Callable[[gw.Program], Any] | None = None
+    insert: gw.InsertAdapters | None = None
     target: float | None = None
     paper: float | None = None
     quick: bool = False
@@ -82,15 +80,14 @@ def everyone() -> list[System]:
     """None, none again, and the adapters that have targets."""
     lora = gw.InsertAdapters(gw.LoRA(rank=8, alpha=16), where=QUERY_AND_VALUE)
     krona = gw.InsertAdapters(gw.KronA(a=SHAPE), where=QUERY_AND_VALUE)
+    block, kept = (gw.InsertAdapters(gw.KronABlock(a=SHAPE, residual=residual)) for residual in (False, True))
     return [
         System(NONE, quick=True),
         System(f"{NONE}, again"),
         System("LoRA r=8, q and v", lora, 1.05, 1.00, quick=True),
         System("KronA, q and v", krona, 1.08, 1.00),
-        System("KronA^B, every FFN", lambda program: _beside_blocks(program, residual=False), 1.15, 1.27),
-        System(
-            "KronA^B_res, every FFN", lambda program: _beside_blocks(program, residual=True), 1.18, 1.36, quick=True
-        ),
+        System("KronA^B, every FFN", block, 1.15, 1.27),
+        System("KronA^B_res, every FFN", kept, 1.18, 1.36, quick=True),
     ]
 
 
@@ -113,9 +110,8 @@ def prepare(step: gw.Program, system: System) -> None:
     """Put the adapter in, quantise the base, lower it and open a session."""
     program = step.clone()
     if system.insert is not None:
-        before = set(program.tensors())
-        system.insert(program)
-        added = {name: value for name, value in program.tensors().items() if name not in before}
+        system.insert.run(program)
+        added = gw.adapter_tensors(program, system.insert.adapter_name)
         system.trained = sum(value.numel() for value in added.values())
         for index, value in enumerate(added.values()):  # as if trained: zeros would be no adapter
             with torch.no_grad():
@@ -180,29 +176,6 @@ def _shrink_head(model: Any, layers: int) -> None:
     for module in (model.model.embed_tokens, model.lm_head):
         module.weight = torch.nn.Parameter(module.weight.detach()[:rows].clone())
     model.model.embed_tokens.num_embeddings = model.lm_head.out_features = rows
-
-
-def _beside_blocks(program: gw.Program, *, residual: bool) -> None:
-    """KronA^B: a Kronecker product beside every feed-forward block; with ``residual`` also the scaled input."""
-    ends = [node for node in program.nodes if node.op == "call_function" and path_of(node).endswith("mlp.down_proj")]
-    starts = {path_of(n): n for n in program.nodes if n.op == "call_function" and path_of(n).endswith("mlp.up_proj")}
-    a, b = SHAPE, (HIDDEN // SHAPE[0], HIDDEN // SHAPE[1])
-    with program.edit() as rewriter:
-        for number, end in enumerate(ends):
-            x: Any = starts[path_of(end).replace("down", "up")].args[0]
-            like: dict[str, Any] = {"like": end, "tags": ("adapter",)}
-
-            def weight(name: str, shape: tuple[int, ...], end: Any = end, like: Any = like, at: int = number) -> Any:
-                parameter = torch.nn.Parameter(torch.ones(shape, dtype=end.meta["val"].dtype))
-                return rewriter.weight(f"krona.{at}.{name}", parameter, **like)
-
-            branch = rewriter.call("graphwright.kron_linear", x, weight("a", a), weight("b", b), 16.0, **like)
-            adapted = rewriter.call("aten.add.Tensor", end, branch, **like)
-            made = {adapted}
-            if residual:
-                kept = rewriter.call("aten.mul.Tensor", x, weight("res", (1,)), **like)
-                adapted = rewriter.call("aten.add.Tensor", adapted, kept, **like)
-            rewriter.redirect(end, adapted, besides=made)
 
 
 if __name__ == "__main__":
