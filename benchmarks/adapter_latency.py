@@ -4,7 +4,7 @@ TinyLlama's shape and random weights, a session of the executor for each kind of
 turns with every token, and what counts is the median of the ratios of neighbouring steps; the same model a second time
 shows what such a ratio is worth. Targets are those of the issue "Adapters"; the paper's ratios (Edalati et al. 2022,
 table of inference latency, adapters merged where they can be) stand beside ours. Also: the time to insert adapters into
-the traced model, 3 seconds allowed. Exit code 1 when a target is missed.
+the traced model's q and v, 3 seconds allowed. Exit code 1 when a target is missed.
 
 With ``--quick`` there are LoRA and KronA^B_res only, and the model has 2 layers and a head that is as much smaller.
 """
@@ -102,8 +102,9 @@ def insertion(rows: Rows, step: gw.Program, layers: int) -> None:
             insert.run(program)
             spent.append(time.perf_counter() - start)
         case, seconds = f"insert LoRA r=8 into {what}, {layers} layers", statistics.median(spent)
-        rows.add(case, _name("LoRA"), insert_s=seconds, allowed_s=INSERT_S)
-        rows.require(seconds <= INSERT_S, f"{case}: {seconds:.1f} s, {INSERT_S:.0f} allowed")
+        rows.add(case, _name("LoRA"), insert_s=seconds, allowed_s=None if where is None else INSERT_S)
+        if where is not None:  # the places that have a target; all linears are shown beside them
+            rows.require(seconds <= INSERT_S, f"{case}: {seconds:.1f} s, {INSERT_S:.0f} allowed")
 
 
 def prepare(step: gw.Program, system: System) -> None:
