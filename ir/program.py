@@ -19,6 +19,7 @@ from graphwright.ir.signature import Signature
 from graphwright.ir.types import DECLARED, VAL, Dim, SymbolTable, TensorType, ValueType
 
 if TYPE_CHECKING:
+    from graphwright.ir.checkpointing import Checkpointed
     from graphwright.ir.rewriter import Rewriter
 
 
@@ -49,6 +50,7 @@ class Snapshot:
     aliases: Mapping[str, str]
     journal: tuple[JournalEntry, ...]
     records: Mapping[str, Any] = field(default_factory=dict)
+    symbols: SymbolTable | None = None
 
 
 class Program(nn.Module):
@@ -96,6 +98,7 @@ class Program(nn.Module):
         self.notes: dict[str, Any] = {}
         self.origin: Any = None
         self.training = False
+        self._checkpointed: Checkpointed | None = None
 
     # -- the graph ---------------------------------------------------------------------------------------------------
 
@@ -299,7 +302,17 @@ class Program(nn.Module):
         """
         flat = self.signature.flatten(args, kwargs)
         self.check_inputs(flat)
-        return self.signature.unflatten(self.body(*flat))
+        return self.signature.unflatten(self.run_graph(*flat))
+
+    def run_graph(self, *inputs: torch.Tensor) -> Any:
+        """Run the graph on flat inputs; with gradients, as :func:`graphwright.checkpoint_blocks` has it."""
+        from graphwright.ir.checkpointing import Checkpointed, is_checkpointed
+
+        if not (torch.is_grad_enabled() and is_checkpointed(self)):
+            return self.body(*inputs)
+        if self._checkpointed is None:
+            self._checkpointed = Checkpointed()
+        return self._checkpointed(self, inputs)
 
     def check_inputs(self, flat: list[torch.Tensor]) -> None:
         """Check the dtype and sizes of flat inputs against the graph.
@@ -348,7 +361,13 @@ class Program(nn.Module):
         versions = {name: -1 if tensor.is_inference() else tensor._version for name, tensor in tensors.items()}
         records = copy.deepcopy(self.records)
         return Snapshot(
-            copy_graph(self.body.graph), tensors, versions, dict(self.aliases), tuple(self.journal), records
+            copy_graph(self.body.graph),
+            tensors,
+            versions,
+            dict(self.aliases),
+            tuple(self.journal),
+            records,
+            self.symbols,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -357,6 +376,7 @@ class Program(nn.Module):
         self.aliases = dict(snapshot.aliases)
         self.journal = list(snapshot.journal)
         self.records = copy.deepcopy(dict(snapshot.records))
+        self.symbols = snapshot.symbols or self.symbols
         self.replacements = {}
         self.body.graph = copy_graph(snapshot.graph)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from graphwright.ir.arguments import arguments_of
 from graphwright.ir.errors import InputError
@@ -26,7 +26,6 @@ from graphwright.passes.adapters.inserted import (
     fed_by,
     forget,
 )
-from graphwright.passes.adapters.layers import layer_site
 from graphwright.passes.adapters.sites import ADAPTER, Site
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact, Retrain
@@ -108,7 +107,7 @@ class RemoveAdapters(Pass):
             for adapter in chosen:
                 for site in adapter.sites.values():
                     for exit_ in site.exits:
-                        rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False)
+                        rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False, retyped=True)
                 forget(program, adapter.name)
         return bool(chosen)
 
@@ -127,7 +126,7 @@ def _chosen(program: Program, names: tuple[str, ...] | None) -> list[Inserted]:
 
 def _merge(rewriter: Rewriter, adapter: Inserted) -> None:
     program = rewriter.program
-    done: set[fx.Node] = set()
+    biases: dict[fx.Node, fx.Node | None] = {}  # by the weights that are done: the bias, which they may not have had
     for site in adapter.sites.values():
         if site.kind.unmergeable is not None:
             raise InputError(
@@ -140,12 +139,13 @@ def _merge(rewriter: Rewriter, adapter: Inserted) -> None:
             exits = [exit_ for exit_, place in places.items() if place.node is node]
             place = places[exits[0]]
             assert place.weight is not None
-            if place.weight not in done:  # a module that is called several times
+            if place.weight not in biases:  # a module that is called several times
                 _check_readers(program, place, places.values(), adapter)
-                _write(rewriter, place, site)
-                done.add(place.weight)
+                biases[place.weight] = _write(rewriter, place, site)
             fed = next((exit_ for exit_ in exits if exit_ is place.x), None)
             given = arguments_of(node)
+            if place.bias is None and biases[place.weight] is not None:
+                given["bias"] = biases[place.weight]
             if fed is not None:
                 given[place.input_name] = base_of(fed, adapter.name)
             # A node of its own, because the bare one's value, by whose name it is known, is another.
@@ -163,7 +163,7 @@ def _place(program: Program, adapter: Inserted, site: InsertedSite, exit_: fx.No
             where=site.path,
             hint="merge them in the order in which they were put in, or all at once",
         )
-    place = layer_site(program, base)
+    place = site.kind.site_at(program, base)
     if not isinstance(place, Site) or (fed is not None and place.x is not exit_):
         raise InputError(
             f"the layer cannot take an adapter in: {place or f'%{base.name} is none that it lies beside'}",
@@ -217,7 +217,8 @@ def _check_readers(program: Program, place: Site, places: Iterable[Site], adapte
         )
 
 
-def _write(rewriter: Rewriter, place: Site, site: InsertedSite) -> None:
+def _write(rewriter: Rewriter, place: Site, site: InsertedSite) -> fx.Node | None:
+    """Give the weight and bias the merged values; returns the bias, a new one where there was none before."""
     program = rewriter.program
     assert place.weight is not None
     stored = program.tensor(place.weight).detach()
@@ -227,5 +228,18 @@ def _write(rewriter: Rewriter, place: Site, site: InsertedSite) -> None:
     merged = site.kind.merged(place, Dense(weight, bias), factors)
     new = merged.weight.t() if place.transposed else merged.weight
     rewriter.rebind(place.weight, new.to(stored.dtype).contiguous())
-    if place.bias is not None and merged.bias is not None and not torch.equal(merged.bias, bias):  # type: ignore[arg-type]
+    if merged.bias is None or (bias is not None and torch.equal(merged.bias, bias)):
+        return place.bias
+    if place.bias is not None:
         rewriter.rebind(place.bias, merged.bias.to(program.tensor(place.bias).dtype))
+        return place.bias
+    if "bias" not in arguments_of(place.node):
+        raise InputError(
+            f"%{place.node.name} is a product that takes no bias, and the adapter has one",
+            where=place.path,
+            hint="run Cleanup first, which makes it a linear",
+        )
+    new_bias: torch.Tensor = merged.bias.to(stored.dtype)
+    if isinstance(program.tensor(place.weight), nn.Parameter):
+        new_bias = nn.Parameter(new_bias, program.tensor(place.weight).requires_grad)
+    return rewriter.weight(f"{place.path}.bias".lstrip("."), new_bias, like=place.node)
