@@ -122,12 +122,11 @@ class Rewriter:
         gives the node it already has.
         """
         program, graph = self.program, self.program.graph
-        present = {**program.tensors(), **{alias: program.tensor(alias) for alias in program.aliases}}
         wanted, number = name, 1
-        while wanted in present and present[wanted] is not tensor:
+        while (held := self._held(wanted)) is not None and held is not tensor:
             wanted, number = f"{name}_{number}", number + 1
         wanted = program.aliases.get(wanted, wanted)
-        if wanted in present:
+        if held is not None:
             for node in program.nodes:
                 if node.op == "get_attr" and node.target == wanted:
                     return node
@@ -138,6 +137,13 @@ class Rewriter:
         program.symbols.infer(node, program.tensor)
         self.changed = True
         return node
+
+    def _held(self, name: str) -> torch.Tensor | None:
+        """The weight of a name; looked up, as listing all of them for each new one takes seconds in large models."""
+        try:
+            return self.program.tensor(name)
+        except ProgramError:
+            return None
 
     def rebind(self, weight: fx.Node, tensor: torch.Tensor) -> None:
         """Give a weight other values under its name: what its readers compute changes.
