@@ -83,13 +83,21 @@ def _rotated(_bits: int, _group: int, _batches: Batches) -> gw.Pass:
     return gw.RotateHiddenStates()
 
 
+# Neither torchao nor GPTQModel search for a clip, and hqq's zero points are floats: with the same settings as theirs,
+# ours have even ranges and such zero points.
+_EVEN: dict[str, Any] = {"clip_search": False, "even_range": True}
+_FLOATS: dict[str, Any] = {"symmetric": False, "float_zero_points": True}
+
 METHODS = (
     Method("nearest, full range", _linears(clip_search=False)),
-    Method("nearest", _linears(), "torchao 0.18 nearest", quick=True),
+    Method("nearest, even range", _linears(**_EVEN), "torchao 0.18 nearest"),
+    Method("nearest", _linears(), quick=True),
     Method("nearest asymmetric", _linears(symmetric=False)),
-    Method("HQQ asymmetric", _linears(symmetric=False, rounding="hqq"), "hqq 0.2.8"),
+    Method("HQQ", _linears(rounding=gw.Hqq(fit_scale=False), **_FLOATS), "hqq 0.2.8"),
+    Method("HQQ, scales fitted", _linears(rounding=gw.Hqq(fit_scale=True), **_FLOATS)),
+    Method("HQQ, whole zero points", _linears(symmetric=False, rounding="hqq")),
     Method("GPTQ", _calibrated(), "GPTQModel 7.7", quick=True),
-    Method("GPTQ, full range", _calibrated(clip_search=False), "GPTQModel 7.7"),
+    Method("GPTQ, even range", _calibrated(**_EVEN), "GPTQModel 7.7"),
     Method("GPTQ act-order", _calibrated(rounding=gw.Gptq(act_order=True)), "GPTQModel 7.7"),
     Method("AWQ", _calibrated(_salient, rounding="awq-clip"), "llm-compressor 0.14 AWQ"),
     Method("TEQ", _calibrated(_trained, rounding="nearest")),

@@ -25,6 +25,7 @@ from graphwright.passes.quantization.checks import (
     check_activations,
     check_codes,
     check_format,
+    check_grid,
     checked_block,
     local_limit,
 )
@@ -73,7 +74,13 @@ class QuantizeLinears(Pass):
         block: instead of a group size: rows and columns that share a scale, such as ``(128, 128)``. Scales are stored
             for every row, as with groups: one scale of 2 bytes for that many columns.
         symmetric: zero point fixed at the middle code. Asymmetric grids are a little larger and more exact.
+        float_zero_points: zero points of asymmetric grids lie between codes too, as HQQ's do, and take 2 bytes instead
+            of one. With few bits they are a good deal closer; but kernels, ONNX and the layouts of other libraries have
+            none, so it runs in PyTorch.
         clip_search: choose the range with the least squared error instead of the full one.
+        even_range: without the search, symmetric grids as torchao, GPTQModel and compressed-tensors have them: as many
+            steps on either side of 0, so that the largest weights miss by half a step. Ours are finer, and have a code
+            for the largest weight of each group.
         activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too, with symmetric 8-bit
             weights per channel or 4-bit weights of any kind; ``"int4"`` to 4 bits, with 4-bit weights (Ashkboos et al.
             2023, "QUIK"; :class:`SplitOutlierColumns` keeps out the features that 4 bits cannot hold).
@@ -108,7 +115,9 @@ class QuantizeLinears(Pass):
     group_size: int | None = None
     block: tuple[int, int] | None = None
     symmetric: bool = True
+    float_zero_points: bool = False
     clip_search: bool = True
+    even_range: bool = False
     activations: str = "none"
     activation_ranges: str = "auto"
     rounding: str | Rounding | None = None
@@ -151,6 +160,7 @@ class QuantizeLinears(Pass):
                     where=f"{self.name}: {option}={value!r}",
                     hint="give calibration=[batch, ...], on the command line --calibration FILE",
                 )
+        check_grid(self.name, self, whole=isinstance(chosen, BlockRounding))
         check_activations(self.name, self)
         object.__setattr__(self, "overrides", checked(self.name, self.overrides))
         for key in self.overrides:
@@ -315,6 +325,8 @@ class QuantizeLinears(Pass):
             integer_products=self._integer_products(),
             codebook=None if self.dtype == "int" else self.dtype,
             block_rows=1 if self.block is None else self.block[0],
+            even_range=self.even_range,
+            float_zeros=self.float_zero_points,
         )
 
     def _grids(self) -> GridChoice | None:

@@ -94,12 +94,12 @@ def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight")
             # NaN and infinity reach the scales: the extremes they are made from take them over.
             if not bool(torch.isfinite(scales[span]).all()):
                 raise _not_finite(name)
-        stored, points = form.stored(scales), _stored_zeros(zeros, form)
+        stored, points, filling = form.stored(scales), _stored_zeros(zeros, form), _filling(zeros, form)
         loss = Loss()
         for span, block in _blocks(weight, group):
             scale, zero = stored[span].to(torch.float32), zeros[span]
             found = form.round(block, scale, zero)
-            qweight[span] = pack(found.flatten(1).to(torch.uint8), form.bits, group, zeros[span].to(torch.uint8))
+            qweight[span] = pack(found.flatten(1).to(torch.uint8), form.bits, group, filling[span])
             loss.add(form.values(found, scale, zero), block)
     return PackedWeight(qweight, stored, points, group, loss, form, columns)
 
@@ -130,7 +130,7 @@ def pack_codes(found: Codes, form: Format) -> PackedWeight | ChannelWeight:
         return ChannelWeight(steps, found.scales.squeeze(1), found.loss)
     columns = found.codes.shape[1]
     group, points = form.columns_per_group(columns), _stored_zeros(found.zeros, form)
-    qweight = pack(found.codes, form.bits, group, found.zeros.to(torch.uint8))
+    qweight = pack(found.codes, form.bits, group, _filling(found.zeros, form))
     return PackedWeight(qweight, form.stored(found.scales), points, group, found.loss, form, columns)
 
 
@@ -162,4 +162,9 @@ def quantize_weight_int8(weight: torch.Tensor, *, clip_search: bool, name: str =
 
 
 def _stored_zeros(zeros: torch.Tensor, form: Format) -> torch.Tensor | None:
-    return None if form.symmetric or form.codebook is not None else zeros.to(torch.uint8)
+    return None if form.symmetric or form.codebook is not None else form.stored_zeros(zeros)
+
+
+def _filling(zeros: torch.Tensor, form: Format) -> torch.Tensor:
+    """The codes that fill up the last group: zero points, or those next to them."""
+    return zeros.round().clamp(0, 2**form.bits - 1).to(torch.uint8)

@@ -5,10 +5,11 @@ Badri, Shaji: Half-Quadratic Quantization of Large Machine Learning Models (2023
 error, ``|E|_p + β/2 |E - (W - Ŵ)|²``, each step has a closed form: ``E`` by shrinking ``W - Ŵ`` (their equation 6), and
 the zero point as the mean of ``Ŵ``'s codes less those of ``W - E`` (their equation 8).
 
-The published solver keeps the scale of the full range and stores zero points as floats. A zero point stored here is a
-whole number, so both neighbours of the solver's are tried, and each group gets the one with the least objective,
-``min_E |E|_p + β/2 |E - (W - Ŵ)|²``. ``fit_scale`` fits the scale to ``W - E`` as well: the weights come closer, but
-least squares make them smaller on the whole, which cost a small language model more than it gave.
+The published solver keeps the scale of the full range and stores zero points as floats, as formats with
+``float_zeros`` do. Elsewhere a zero point is a whole number: both neighbours of the solver's are tried, and each group
+gets the one with the least objective, ``min_E |E|_p + β/2 |E - (W - Ŵ)|²``. Most of what the method gives is lost by
+that. ``fit_scale`` fits the scale to ``W - E`` as well: the weights come closer, but least squares make them smaller on
+the whole, which cost a small language model more than it gave.
 """
 
 from __future__ import annotations
@@ -90,12 +91,18 @@ class Hqq(WeightRounding):
         candidates = [(wide, middle)]
         if not form.symmetric:
             _, real = self._solve(weights, wide, middle, form, move_zero=True)
-            limit = float(2**form.bits - 1)
-            candidates += [(wide, near.clamp(0, limit)) for near in (real.floor(), real.ceil())]
+            candidates += [(wide, near) for near in self._zeros_near(real, form)]
         if self.fit_scale or (self.fit_scale is None and form.bits <= _FEW_BITS):
             candidates.append(form.fit(weights, clip_search=True))
             candidates += [self._solve(weights, scale, zero, form) for scale, zero in candidates]
         return self._best(weights, candidates, form)
+
+    @staticmethod
+    def _zeros_near(real: torch.Tensor, form: Format) -> list[torch.Tensor]:
+        """Zero points that can be stored, next to what the solver found."""
+        if form.float_zeros:
+            return [form.stored_zeros(real).to(torch.float32)]
+        return [near.clamp(0, float(2**form.bits - 1)) for near in (real.floor(), real.ceil())]
 
     def _solve(
         self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, form: Format, *, move_zero: bool = False
