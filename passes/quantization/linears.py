@@ -102,8 +102,8 @@ class QuantizeLinears(Pass):
             again with the same things goes on there, with the same result to the last bit.
         overrides: options of single linears: ``{"model.layers.0.mlp.*": {"bits": 8}, "re:.*o_proj": None}``. A key is a
             selection as ``where`` takes it or the name of a weight; the first that fits a linear counts. Its ``bits``,
-            ``group_size``, ``symmetric`` and ``clip_search`` stand in place of the pass's own; ``None`` leaves the
-            linear in floating point.
+            ``dtype``, ``group_size``, ``symmetric``, ``float_zero_points``, ``clip_search`` and ``even_range`` stand in
+            place of the pass's own; ``None`` leaves the linear in floating point.
     """
 
     name: ClassVar[str] = "quantize-linears"
@@ -204,7 +204,7 @@ class QuantizeLinears(Pass):
         if options is None:
             return None
         try:
-            return dataclasses.replace(self, overrides={}, **options) if key is not None else self
+            return with_options(self, options) if key is not None else self
         except InputError as error:
             raise InputError(error.what, where=f"{error.where} in overrides[{key!r}]", hint=error.hint) from error
 
@@ -227,7 +227,7 @@ class QuantizeLinears(Pass):
         limits: dict[str, float] = {}
         static = 0
         with program.edit() as rewriter:
-            forms = {name: variant._form() for name, variant in variants.items()}
+            forms = {name: variant.form() for name, variant in variants.items()}
             schedule = Schedule(
                 program, targets, forms, self._rounding(), self._grids(), self.checkpoint, self.compensation
             )
@@ -308,7 +308,7 @@ class QuantizeLinears(Pass):
         for target in targets:
             name, variant = weight_name(target), made[key_of(target)]
             assert variant is not None
-            if found.setdefault(name, variant)._form() != variant._form():
+            if found.setdefault(name, variant).form() != variant.form():
                 raise InputError(
                     "is shared by linears with other overrides",
                     where=f"weight {name!r}",
@@ -316,7 +316,8 @@ class QuantizeLinears(Pass):
                 )
         return found
 
-    def _form(self) -> Format:
+    def form(self) -> Format:
+        """How weights are stored."""
         return Format(
             self.bits,
             self.group_size if self.block is None else self.block[1],
@@ -353,3 +354,19 @@ class QuantizeLinears(Pass):
             new = branch.add(rewriter, base, target.x, new, like=target.node)
         rewriter.replace(target.node, new)
         return new
+
+
+def with_options(item: QuantizeLinears, options: Mapping[str, Any]) -> QuantizeLinears:
+    """The pass as it is for linears with options of their own.
+
+    Raises:
+        InputError: they do not go together, or bits are given that the dtype's codes do not have.
+    """
+    made = dataclasses.replace(item, overrides={}, **options)
+    if options.get("bits", made.bits) != made.bits:
+        raise InputError(
+            f"codes of {made.dtype!r} have {made.bits} bits, not {options['bits']!r}",
+            where=f"{item.name}: bits",
+            hint="leave bits out, or give dtype='int' too",
+        )
+    return made

@@ -33,11 +33,21 @@ class PackedWeight:
     form: Format
     columns: int
 
-    def dense(self) -> torch.Tensor:
-        """The weight it stands for, ``[rows, columns]`` float32."""
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight it stands for, ``[rows, columns]``; computed in float32, of which no more than a slice is held."""
+        rows = len(self.qweight)
+        found = torch.empty(rows, self.columns, dtype=dtype)
+        step = max(1, _SLICE_ELEMENTS // max(1, self.columns))
+        for start in range(0, rows, step):
+            found[start : start + step] = self._values(slice(start, start + step))
+        return found
+
+    def _values(self, piece: slice) -> torch.Tensor:
+        codes, scales = self.qweight[piece], self.scales[piece]
         if self.form.codebook is not None:
-            return dequantize_codebook(self.qweight, self.scales, self.form.codebook, self.columns, torch.float32)
-        return dequantize(self.qweight, self.scales, self.zero_points, self.form.bits, self.columns, torch.float32)
+            return dequantize_codebook(codes, scales, self.form.codebook, self.columns, torch.float32)
+        zeros = self.zero_points[piece] if self.zero_points is not None else None
+        return dequantize(codes, scales, zeros, self.form.bits, self.columns, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,9 @@ class ChannelWeight:
     scales: torch.Tensor
     loss: Loss
 
-    def dense(self) -> torch.Tensor:
-        """The weight it stands for, ``[rows, columns]`` float32."""
-        return self.qweight.to(torch.float32) * self.scales.unsqueeze(-1)
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight it stands for, ``[rows, columns]``; computed in float32."""
+        return (self.qweight.to(torch.float32) * self.scales.unsqueeze(-1)).to(dtype)
 
 
 def _not_finite(name: str) -> InputError:
