@@ -196,7 +196,7 @@ def test_a_recipe_says_that_data_is_needed(tmp_path: Path) -> None:
 
 
 def test_dtypes_of_single_linears() -> None:
-    overrides = {
+    overrides: dict[str, dict[str, Any]] = {
         "up": {"dtype": "nf4", "group_size": 32},
         "mid": {"symmetric": False, "float_zero_points": True},
         "down": {"bits": 3, "clip_search": False, "even_range": True},
