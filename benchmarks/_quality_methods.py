@@ -88,12 +88,19 @@ def _rotated(_bits: int, _group: int, _batches: Batches) -> gw.Pass:
 _EVEN: dict[str, Any] = {"clip_search": False, "even_range": True}
 _FLOATS: dict[str, Any] = {"symmetric": False, "float_zero_points": True}
 
+
+def _hqq(bits: int, group: int, _: Batches) -> list[gw.Pass]:
+    """As hqq has it, which starts from whole zero points at 4 bits."""
+    rounding = gw.Hqq(fit_scale=False, whole_start=bits == 4)
+    return [gw.QuantizeLinears(bits=bits, group_size=group, rounding=rounding, **_FLOATS)]
+
+
 METHODS = (
     Method("nearest, full range", _linears(clip_search=False)),
     Method("nearest, even range", _linears(**_EVEN), "torchao 0.18 nearest"),
     Method("nearest", _linears(), quick=True),
     Method("nearest asymmetric", _linears(symmetric=False)),
-    Method("HQQ", _linears(rounding=gw.Hqq(fit_scale=False), **_FLOATS), "hqq 0.2.8"),
+    Method("HQQ", _hqq, "hqq 0.2.8"),
     Method("HQQ, scales fitted", _linears(rounding=gw.Hqq(fit_scale=True), **_FLOATS)),
     Method("HQQ, whole zero points", _linears(symmetric=False, rounding="hqq")),
     Method("GPTQ", _calibrated(), "GPTQModel 7.7", quick=True),
