@@ -185,12 +185,11 @@ def judge_llama(rows: _rows.Rows) -> None:
     for bits, group, allowed in SETTINGS:
         case = case_of(bits, group)
         ours = {each.name: row for each in METHODS if (row := found.get((case, f"graphwright {each.name}")))}
-        for method in METHODS:
-            other = found.get((case, method.rival))
-            if other is not None and method.name in ours:
-                mine, theirs = ours[method.name]["perplexity"], other["perplexity"]
-                words = f"{case}: {method.name} {mine:.2f}, {method.rival} {theirs:.2f}"
-                rows.require(mine <= WITHIN * theirs, words)
+        for name, rival in [(method.name, rival) for method in METHODS for rival in method.rivals]:
+            other = found.get((case, rival))
+            if other is not None and name in ours:
+                mine, theirs = ours[name]["perplexity"], other["perplexity"]
+                rows.require(mine <= WITHIN * theirs, f"{case}: {name} {mine:.2f}, {rival} {theirs:.2f}")
         if ours:
             best = min(ours, key=lambda name: float(ours[name]["perplexity"]))
             reached = ours[best]["perplexity"]
