@@ -56,10 +56,11 @@ class Observed:
                 panel = slice(start, start + _PANEL)
                 self.moment[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
         self.low, self.high = torch.minimum(self.low, rows.amin(0)), torch.maximum(self.high, rows.amax(0))
+        # Rows whose number is a multiple of the stride are kept; it grows before they are copied.
+        while len(self.rows) + len(range(-self._seen % self._stride, len(rows), self._stride)) > _SAMPLE_ROWS:
+            self.rows, self._stride = self.rows[::2].clone(), 2 * self._stride
         self.rows = torch.cat((self.rows, rows[-self._seen % self._stride :: self._stride]))
         self._seen += len(rows)
-        while len(self.rows) > _SAMPLE_ROWS:
-            self.rows, self._stride = self.rows[::2].clone(), 2 * self._stride
 
     def _mirror(self) -> None:
         """Take over the moment's lower half from the upper one, so that it is symmetric to the last bit."""

@@ -140,8 +140,11 @@ def gptq(
 def _size(second_moment: torch.Tensor, weight: torch.Tensor) -> float:
     """``|X Wᵀ|²``; of weights with many rows estimated from some of them, as it costs more than all the rest."""
     step = -(-len(weight) // _ROWS)
-    some = weight[::step].detach().to(torch.float32)
-    found = float(((some @ second_moment.to(torch.float32)) * some).sum())
+    some, moment = weight[::step].detach(), second_moment.to(torch.float32)
+    found = 0.0
+    for piece in some.split(max(1, _SLICE_ELEMENTS // max(1, weight.shape[1]))):
+        part = piece.to(torch.float32)
+        found += float(((part @ moment) * part).sum())
     norms = [float(torch.linalg.vector_norm(each, dtype=torch.float32)) for each in (weight, some)]
     return max(found, 0.0) * (norms[0] / norms[1]) ** 2 if norms[1] > 0 else 0.0
 
