@@ -15,6 +15,7 @@ from torch import fx
 from graphwright.ir.errors import InputError
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
+from graphwright.passes.adapters.layers import layer_site
 from graphwright.passes.adapters.sites import Site, linear_sites
 from graphwright.passes.selection import Predicate
 
@@ -108,6 +109,10 @@ class AdapterKind(ABC):
             head: the output head too.
         """
         return linear_sites(program, selected, head=head)
+
+    def site_at(self, program: Program, node: fx.Node) -> Site | str | None:
+        """The place at one node, which merging writes into; why it cannot be adapted; ``None`` where there is none."""
+        return layer_site(program, node)
 
     def check(self, site: Site) -> str | None:
         """Why the kind does not fit a site, or ``None``. Wrong options are errors, not reasons.

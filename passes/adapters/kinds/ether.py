@@ -66,7 +66,7 @@ class ETHERPlus(AdapterKind):
         both_sides: of the weight, as published; ``False`` for the inputs' side only.
     """
 
-    kind: ClassVar[str] = "ether_plus"
+    kind: ClassVar[str] = "ether-plus"
 
     blocks: int = 1
     both_sides: bool = True

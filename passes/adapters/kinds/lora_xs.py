@@ -29,7 +29,7 @@ class LoRAXS(AdapterKind):
         std: of ``R`` at the start; the paper's is 1e-5. 0 starts as the identity.
     """
 
-    kind: ClassVar[str] = "lora_xs"
+    kind: ClassVar[str] = "lora-xs"
 
     rank: int = 8
     alpha: float | None = None

@@ -39,7 +39,7 @@ WRITTEN: dict[str, str] = {
     "loha": "LOHA",
     "lokr": "LOKR",
     "lora": "LORA",
-    "lora_fa": "LORA",
+    "lora-fa": "LORA",
     "oft": "OFT",
     "vera": "VERA",
 }

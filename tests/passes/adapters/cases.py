@@ -105,6 +105,16 @@ CASES: dict[str, Case] = {
     ),
     "krona": Case(gw.KronA(), 2 * (2 * 24 + 2 * (27 + 32))),
     "krona-a": Case(gw.KronA((12, 4), scale=2.0), 2 * sum(48 + (o // 12) * (i // 4) for o, i in SHAPES)),
+    "bitfit": Case(gw.BitFit(), 2 * (WIDTH + HIDDEN)),
+    "bitfit-missing": Case(gw.BitFit(missing=True), 2 * (WIDTH + HIDDEN + WIDTH)),
+    "houlsby": Case(gw.HoulsbyAdapter(bottleneck=6), 2 * (2 * 6 * WIDTH + 6 + WIDTH)),
+    "parallel": Case(gw.ParallelAdapter(bottleneck=5, activation="tanh"), 2 * (2 * 5 * WIDTH + 5 + WIDTH)),
+    "loda": Case(gw.LoDA(rank=3), low_rank(3) + 6 * 2 * 3**2),
+    "loda-plus": Case(gw.LoDA(rank=4, alpha=8, outer="activation"), low_rank(4) + 6 * 2 * 4**2),
+    "loda-plus-norm": Case(gw.LoDA(rank=2, outer="norm+activation"), low_rank(2) + 6 * 2 * 2**2),
+    "krona-block": Case(gw.KronABlock(), 2 * (2 * 12 + 2 * 12)),
+    "krona-block-a": Case(gw.KronABlock((6, 4), scale=4.0, biases=1), 2 * (6 * 4 + 4 * 6 + WIDTH)),
+    "krona-block-residual": Case(gw.KronABlock((3, 8), biases=2, residual=True), 2 * (24 + 24 + 2 * WIDTH + 1)),
 }
 
 
