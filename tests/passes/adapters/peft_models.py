@@ -126,4 +126,5 @@ def check_written(build: Callable[[], nn.Module], program: gw.OptimizedModel, fo
     from safetensors.torch import load_file
 
     written = load_file(folder / "ours" / "adapter_model.safetensors")
-    assert set(kept) == set(written)
+    # PEFT saves the base's tables along where embeddings are adapted.
+    assert {name for name in kept if not name.endswith(("base_layer.weight", "lm_head.weight"))} == set(written)
