@@ -71,7 +71,6 @@ __all__ = [
     "RemoveAdapters",
     "SoRA",
     "UnmergeAdapters",
-    "UnmergeAdapters",
     "VeRA",
     "adapter_inputs",
     "adapter_parameters",
