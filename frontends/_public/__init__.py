@@ -83,15 +83,22 @@ if TYPE_CHECKING:
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
+    from graphwright.passes.adapters import IA3 as IA3
     from graphwright.passes.adapters import AdapterKind as AdapterKind
     from graphwright.passes.adapters import AdaptersAsInputs as AdaptersAsInputs
+    from graphwright.passes.adapters import DoRA as DoRA
     from graphwright.passes.adapters import GateAdapters as GateAdapters
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
+    from graphwright.passes.adapters import KronABlock as KronABlock
+    from graphwright.passes.adapters import LoHa as LoHa
+    from graphwright.passes.adapters import LoKr as LoKr
     from graphwright.passes.adapters import LoRA as LoRA
+    from graphwright.passes.adapters import LoRAFA as LoRAFA
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
     from graphwright.passes.adapters import UnmergeAdapters as UnmergeAdapters
+    from graphwright.passes.adapters import VeRA as VeRA
     from graphwright.passes.adapters import adapter_inputs as adapter_inputs
     from graphwright.passes.adapters import adapter_parameters as adapter_parameters
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
@@ -185,6 +192,7 @@ _EXPORTS: dict[str, str] = {
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
     "Dim": "graphwright.ir.types",
+    "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
     "DumpIR": "graphwright.passes.hooks",
     "EliminateCommonSubexpressions": "graphwright.passes.cleanup",
@@ -208,13 +216,18 @@ _EXPORTS: dict[str, str] = {
     "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
     "Hqq": "graphwright.passes.quantization",
+    "IA3": "graphwright.passes.adapters",
     "InputError": "graphwright.ir.errors",
     "InsertAdapters": "graphwright.passes.adapters",
     "InsertFakeQuantize": "graphwright.passes.quantization",
     "KronA": "graphwright.passes.adapters",
+    "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LoHa": "graphwright.passes.adapters",
+    "LoKr": "graphwright.passes.adapters",
     "LoRA": "graphwright.passes.adapters",
+    "LoRAFA": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
     "LowRank": "graphwright.passes.quantization",
     "Match": "graphwright.ir.pattern",
@@ -273,6 +286,7 @@ _EXPORTS: dict[str, str] = {
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
     "UnmergeAdapters": "graphwright.passes.adapters",
+    "VeRA": "graphwright.passes.adapters",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "Wanted": "graphwright.frontends.generation.drafts",

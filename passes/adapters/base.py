@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -115,9 +115,21 @@ class AdapterKind(ABC):
         """
         return None
 
+    def settled(self, sites: Sequence[Site]) -> AdapterKind:
+        """The kind with options filled in that follow from all its sites together, such as VeRA's shared sizes."""
+        return self
+
     @abstractmethod
     def factors(self, site: Site, draw: Draw) -> dict[str, Factor]:
         """The tensors of a site by name, as they start."""
+
+    def like(self, site: Site) -> dict[str, Factor]:
+        """What a saved adapter must have at a site, and the values of tensors that are not saved (:meth:`drawn`)."""
+        return self.factors(site, Draw(0, site.path))
+
+    def drawn(self) -> frozenset[str]:
+        """Tensors that are not saved, because :meth:`factors` gives the same ones again from the kind's options."""
+        return frozenset()
 
     @abstractmethod
     def build(self, builder: Builder, site: Site, factors: Mapping[str, fx.Node]) -> None:

@@ -55,7 +55,7 @@ class Builder:
             nodes[key] = self._weight(f"{base.lstrip('.')}.{self.name}", value, factor.shared is not None)
         return nodes
 
-    def call(self, target: str, /, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node; of a value that has an adapter already it reads the adapted one."""
         args, kwargs = fx.node.map_arg((args, kwargs), self._standing)
         node = self.rewriter.call(target, *args, like=self.site.node, **kwargs)
@@ -66,6 +66,26 @@ class Builder:
     def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
         """``x Wᵀ + b``."""
         return self.call("aten.linear", x, weight, bias)
+
+    def through(self, weight: fx.Node, x: fx.Node | None = None) -> fx.Node:
+        """What the site's layer does, with another weight and no bias.
+
+        Args:
+            weight: ``[out, in]`` of a linear, whatever the layer's own is stored as; ``[rows, dim]`` of an embedding;
+                ``[out, in / groups, …]`` of a convolution.
+            x: in place of the site's input.
+        """
+        given = arguments_of(self.site.node)
+        x = self.site.x if x is None else x
+        if self.site.op == "embedding":
+            return self.call("aten.embedding", weight, x)
+        if self.site.op == "conv":
+            return self.call(self.site.node.target, **{**given, "input": x, "weight": weight, "bias": None})
+        return self.linear(x, weight)
+
+    def pointwise(self, x: fx.Node, weight: fx.Node) -> fx.Node:
+        """A convolution ``[out, channels, 1…]`` over the channels of every place, where the site is a convolution."""
+        return self.call(self.site.node.target, x, weight)
 
     def scaled(self, x: fx.Node, factor: float) -> fx.Node:
         """``factor · x``; x itself for 1."""

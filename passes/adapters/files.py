@@ -22,11 +22,10 @@ from graphwright.ir.weights_file import WeightsFile, write_tensors
 from graphwright.passes.adapters.base import AdapterKind
 from graphwright.passes.adapters.inserted import Inserted, adapter_of, described
 from graphwright.passes.adapters.kinds import kind_of
+from graphwright.passes.adapters.peft import CONFIG_FILE, TENSORS_FILE, is_peft, peft_files, read_peft
 
 FORMAT = "graphwright adapter"
 VERSION = 1
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
 _HEADER = "graphwright.adapter"
 
 
@@ -64,44 +63,55 @@ class SavedAdapter:
     sites: Mapping[str, SavedSite]
 
 
-def save_adapter(program: Program, folder: str | os.PathLike[str], name: str = "default") -> None:
+def save_adapter(
+    program: Program, folder: str | os.PathLike[str], name: str = "default", *, layout: str = "graphwright"
+) -> None:
     """Write one adapter of a program, and nothing else of it, into a folder.
 
     Args:
         program: it has the adapter, not merged.
         folder: made if need be; ``adapter_model.safetensors`` and ``adapter_config.json`` in it are replaced.
         name: of the adapter.
+        layout: ``graphwright``, which has every kind, or ``peft``, which Hugging Face PEFT reads too.
 
     Raises:
-        InputError: there is no adapter of that name.
+        InputError: there is no adapter of that name, or PEFT has no layout for its kind.
         SerializationError: a file cannot be written; none is left half-written.
     """
-    found = adapter_of(program, name)
-    suffix = f".{name}"
+    if layout not in ("graphwright", "peft"):
+        raise InputError(f"must be 'graphwright' or 'peft', not {layout!r}", where="save_adapter: layout")
+    saved = captured(program, adapter_of(program, name))
+    if layout == "peft":
+        files = peft_files(saved)
+        write_adapter(Path(folder), files.tensors, files.config, header={})
+        return
     sites: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for path, site in found.sites.items():
-        stored = {key: weight.removesuffix(suffix) for key, weight in site.tensors.items()}
-        tensors.update({stored[key]: program.tensor(weight) for key, weight in site.tensors.items()})
+    for path, site in saved.sites.items():
+        own = f"{path}." if path else ""
+        stored = {key: f"adapters.{site.shared[key]}" if key in site.shared else f"{own}{key}" for key in site.tensors}
+        tensors.update({stored[key]: tensor for key, tensor in site.tensors.items()})
         sites[path] = {**site.shapes, "tensors": stored}
-        if site.kind != found.kind:
+        if site.kind != saved.kind:
             sites[path]["kind"] = described(site.kind)
-    config = {"format": FORMAT, "version": VERSION, "title": program.title, "kind": described(found.kind)}
+    config = {"format": FORMAT, "version": VERSION, "title": saved.title, "kind": described(saved.kind)}
     write_adapter(
         Path(folder), tensors, {**config, "sites": sites}, header={_HEADER: json.dumps({**config, "sites": sites})}
     )
 
 
 def captured(program: Program, adapter: Inserted) -> SavedAdapter:
-    """An adapter of a program as :func:`load_adapter` would read it; its tensors are the program's."""
+    """An adapter of a program as it is saved: without the tensors that its kind draws again."""
     sites: dict[str, SavedSite] = {}
     for path, site in adapter.sites.items():
+        kept = {key: weight for key, weight in site.tensors.items() if key not in site.kind.drawn()}
+        own = f"{path}." if path else ""
         shared = {
-            key: weight.removesuffix(f".{adapter.name}").removeprefix("adapters.")
-            for key, weight in site.tensors.items()
-            if weight.startswith("adapters.")
+            key: weight.removeprefix("adapters.").removesuffix(f".{adapter.name}")
+            for key, weight in kept.items()
+            if weight.startswith("adapters.") and weight != f"{own}{key}.{adapter.name}"
         }
-        tensors = {key: program.tensor(weight).detach() for key, weight in site.tensors.items()}
+        tensors = {key: program.tensor(weight).detach() for key, weight in kept.items()}
         sites[path] = SavedSite(site.kind, site.shapes, tensors, shared)
     return SavedAdapter(f"adapter {adapter.name!r}", program.title, adapter.kind, sites)
 
@@ -136,16 +146,18 @@ def write_adapter(
 
 
 def load_adapter(source: str | os.PathLike[str]) -> SavedAdapter:
-    """Read an adapter that :func:`save_adapter` wrote.
+    """Read an adapter that :func:`save_adapter` or Hugging Face PEFT wrote.
 
     Args:
-        source: the folder, or the safetensors file alone.
+        source: the folder; of our own also the safetensors file alone.
 
     Raises:
-        InputError: there is no adapter there.
+        InputError: there is no adapter there, or it is one of PEFT's of a type or with an option that is not supported.
         SerializationError: a file is missing, truncated, damaged or of another version.
     """
     path = Path(source)
+    if is_peft(path):
+        return read_peft(path)
     file = path / TENSORS_FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(

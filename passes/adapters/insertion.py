@@ -10,7 +10,6 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from graphwright.ir.errors import InputError, SelectionError
@@ -136,15 +135,15 @@ class InsertAdapters(Pass):
         assert isinstance(kind, AdapterKind)
         sites, refusals = self._sites(program, kind, saved)
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
+        kinds = self._kinds(program, kind, saved, sites)
         if saved is not None:
-            _check_fits(program, saved, sites)
+            _check_fits(program, saved, sites, kinds)
         if not sites:
             raise SelectionError(
                 f"there is no place for {kind.kind}",
                 where=f"{self.name}: where={self.where!r}",
                 hint=str(refusals[0]) if refusals else "the program has no layer of the kind it goes to",
             )
-        kinds = self._kinds(program, kind, saved, sites)
         noted: dict[str, tuple[AdapterKind, dict[str, Any]]] = {}
         trained = 0
         with program.edit() as rewriter:
@@ -162,7 +161,7 @@ class InsertAdapters(Pass):
                     own.build(Builder(rewriter, self.adapter_name, site), site, nodes)
                 tensors = {key: str(node.target) for key, node in nodes.items()}
                 noted[path] = (own, {**first.shapes(), "tensors": tensors})
-            note_inserted(program, self.adapter_name, kind, noted)
+            note_inserted(program, self.adapter_name, kind.settled([places[0] for places in sites.values()]), noted)
             names = {name for _, said in noted.values() for name in said["tensors"].values()}
             trained = sum(program.tensor(each).numel() for each in names if program.tensor(each).requires_grad)
         program.notes.update(adapter=self.adapter_name, kind=kind.kind, sites=len(sites), trained_parameters=trained)
@@ -191,14 +190,15 @@ class InsertAdapters(Pass):
     def _kinds(
         self, program: Program, kind: AdapterKind, saved: SavedAdapter | None, sites: Mapping[str, list[Site]]
     ) -> dict[str, AdapterKind]:
+        firsts = [places[0] for places in sites.values()]
         if saved is not None:
-            return {path: saved.sites[path].kind for path in sites}
+            return {path: saved.sites[path].kind.settled(firsts) for path in sites}
         choices = [(selection.predicate(program, key), options) for key, options in self.overrides.items()]
         kinds: dict[str, AdapterKind] = {}
         for path, places in sites.items():
             options = next((options for chosen, options in choices if chosen(places[0].node)), {})
             try:
-                kinds[path] = dataclasses.replace(kind, **options)
+                kinds[path] = dataclasses.replace(kind, **options).settled(firsts)
             except TypeError as error:
                 raise InputError(f"{kind.kind} has no such option: {error}", where=f"{self.name}: overrides") from error
             if self.overrides and (reason := kinds[path].check(places[0])) is not None:
@@ -215,17 +215,18 @@ def _freeze(rewriter: Rewriter) -> None:
 
 
 def _loaded(saved: SavedSite, site: Site, kind: AdapterKind) -> dict[str, Factor]:
-    """The saved tensors of a site, trained or not as the kind has them."""
-    like = kind.factors(site, Draw(0, site.path))
-    factors: dict[str, Factor] = {}
+    """The saved tensors of a site, trained or not as the kind has them, in the dtype that the site needs."""
+    factors = kind.like(site)
     for key, tensor in saved.tensors.items():
-        values = tensor.clone() if isinstance(tensor, torch.Tensor) else tensor  # not mapped: it will be trained
-        factors[key] = dataclasses.replace(like[key], value=values)
+        values = tensor.detach().to(factors[key].value.dtype, copy=True)  # not mapped: it will be trained
+        factors[key] = dataclasses.replace(factors[key], value=values)
     return factors
 
 
-def _check_fits(program: Program, saved: SavedAdapter, sites: Mapping[str, list[Site]]) -> None:
-    """Compare a saved adapter's sites with those of the program.
+def _check_fits(
+    program: Program, saved: SavedAdapter, sites: Mapping[str, list[Site]], kinds: Mapping[str, AdapterKind]
+) -> None:
+    """Compare a saved adapter's sites with those of the program; of shapes, what it says.
 
     Raises:
         InputError: some are missing or of another shape; names them.
@@ -233,11 +234,11 @@ def _check_fits(program: Program, saved: SavedAdapter, sites: Mapping[str, list[
     wrong = [f"{path}: the program has no such layer" for path in saved.sites if path not in sites]
     for path, places in sites.items():
         there, here = saved.sites[path], places[0]
-        if dict(there.shapes) != here.shapes():
+        if any(here.shapes().get(key) != value for key, value in there.shapes.items()):
             wrong.append(f"{path}: saved for {dict(there.shapes)}, the program has {here.shapes()}")
             continue
-        like = there.kind.factors(here, Draw(0, path))
-        for key in sorted({*like, *there.tensors}):
+        like = kinds[path].like(here)
+        for key in sorted({*like, *there.tensors} - (kinds[path].drawn() - set(there.tensors))):
             if key not in there.tensors or key not in like:
                 wrong.append(f"{path}.{key}: {'missing' if key in like else 'unknown'}")
             elif like[key].value.shape != there.tensors[key].shape:

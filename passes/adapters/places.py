@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,13 @@ from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import tags_of
 from graphwright.ir.rewriter import Rewriter
+from graphwright.ir.types import VAL
 from graphwright.passes.adapters.base import Dense
-from graphwright.passes.adapters.builder import tag_of
+from graphwright.passes.adapters.builder import exit_tag, tag_of
 from graphwright.passes.adapters.inserted import Inserted, InsertedSite, base_of, fed_by
+from graphwright.passes.adapters.layers import layer_site
 from graphwright.passes.adapters.packed import PackedBase
-from graphwright.passes.adapters.sites import ADAPTER, Site, linear_site
+from graphwright.passes.adapters.sites import ADAPTER, PACKED_LINEARS, Site
 from graphwright.passes.quantization.loss import Loss
 
 
@@ -68,14 +70,42 @@ def place_of(program: Program, adapter: Inserted, site: InsertedSite, exit_: fx.
         )
     stacked = _stacked_in(base)
     node, rows = (base, None) if stacked is None else stacked
-    found = linear_site(program, node)
+    found = layer_site(program, node)
     if not isinstance(found, Site) or (fed is not None and found.x is not exit_):
         raise InputError(
             f"the layer cannot take an adapter in: {found or f'%{node.name} is none that it lies beside'}",
             where=site.path,
         )
+    inputs = {base_of(found.x, adapter.name), found.x, found.node, base}
+    other = next((each for each in _reads(exit_, adapter.name, found) if each not in inputs), None)
+    if other is not None:
+        raise InputError(
+            f"adapter {adapter.name!r} reads %{other.name}, but its layer reads %{found.x.name}, which another adapter "
+            "gives",
+            where=site.path,
+            hint="merge first the one that was put in last, or keep them",
+        )
+    if found.packed and op_name(node) not in PACKED_LINEARS:
+        raise InputError(
+            "the weight is packed, and is no linear's", where=site.path, hint="keep the adapter beside the weight"
+        )
     packed = PackedBase.at(program, node, rows) if found.packed else None
     return Place(found, rows, None if rows is None else base, packed)
+
+
+def _reads(exit_: fx.Node, name: str, layer: Site) -> Iterator[fx.Node]:
+    """What an adapter's nodes read that is neither theirs nor a weight."""
+    tag, stack, seen = tag_of(name), [exit_], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        for source in node.all_input_nodes:
+            if source in seen or source.op == "get_attr" or not isinstance(source.meta[VAL], torch.Tensor):
+                continue
+            seen.add(source)
+            if tag in tags_of(source) and source is not layer.x and exit_tag(name) not in tags_of(source):
+                stack.append(source)
+            else:
+                yield source
 
 
 def _stacked_in(node: fx.Node) -> tuple[fx.Node, tuple[int, int]] | None:
@@ -85,7 +115,7 @@ def _stacked_in(node: fx.Node) -> tuple[fx.Node, tuple[int, int]] | None:
         return None
     linear, sizes, dim = (argument(split, key) for key in ("self", "split_sizes", "dim"))
     index = node.args[1]
-    if not isinstance(index, int) or dim not in (-1, linear.meta["val"].dim() - 1):
+    if not isinstance(index, int) or dim not in (-1, linear.meta[VAL].dim() - 1):
         return None
     start = sum(sizes[:index])
     return linear, (start, start + sizes[index])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,13 +39,16 @@ class Site:
         node: gives the value that is adapted.
         x: the input, a node.
         input_name: the name of ``node``'s argument that is the input; empty where the site is more than one node.
-        features: ``(out, in)``.
+        features: ``(out, in)``; of an embedding ``(dim, rows)``, of a convolution its channels.
         dtype: of input and value.
         weight: the ``get_attr`` node of the weight, ``None`` where it is packed or there is none.
         bias: node of the bias, or ``None``.
         transposed: the weight is stored ``[in, out]``.
         op: ``linear``, ``embedding``, ``conv``, or what a kind calls its own sites.
         extra: further nodes by name, for kinds whose sites are of several.
+        kernel: sizes of a convolution's kernel.
+        groups: of a convolution.
+        program: that has the weight's values, for kinds that start from them.
     """
 
     path: str
@@ -59,15 +62,36 @@ class Site:
     transposed: bool = False
     op: str = "linear"
     extra: tuple[tuple[str, fx.Node], ...] = ()
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    program: Program | None = field(default=None, compare=False, repr=False)
 
     @property
     def packed(self) -> bool:
         """Whether the weight is stored as codes."""
         return self.weight is None
 
+    def dense(self) -> torch.Tensor:
+        """The weight ``[out, in]`` of a linear, as it is or as its codes stand for it; not to be written into."""
+        assert self.program is not None
+        assert self.op == "linear"
+        if self.weight is not None:
+            stored = self.program.tensor(self.weight).detach()
+            return stored.t() if self.transposed else stored
+        # Whatever the codes' format is, the operator knows it: the outputs of unit vectors are the columns.
+        given = {
+            key: self.program.tensor(value).detach() if isinstance(value, fx.Node) and value is not self.x else value
+            for key, value in arguments_of(self.node).items()
+        }
+        given |= {self.input_name: torch.eye(self.features[1], dtype=self.dtype), "bias": None}
+        with torch.no_grad():
+            columns: torch.Tensor = self.node.target(**given)  # type: ignore[operator]
+        return columns.t()
+
     def shapes(self) -> dict[str, Any]:
         """What a saved adapter remembers of it, to be compared with the model it is put into."""
-        return {"op": self.op, "features": list(self.features)}
+        shapes: dict[str, Any] = {"op": self.op, "features": list(self.features)}
+        return {**shapes, "kernel": list(self.kernel), "groups": self.groups} if self.op == "conv" else shapes
 
 
 def linear_sites(program: Program, selected: Predicate, *, head: bool = False) -> Iterator[Site | Refusal]:
@@ -98,7 +122,8 @@ def linear_site(program: Program, node: fx.Node) -> Site | str | None:
     if name in PACKED_LINEARS:
         given, input_name = arguments_of(node), PACKED_LINEARS[name]
         x, bias = given[input_name], given["bias"]
-        return Site(path_of(node), node, x, input_name, _features(node, x), node.meta[VAL].dtype, None, bias)
+        dtype = node.meta[VAL].dtype
+        return Site(path_of(node), node, x, input_name, _features(node, x), dtype, None, bias, program=program)
     found = linear_target(program, node)
     if not isinstance(found, LinearTarget):
         return found
@@ -114,6 +139,7 @@ def linear_site(program: Program, node: fx.Node) -> Site | str | None:
         found.weight,
         found.bias,
         found.transposed,
+        program=program,
     )
 
 

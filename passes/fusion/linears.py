@@ -32,6 +32,8 @@ _ACTIVATIONS = frozenset(
     f"aten.{name}" for name in ("silu", "gelu", "relu", "sigmoid", "tanh", "elu", "mish", "softplus")
 )
 
+_ADAPTER = "adapter"
+
 # An operand is followed back to its linear over at most this many operators.
 _FARTHEST = 64
 
@@ -269,7 +271,7 @@ def _linear_behind(value: Any) -> fx.Node | str:
             continue
         seen.add(node)
         name = op_name(node)
-        if "adapter" in tags_of(node):
+        if _ADAPTER in tags_of(node):
             stack.append(node.args[0])
             continue
         if name in _QUANTIZED:

@@ -13,8 +13,15 @@ from graphwright.passes.adapters.base import AdapterKind
 
 # name -> module of this package and class
 KINDS: dict[str, tuple[str, str]] = {
+    "dora": ("dora", "DoRA"),
+    "ia3": ("ia3", "IA3"),
     "krona": ("krona", "KronA"),
+    "loha": ("loha", "LoHa"),
+    "lokr": ("lokr", "LoKr"),
+    "krona-block": ("krona_block", "KronABlock"),
     "lora": ("lora", "LoRA"),
+    "lora_fa": ("lora_fa", "LoRAFA"),
+    "vera": ("vera", "VeRA"),
 }
 
 

@@ -1,17 +1,28 @@
-"""LoRA: a product of two thin matrices beside a linear."""
+"""LoRA: a product of two thin matrices beside a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
 
+from graphwright.ir.pattern import Refusal
+from graphwright.ir.program import Program
 from graphwright.passes.adapters.base import AdapterKind, Dense, Draw, Factor, check_rank, finite, whole
 from graphwright.passes.adapters.builder import Builder
+from graphwright.passes.adapters.layers import check_ops, layer_sites
 from graphwright.passes.adapters.sites import Site
+from graphwright.passes.selection import Predicate
+
+
+def scaling(rank: int, alpha: float | None, *, rank_stabilized: bool = False) -> float:
+    """``alpha / rank``, or ``alpha / √rank`` (Kalajdzievski 2023, "rsLoRA"); 1 without an alpha."""
+    if alpha is None:
+        return 1.0
+    return alpha / (rank**0.5 if rank_stabilized else rank)
 
 
 @dataclass(frozen=True)
@@ -20,10 +31,16 @@ class LoRA(AdapterKind):
 
     Trains ``r (in + out)`` numbers a linear. ``A`` starts Kaiming-uniform, ``B`` at 0.
 
+    An embedding ``E [rows, dim]`` becomes ``E + s Aᵀ Bᵀ`` with ``A [r, rows]`` at 0 and ``B [dim, r]`` normal, as the
+    authors' code has it: ``r (rows + dim)`` numbers. A convolution with kernel ``k`` gets one with ``A [r, in, k…]``
+    and a pointwise one with ``B [out, r, 1…]`` behind it: ``r (in · ∏k + out)`` numbers; of one with groups the product
+    would have none, so it is refused.
+
     Attributes:
         rank: r.
         alpha: the scale is ``alpha / rank``; ``None`` for a scale of 1.
         rank_stabilized: the scale is ``alpha / √rank`` (Kalajdzievski 2023, "rsLoRA").
+        ops: of the layers it goes to: ``linear``, ``embedding``, ``conv``.
     """
 
     kind: ClassVar[str] = "lora"
@@ -31,37 +48,48 @@ class LoRA(AdapterKind):
     rank: int = 8
     alpha: float | None = None
     rank_stabilized: bool = False
+    ops: tuple[str, ...] = ("linear",)
 
     def __post_init__(self) -> None:
         whole(self.kind, "rank", self.rank)
         if self.alpha is not None:
             finite(self.kind, "alpha", self.alpha)
+        object.__setattr__(self, "ops", check_ops(self.kind, self.ops))
 
     @property
     def scale(self) -> float:
         """The factor of the branch."""
-        if self.alpha is None:
-            return 1.0
-        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+        return scaling(self.rank, self.alpha, rank_stabilized=self.rank_stabilized)
+
+    def sites(self, program: Program, selected: Predicate, *, head: bool) -> Iterator[Site | Refusal]:
+        """Layers of the ``ops``."""
+        return layer_sites(program, selected, self.ops, kind=self.kind, head=head)
 
     def check(self, site: Site) -> str | None:
         """A rank above the weight's smaller side is an error."""
+        if site.groups > 1:
+            return f"a convolution with {site.groups} groups has no product of two thin ones"
         check_rank(self.kind, self.rank, site)
         return None
 
     def factors(self, site: Site, draw: Draw) -> dict[str, Factor]:
         """``lora_A [r, in]`` and ``lora_B [out, r]``."""
-        out, into = site.features
-        return {
-            "lora_A": Factor(draw.kaiming_uniform(self.rank, into).to(site.dtype)),
-            "lora_B": Factor(torch.zeros(out, self.rank, dtype=site.dtype)),
-        }
+        (out, into), ones = site.features, (1,) * len(site.kernel)
+        if site.op == "embedding":
+            a, b = torch.zeros(self.rank, into), draw.normal(out, self.rank)
+        else:
+            a, b = draw.kaiming_uniform(self.rank, into, *site.kernel), torch.zeros(out, self.rank, *ones)
+        return {"lora_A": Factor(a.to(site.dtype)), "lora_B": Factor(b.to(site.dtype))}
 
     def build(self, builder: Builder, site: Site, factors: Mapping[str, fx.Node]) -> None:
         """The scale goes where the numbers are fewest."""
-        hidden = builder.scaled(builder.linear(site.x, factors["lora_A"]), self.scale)
-        builder.adapt(site.node, builder.plus(site.node, builder.linear(hidden, factors["lora_B"])))
+        a, b = factors["lora_A"], factors["lora_B"]
+        hidden = builder.scaled(builder.through(builder.call("aten.t", a) if site.op == "embedding" else a), self.scale)
+        branch = builder.pointwise(hidden, b) if site.op == "conv" else builder.linear(hidden, b)
+        builder.adapt(site.node, builder.plus(site.node, branch))
 
     def merged(self, site: Site, dense: Dense, factors: Mapping[str, torch.Tensor]) -> Dense:
         """``W + s B A``."""
-        return Dense(dense.weight + self.scale * factors["lora_B"] @ factors["lora_A"], dense.bias)
+        product = self.scale * factors["lora_B"].flatten(1) @ factors["lora_A"].flatten(1)
+        product = product.t() if site.op == "embedding" else product.view_as(dense.weight)
+        return Dense(dense.weight + product, dense.bias)

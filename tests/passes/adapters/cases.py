@@ -67,6 +67,10 @@ class Case:
 SHAPES = ((WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN))
 
 
+# 24 = 4 · 6 and 36 = 6 · 6, the nearest to their roots
+SPLITS = tuple(tuple({24: (4, 6), 36: (6, 6)}[side] for side in shape) for shape in SHAPES)
+
+
 def low_rank(rank: int) -> int:
     """Numbers of two thin matrices beside every linear."""
     return 2 * sum(rank * (out + into) for out, into in SHAPES)
@@ -75,8 +79,21 @@ def low_rank(rank: int) -> int:
 CASES: dict[str, Case] = {
     "lora": Case(gw.LoRA(rank=4, alpha=8), low_rank(4)),
     "lora-rs": Case(gw.LoRA(rank=3, alpha=6, rank_stabilized=True), low_rank(3)),
+    "lora-fa": Case(gw.LoRAFA(rank=4), 2 * sum(4 * out for out, _ in SHAPES)),
+    "dora": Case(gw.DoRA(rank=3, alpha=6), low_rank(3) + 2 * sum(out for out, _ in SHAPES), dense=True),
+    "vera": Case(gw.VeRA(rank=16), 2 * sum(16 + out for out, _ in SHAPES)),
+    "vera-drawn": Case(gw.VeRA(rank=16, seed=3, save_projection=False), 2 * sum(16 + out for out, _ in SHAPES)),
+    "lokr": Case(gw.LoKr(rank=2, alpha=4), 2 * sum(a * c + 2 * (b + d) for (a, b), (c, d) in SPLITS)),
+    "lokr-both": Case(gw.LoKr(rank=1, decompose_both=True), 2 * sum(a + c + b + d for (a, b), (c, d) in SPLITS)),
+    "lokr-whole": Case(gw.LoKr(rank=9), 2 * sum(a * c + b * d for (a, b), (c, d) in SPLITS)),
+    "loha": Case(gw.LoHa(rank=3, alpha=6), 2 * low_rank(3)),
+    "ia3": Case(gw.IA3(), 2 * sum(out for out, _ in SHAPES)),
+    "ia3-input": Case(gw.IA3(side="input"), 2 * sum(into for _, into in SHAPES)),
     "krona": Case(gw.KronA(), 2 * (2 * 24 + 2 * (27 + 32))),
     "krona-a": Case(gw.KronA((12, 4), scale=2.0), 2 * sum(48 + (o // 12) * (i // 4) for o, i in SHAPES)),
+    "krona-block": Case(gw.KronABlock(), 2 * (2 * 12 + 2 * 12)),
+    "krona-block-a": Case(gw.KronABlock((6, 4), scale=4.0, biases=1), 2 * (6 * 4 + 4 * 6 + WIDTH)),
+    "krona-block-residual": Case(gw.KronABlock((3, 8), biases=2, residual=True), 2 * (24 + 24 + 2 * WIDTH + 1)),
 }
 
 

@@ -1,0 +1,141 @@
+"""LoRA in PEFT's layout, both ways, with PEFT as the oracle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.passes.adapters.peft_models import IDS, MODELS, adapted, check_read, check_written, first, llama, ours, peft
+
+import graphwright as gw
+from graphwright.passes.adapters.files import load_adapter
+from graphwright.passes.adapters.inserted import adapters_of
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_plain(name: str, tmp_path: Path) -> None:
+    build, targets = MODELS[name]
+    program = check_read(build, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets), tmp_path)
+    kinds = {site.kind for site in adapters_of(program)["default"].sites.values()}
+    assert kinds == {gw.LoRA(rank=4, alpha=6)}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {"layers.0.self_attn.q_proj": 6, "v_proj": 2},
+        "alpha_pattern": {"^model.*up_proj": 3},
+    },
+    "dropout": {"lora_dropout": 0.3},
+    "all": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*\.1\..*(q|v)_proj"},
+    "layers": {"layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_options(name: str, tmp_path: Path) -> None:
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "up_proj"], **OPTIONS[name]}
+    check_read(llama, peft.LoraConfig(**options), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [gw.LoRA(rank=3), gw.LoRA(rank=3, alpha=2.5), gw.LoRA(3, rank_stabilized=True)])
+def test_made_here(kind: gw.LoRA, tmp_path: Path) -> None:
+    program = ours(llama, kind, where="*q_proj", overrides={"*.layers.1.*": {"rank": 5}})
+    with torch.no_grad():
+        for parameter in program.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    check_written(llama, program, tmp_path)
+
+
+def changed(folder: Path, **options: Any) -> Path:
+    """A folder of PEFT's with other options."""
+    adapted(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+        ({"use_qalora": True}, "use_qalora=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
+        ({"peft_type": "BOFT"}, "peft_type 'BOFT' is not supported"),
+        ({"of_tomorrow": 3}, "of_tomorrow=3"),
+    ],
+)
+def test_what_is_not_supported_is_named(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(gw.InputError, match=said):
+        load_adapter(changed(tmp_path, **options))
+
+
+def test_pickled_tensors_are_not_read(tmp_path: Path) -> None:
+    adapted(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(gw.SerializationError, match="pickled"):
+        load_adapter(tmp_path)
+
+
+def test_another_models_adapter_says_what_differs(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = changed(tmp_path)
+    other = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=36,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            use_cache=False,
+        )
+    ).eval()
+    with pytest.raises(gw.InputError) as caught:
+        gw.optimize(other, [gw.InsertAdapters(folder)], example_inputs={"input_ids": IDS})
+    said = str(caught.value)
+    assert "model.layers.0.self_attn.q_proj: saved for {'op': 'linear', 'features': [24, 24]}" in said
+    assert "model.layers.1.self_attn.q_proj: the program has no such layer" in said
+
+
+def test_a_kind_that_peft_lacks(tmp_path: Path) -> None:
+    program = ours(llama, gw.KronA(), where="*q_proj")
+    with pytest.raises(gw.InputError, match="no layout for the kind 'krona'"):
+        gw.save_adapter(program, tmp_path, layout="peft")
+    with pytest.raises(gw.InputError, match="'graphwright' or 'peft'"):
+        gw.save_adapter(program, tmp_path, layout="PEFT")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_means_itself_alone(tmp_path: Path) -> None:
+    """PEFT would take a list's "q" for "inner.q" too."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q = torch.nn.Linear(6, 6)
+            self.inner = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 6)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.inner["q"](self.q(x))
+            return y
+
+    x = torch.randn(3, 6)
+    program = gw.optimize(Net(), [gw.InsertAdapters(gw.LoRA(2), where="q")], example_inputs=x)
+    with torch.no_grad():
+        for parameter in program.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    gw.save_adapter(program, tmp_path, layout="peft")
+    model = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    assert torch.allclose(model(x), program(x), atol=1e-6)
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora" in n) == 24
+    assert first((x,)) is x
