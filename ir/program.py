@@ -19,6 +19,7 @@ from graphwright.ir.signature import Signature
 from graphwright.ir.types import DECLARED, VAL, Dim, SymbolTable, TensorType, ValueType
 
 if TYPE_CHECKING:
+    from graphwright.ir.checkpointing import Checkpointed
     from graphwright.ir.rewriter import Rewriter
 
 
@@ -49,6 +50,7 @@ class Snapshot:
     aliases: Mapping[str, str]
     journal: tuple[JournalEntry, ...]
     records: Mapping[str, Any] = field(default_factory=dict)
+    symbols: SymbolTable | None = None
     kept: Mapping[str, Any] = field(default_factory=dict)
     signature: Signature | None = None
 
@@ -102,6 +104,7 @@ class Program(nn.Module):
         self.notes: dict[str, Any] = {}
         self.origin: Any = None
         self.training = False
+        self._checkpointed: Checkpointed | None = None
 
     # -- the graph ---------------------------------------------------------------------------------------------------
 
@@ -305,7 +308,17 @@ class Program(nn.Module):
         """
         flat = self.signature.flatten(args, kwargs)
         self.check_inputs(flat)
-        return self.signature.unflatten(self.body(*flat))
+        return self.signature.unflatten(self.run_graph(*flat))
+
+    def run_graph(self, *inputs: torch.Tensor) -> Any:
+        """Run the graph on flat inputs; with gradients, as :func:`graphwright.checkpoint_blocks` has it."""
+        from graphwright.ir.checkpointing import Checkpointed, is_checkpointed
+
+        if not (torch.is_grad_enabled() and is_checkpointed(self)):
+            return self.body(*inputs)
+        if self._checkpointed is None:
+            self._checkpointed = Checkpointed()
+        return self._checkpointed(self, inputs)
 
     def check_inputs(self, flat: list[torch.Tensor]) -> None:
         """Check the dtype and sizes of flat inputs against the graph.
@@ -381,6 +394,7 @@ class Program(nn.Module):
             dict(self.aliases),
             tuple(self.journal),
             records,
+            self.symbols,
             dict(self.kept),
             self.signature,
         )
@@ -391,6 +405,7 @@ class Program(nn.Module):
         self.aliases = dict(snapshot.aliases)
         self.journal = list(snapshot.journal)
         self.records = copy.deepcopy(dict(snapshot.records))
+        self.symbols = snapshot.symbols or self.symbols
         self.kept = dict(snapshot.kept)
         self.signature = snapshot.signature or self.signature
         self.replacements = {}

@@ -104,6 +104,21 @@ class Signature:
             names.append(text if text and not text[0].isdigit() else f"output_{text or 0}")
         return names
 
+    def tensor_arguments(self) -> list[str]:
+        """Names of the arguments that hold tensors; one that has no name has its number."""
+        args_spec, kwargs_spec = self.in_spec.children()
+        names = [
+            self.parameters[index] if index < len(self.parameters) else str(index)
+            for index in range(args_spec.num_children)
+        ]
+        found, leaf = [], 0
+        children = [*args_spec.children(), *kwargs_spec.children()]
+        for name, child in zip([*names, *kwargs_spec.context], children, strict=True):
+            if any(each is not None for each in self.inputs[leaf : leaf + child.num_leaves]):
+                found.append(name)
+            leaf += child.num_leaves
+        return found
+
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args_spec, kwargs_spec = self.in_spec.children()
         positional, keywords = args_spec.num_children, list(kwargs_spec.context)

@@ -44,9 +44,11 @@ if TYPE_CHECKING:
     from graphwright.frontends.huggingface import load_huggingface as load_huggingface
     from graphwright.frontends.huggingface.quantized import SavedModel as SavedModel
     from graphwright.frontends.huggingface.quantized import save_quantized as save_quantized
+    from graphwright.frontends.huggingface.trainer import trainable as trainable
     from graphwright.frontends.recipes import load_recipe as load_recipe
     from graphwright.frontends.recipes import save_recipe as save_recipe
     from graphwright.frontends.torch import trace as trace
+    from graphwright.ir.checkpointing import checkpoint_blocks as checkpoint_blocks
     from graphwright.ir.cost import cost_of as cost_of
     from graphwright.ir.diff import diff as diff
     from graphwright.ir.equality import structurally_equal as structurally_equal
@@ -83,20 +85,36 @@ if TYPE_CHECKING:
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
+    from graphwright.passes.adapters import ETHER as ETHER
     from graphwright.passes.adapters import IA3 as IA3
+    from graphwright.passes.adapters import NOLA as NOLA
+    from graphwright.passes.adapters import OFT as OFT
     from graphwright.passes.adapters import AdapterKind as AdapterKind
     from graphwright.passes.adapters import AdaptersAsInputs as AdaptersAsInputs
+    from graphwright.passes.adapters import BitFit as BitFit
+    from graphwright.passes.adapters import Compacter as Compacter
+    from graphwright.passes.adapters import DeleteRanks as DeleteRanks
+    from graphwright.passes.adapters import DePT as DePT
     from graphwright.passes.adapters import DoRA as DoRA
+    from graphwright.passes.adapters import ETHERPlus as ETHERPlus
     from graphwright.passes.adapters import GateAdapters as GateAdapters
+    from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
     from graphwright.passes.adapters import KronABlock as KronABlock
+    from graphwright.passes.adapters import LoDA as LoDA
     from graphwright.passes.adapters import LoHa as LoHa
     from graphwright.passes.adapters import LoKr as LoKr
     from graphwright.passes.adapters import LoRA as LoRA
     from graphwright.passes.adapters import LoRAFA as LoRAFA
+    from graphwright.passes.adapters import LoRAXS as LoRAXS
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
+    from graphwright.passes.adapters import ParallelAdapter as ParallelAdapter
+    from graphwright.passes.adapters import PrefixTuning as PrefixTuning
+    from graphwright.passes.adapters import PromptTuning as PromptTuning
+    from graphwright.passes.adapters import ReduceProjections as ReduceProjections
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
+    from graphwright.passes.adapters import SoRA as SoRA
     from graphwright.passes.adapters import UnmergeAdapters as UnmergeAdapters
     from graphwright.passes.adapters import VeRA as VeRA
     from graphwright.passes.adapters import adapter_inputs as adapter_inputs
@@ -107,6 +125,7 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
     from graphwright.passes.adapters import load_adapter as load_adapter
     from graphwright.passes.adapters import save_adapter as save_adapter
+    from graphwright.passes.adapters import shrink_gates as shrink_gates
     from graphwright.passes.base import Pass as Pass
     from graphwright.passes.base import RulePass as RulePass
     from graphwright.passes.bisection import bisect as bisect
@@ -165,6 +184,8 @@ if TYPE_CHECKING:
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.training import TrainingMemory as TrainingMemory
+    from graphwright.passes.training import training_memory as training_memory
     from graphwright.passes.verification import Verification as Verification
     from graphwright.passes.verification import Verifier as Verifier
 
@@ -180,21 +201,27 @@ _EXPORTS: dict[str, str] = {
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
     "AutoRound": "graphwright.passes.quantization",
     "BackendError": "graphwright.ir.errors",
+    "BitFit": "graphwright.passes.adapters",
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
+    "Compacter": "graphwright.passes.adapters",
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
+    "DePT": "graphwright.passes.adapters",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
+    "DeleteRanks": "graphwright.passes.adapters",
     "Dim": "graphwright.ir.types",
     "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
     "DumpIR": "graphwright.passes.hooks",
+    "ETHER": "graphwright.passes.adapters",
+    "ETHERPlus": "graphwright.passes.adapters",
     "EliminateCommonSubexpressions": "graphwright.passes.cleanup",
     "Exact": "graphwright.passes.contract",
     "ExportError": "graphwright.ir.errors",
@@ -215,6 +242,7 @@ _EXPORTS: dict[str, str] = {
     "GraphwrightError": "graphwright.ir.errors",
     "HoistRowSelection": "graphwright.passes.decoding",
     "Hook": "graphwright.passes.hooks",
+    "HoulsbyAdapter": "graphwright.passes.adapters",
     "Hqq": "graphwright.passes.quantization",
     "IA3": "graphwright.passes.adapters",
     "InputError": "graphwright.ir.errors",
@@ -224,36 +252,44 @@ _EXPORTS: dict[str, str] = {
     "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LoDA": "graphwright.passes.adapters",
     "LoHa": "graphwright.passes.adapters",
     "LoKr": "graphwright.passes.adapters",
     "LoRA": "graphwright.passes.adapters",
     "LoRAFA": "graphwright.passes.adapters",
+    "LoRAXS": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
     "LowRank": "graphwright.passes.quantization",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "MergeAdapters": "graphwright.passes.adapters",
+    "NOLA": "graphwright.passes.adapters",
     "Nearest": "graphwright.passes.quantization",
+    "OFT": "graphwright.passes.adapters",
     "OptimizedDecoder": "graphwright.frontends.generation.optimized",
     "OptimizedModel": "graphwright.frontends.api",
     "OrderError": "graphwright.ir.errors",
     "PackedDecoder": "graphwright.frontends.generation.packed",
     "PackedModel": "graphwright.backends.cpu",
+    "ParallelAdapter": "graphwright.passes.adapters",
     "Pass": "graphwright.passes.base",
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "PrefixTuning": "graphwright.passes.adapters",
     "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
     "ProgramError": "graphwright.ir.errors",
     "PromptCache": "graphwright.frontends.generation.prompt_cache",
     "PromptLookup": "graphwright.frontends.generation.drafts",
+    "PromptTuning": "graphwright.passes.adapters",
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
     "QuantizeAttention": "graphwright.passes.quantization",
     "QuantizeEmbeddings": "graphwright.passes.quantization",
     "QuantizeLinears": "graphwright.passes.quantization",
     "RecipeError": "graphwright.ir.errors",
+    "ReduceProjections": "graphwright.passes.adapters",
     "Refusal": "graphwright.ir.pattern",
     "Relative": "graphwright.frontends.autoquantize",
     "RemoveAdapters": "graphwright.passes.adapters",
@@ -274,6 +310,7 @@ _EXPORTS: dict[str, str] = {
     "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
     "SmoothActivations": "graphwright.passes.quantization",
+    "SoRA": "graphwright.passes.adapters",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "Stream": "graphwright.frontends.generation.stream",
@@ -281,6 +318,7 @@ _EXPORTS: dict[str, str] = {
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
     "TrainEquivalentScales": "graphwright.passes.quantization",
+    "TrainingMemory": "graphwright.passes.training",
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
     "TypeMismatch": "graphwright.ir.errors",
@@ -299,6 +337,7 @@ _EXPORTS: dict[str, str] = {
     "any_": "graphwright.ir.pattern",
     "auto_quantize": "graphwright.frontends.autoquantize",
     "bisect": "graphwright.passes.bisection",
+    "checkpoint_blocks": "graphwright.ir.checkpointing",
     "const": "graphwright.ir.pattern",
     "cost_of": "graphwright.ir.cost",
     "diff": "graphwright.ir.diff",
@@ -322,10 +361,13 @@ _EXPORTS: dict[str, str] = {
     "save_quantized": "graphwright.frontends.huggingface.quantized",
     "save_recipe": "graphwright.frontends.recipes",
     "sensitivities": "graphwright.passes.quantization",
+    "shrink_gates": "graphwright.passes.adapters",
     "skip_by_kurtosis": "graphwright.passes.quantization",
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",
     "trace": "graphwright.frontends.torch",
+    "trainable": "graphwright.frontends.huggingface.trainer",
+    "training_memory": "graphwright.passes.training",
     "verify": "graphwright.ir.verifier",
     "weight": "graphwright.ir.pattern",
 }

@@ -15,6 +15,7 @@ from torch import fx
 from graphwright.ir.errors import InputError
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
+from graphwright.passes.adapters.layers import layer_site
 from graphwright.passes.adapters.sites import Site, linear_sites
 from graphwright.passes.selection import Predicate
 
@@ -90,12 +91,14 @@ class AdapterKind(ABC):
 
     - ``kind``: its name, lower case, as recipes and files have it.
     - ``unmergeable``: why it cannot become part of the weights; ``None`` when it can.
+    - ``stored``: what it starts with is of the weight, rounded to the weight's dtype, so the same means that much.
     - ``identity``: whether the model computes the same right after it was put in; see also :meth:`starts_as_identity`.
     """
 
     kind: ClassVar[str]
     unmergeable: ClassVar[str | None] = None
     identity: ClassVar[bool] = True
+    stored: ClassVar[bool] = False
 
     def sites(self, program: Program, selected: Predicate, *, head: bool) -> Iterator[Site | Refusal]:
         """The places of a program for this kind, each whole or with the reason why not; linears by default.
@@ -106,6 +109,10 @@ class AdapterKind(ABC):
             head: the output head too.
         """
         return linear_sites(program, selected, head=head)
+
+    def site_at(self, program: Program, node: fx.Node) -> Site | str | None:
+        """The place at one node, which merging writes into; why it cannot be adapted; ``None`` where there is none."""
+        return layer_site(program, node)
 
     def check(self, site: Site) -> str | None:
         """Why the kind does not fit a site, or ``None``. Wrong options are errors, not reasons.

@@ -19,6 +19,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.provenance import tags_of
 from graphwright.ir.types import VAL, fake_of
 from graphwright.passes.adapters.sites import ADAPTER, Site, linear_site, refusal
+from graphwright.passes.fusion.linears import attention_operands
 from graphwright.passes.quantization.targets import is_head
 from graphwright.passes.selection import Predicate
 
@@ -169,6 +170,32 @@ def attention_at(program: Program, inner: fx.Node) -> Block | str | None:
     if len(inputs) != 1:
         return f"the query of %{inner.name} depends on {len(inputs) or 'no'} linears, not on one"
     return Block(ATTENTION, next(iter(inputs)), last, (), inner)
+
+
+def projections_at(program: Program, inner: fx.Node) -> tuple[Site, ...] | str | None:
+    """The linears that give an attention its query, key and value: three, or the one for all.
+
+    Args:
+        program: where.
+        inner: any node; one that is a whole attention counts.
+
+    Returns:
+        the linears, in order; why they are none that belong together; ``None`` where a node is no attention.
+    """
+    if op_name(inner) not in _ATTENTIONS:
+        return None
+    found: list[Site] = []
+    for operand in attention_operands(inner):
+        linears, _, _ = _linears_behind(program, operand, everything=True)
+        if len(linears) != 1:
+            return f"%{operand.name} depends on {len(linears) or 'no'} linears, not on one"
+        found.append(linears[0])
+    distinct = {site.node: site for site in found}
+    if len({_bare(site.x) for site in found}) > 1:
+        return "query, key and value read different values"
+    if len(distinct) == 2:
+        return "two of query, key and value come from one linear and the third from another"
+    return tuple(distinct.values())
 
 
 def _query(node: fx.Node) -> fx.Node | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -99,9 +99,40 @@ class Builder:
         """x in another dtype; x itself where it has that one."""
         return x if x.meta["val"].dtype == dtype else self.call("aten.to.dtype", x, dtype)
 
-    def adapt(self, old: fx.Node, new: fx.Node) -> None:
-        """Let all users of ``old``, but the adapter, read ``new``, whose first operands lead back to ``old``."""
-        self.rewriter.redirect(self._standing(old), new, besides=self._made)
+    def as_used(self, weights: Mapping[str, fx.Node], stored: torch.dtype) -> dict[str, fx.Node]:
+        """Weights in the dtype of the site, where they are stored in another."""
+        used = dict(weights)
+        for key, node in weights.items():
+            if stored != self.site.dtype and node.meta["val"].dtype == stored:
+                used[key] = self.cast(node, self.site.dtype)
+        return used
+
+    def sink(self) -> None:
+        """Move what is computed from weights alone to where it is read, so that it lies in its layer.
+
+        New nodes without other operands are put in front of everything, where the layers' own order is not seen.
+        """
+        made, alone = sorted(self._made), set[fx.Node]()
+        for node in made:
+            if all(source.op == "get_attr" or source in alone for source in node.all_input_nodes):
+                alone.add(node)
+        for node in reversed(made):
+            if node in alone and node.users:
+                min(node.users).prepend(node)
+
+    def adapt(self, old: fx.Node, new: fx.Node, *, besides: Collection[fx.Node] = (), retyped: bool = False) -> None:
+        """Let all users of ``old``, but the adapter, read ``new``, whose first operands lead back to ``old``.
+
+        Args:
+            old: the bare value.
+            new: the adapted one.
+            besides: further users that go on reading ``old``.
+            retyped: the shapes differ: :meth:`Rewriter.retype` is called afterwards.
+        """
+        # Values of other shapes are not compared.
+        self.rewriter.redirect(
+            self._standing(old), new, besides={*self._made, *besides}, equivalent=not retyped, retyped=retyped
+        )
         self._exit(new)
 
     def feed(self, node: fx.Node, name: str, new: fx.Node) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,14 @@ class SavedAdapter:
         title: of the program it was trained in.
         kind: with the options that hold where no site has others.
         sites: by module path.
+        base: weights of the base that were saved along, by name; the program must have the same.
     """
 
     source: str
     title: str
     kind: AdapterKind
     sites: Mapping[str, SavedSite]
+    base: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def save_adapter(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from graphwright.ir.errors import InputError, SelectionError
@@ -27,6 +28,11 @@ from graphwright.passes.adapters.sites import ADAPTER, Site, refusal
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact, Retrain
 
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _NAME = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -57,6 +63,9 @@ class InsertAdapters(Pass):
         overrides: options of single sites: ``{"model.layers.0.*": {"rank": 4}}``; the first selection that fits counts.
         seed: of the numbers that new adapters start with.
         freeze: take the base's parameters from training.
+        dtype: in which the adapter's trained tensors are stored: ``float32``, ``bfloat16`` or ``float16``; ``None`` for
+            that of their layer. Beside a layer in half precision, float32 keeps steps of training that half precision
+            would round away; the tensors are rounded to the layer's dtype where they are used.
     """
 
     name: ClassVar[str] = "insert-adapters"
@@ -69,6 +78,7 @@ class InsertAdapters(Pass):
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     seed: int = 0
     freeze: bool = True
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +100,8 @@ class InsertAdapters(Pass):
         if isinstance(given, str) and not Path(given).exists():
             kind_of(given, where=f"{self.name}: adapter (there is no such file or folder either)")
         object.__setattr__(self, "adapter", given)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}", where=f"{self.name}: dtype")
         for key in self.overrides:
             selection.check(key, f"{self.name}: overrides")
         if self.overrides and not isinstance(given, AdapterKind):
@@ -98,7 +110,7 @@ class InsertAdapters(Pass):
     def effective_contract(self) -> Contract:
         """Exact where new adapters change nothing yet."""
         if isinstance(self.adapter, AdapterKind) and self.adapter.starts_as_identity():
-            return Exact()
+            return Exact(stored=self.adapter.stored)
         return Retrain()
 
     def options(self) -> dict[str, Any]:
@@ -142,7 +154,7 @@ class InsertAdapters(Pass):
             raise SelectionError(
                 f"there is no place for {kind.kind}",
                 where=f"{self.name}: where={self.where!r}",
-                hint=str(refusals[0]) if refusals else "the program has no layer of the kind it goes to",
+                hint=_foremost(refusals),
             )
         noted: dict[str, tuple[AdapterKind, dict[str, Any]]] = {}
         trained = 0
@@ -151,14 +163,17 @@ class InsertAdapters(Pass):
                 _freeze(rewriter)
             for path, places in sites.items():
                 first, own = places[0], kinds[path]
+                stored = first if self.dtype is None else dataclasses.replace(first, dtype=DTYPES[self.dtype])
                 factors = (
-                    own.factors(first, Draw(self.seed, path))
+                    own.factors(stored, Draw(self.seed, path))
                     if saved is None
-                    else _loaded(saved.sites[path], first, own)
+                    else _loaded(saved.sites[path], stored, own)
                 )
-                nodes = Builder(rewriter, self.adapter_name, first).weights(factors)
+                nodes = Builder(rewriter, self.adapter_name, first).weights(_frozen_as(first.dtype, factors))
                 for site in places:
-                    own.build(Builder(rewriter, self.adapter_name, site), site, nodes)
+                    builder = Builder(rewriter, self.adapter_name, site)
+                    own.build(builder, site, builder.as_used(nodes, stored.dtype))
+                    builder.sink()
                 tensors = {key: str(node.target) for key, node in nodes.items()}
                 noted[path] = (own, {**first.shapes(), "tensors": tensors})
             note_inserted(program, self.adapter_name, kind.settled([places[0] for places in sites.values()]), noted)
@@ -206,6 +221,12 @@ class InsertAdapters(Pass):
         return kinds
 
 
+def _foremost(refusals: Sequence[Refusal]) -> str:
+    """The reason of a place that was meant, else of any."""
+    meant = [each for each in refusals if not each.reason.startswith("not selected")]
+    return str((meant or list(refusals))[0]) if refusals else "the program has no layer of the kind it goes to"
+
+
 def _freeze(rewriter: Rewriter) -> None:
     program = rewriter.program
     adapters = {str(node.target) for node in program.nodes if node.op == "get_attr" and ADAPTER in tags_of(node)}
@@ -221,6 +242,16 @@ def _loaded(saved: SavedSite, site: Site, kind: AdapterKind) -> dict[str, Factor
         values = tensor.detach().to(factors[key].value.dtype, copy=True)  # not mapped: it will be trained
         factors[key] = dataclasses.replace(factors[key], value=values)
     return factors
+
+
+def _frozen_as(dtype: torch.dtype, factors: Mapping[str, Factor]) -> dict[str, Factor]:
+    """Factors that do not train in the dtype in which they are used: they gain nothing from another."""
+    return {
+        key: factor
+        if factor.trained or not factor.value.is_floating_point()
+        else dataclasses.replace(factor, value=factor.value.to(dtype))
+        for key, factor in factors.items()
+    }
 
 
 def _check_fits(
@@ -243,6 +274,11 @@ def _check_fits(
                 wrong.append(f"{path}.{key}: {'missing' if key in like else 'unknown'}")
             elif like[key].value.shape != there.tensors[key].shape:
                 wrong.append(f"{path}.{key}: {list(there.tensors[key].shape)}, not {list(like[key].value.shape)}")
+    present = program.tensors()
+    for name, tensor in saved.base.items():
+        here_ = present.get(program.aliases.get(name, name))
+        if here_ is None or here_.shape != tensor.shape or not torch.equal(here_, tensor.to(here_.dtype)):
+            wrong.append(f"{name}: a weight of the base that was saved along, and that the program has otherwise")
     if wrong:
         raise InputError(
             f"the adapter was saved from {saved.title!r} and does not fit {program.title!r}: {len(wrong)} of "

@@ -129,7 +129,7 @@ class RemoveAdapters(Pass):
             for adapter in chosen:
                 for site in adapter.sites.values():
                     for exit_ in site.exits:
-                        rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False)
+                        rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False, retyped=True)
                 forget(program, adapter.name)
         return bool(chosen)
 
@@ -158,7 +158,8 @@ def _chosen(program: Program, names: tuple[str, ...] | None) -> list[Inserted]:
 def _merge(rewriter: Rewriter, adapter: Inserted, losses: dict[str, Rounded] | None) -> None:
     """Merge one adapter; what rounding loses of packed weights is put into ``losses``, ``None`` to refuse them."""
     program = rewriter.program
-    done: set[tuple[fx.Node, tuple[int, int] | None]] = set()
+    # by the weights that are done: the bias, which the layer may not have had
+    done: dict[tuple[fx.Node, tuple[int, int] | None], fx.Node | None] = {}
     limits = program.notes.setdefault("local_limits", {}) if losses is not None else {}
     for site in adapter.sites.values():
         if adapter.name in program.records.get(GATED, ()):
@@ -181,14 +182,15 @@ def _merge(rewriter: Rewriter, adapter: Inserted, losses: dict[str, Rounded] | N
                 raise InputError(
                     "the weight is packed, and merging would round the adapter away", where=site.path, hint=_REMEDY
                 )
-            if (place.stored, place.rows) not in done:  # a module that is called several times
+            key = place.stored, place.rows
+            if key not in done:  # a module that is called several times
                 check_readers(program, place, places.values(), adapter.name)
-                loss = write_merged(rewriter, place, site)
+                done[key], loss = write_merged(rewriter, place, site)
                 if loss is not None and losses is not None:
                     losses[str(place.stored.target)] = loss
-                done.add((place.stored, place.rows))
             fed = next((exit_ for exit_ in exits if exit_ is place.site.x), None)
-            merged = called_anew(rewriter, place, place.site.x if fed is None else base_of(fed, adapter.name))
+            x = place.site.x if fed is None else base_of(fed, adapter.name)
+            merged = called_anew(rewriter, place, x, done[key])
             rewriter.replace(next((exit_ for exit_ in exits if exit_ is not fed), place.site.node), merged)
             epsilon = torch.finfo(place.site.dtype).eps
             limits[merged.name] = place.packed.local_limit if place.packed is not None else _STORED * epsilon

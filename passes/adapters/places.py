@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from graphwright.ir.arguments import argument, arguments_of
 from graphwright.ir.errors import InputError
@@ -18,9 +18,8 @@ from graphwright.ir.types import VAL
 from graphwright.passes.adapters.base import Dense
 from graphwright.passes.adapters.builder import exit_tag, tag_of
 from graphwright.passes.adapters.inserted import Inserted, InsertedSite, base_of, fed_by
-from graphwright.passes.adapters.layers import layer_site
 from graphwright.passes.adapters.packed import PackedBase
-from graphwright.passes.adapters.sites import ADAPTER, PACKED_LINEARS, Site
+from graphwright.passes.adapters.sites import ADAPTER, Site
 from graphwright.passes.quantization.loss import Loss
 
 
@@ -70,7 +69,7 @@ def place_of(program: Program, adapter: Inserted, site: InsertedSite, exit_: fx.
         )
     stacked = _stacked_in(base)
     node, rows = (base, None) if stacked is None else stacked
-    found = layer_site(program, node)
+    found = site.kind.site_at(program, node)
     if not isinstance(found, Site) or (fed is not None and found.x is not exit_):
         raise InputError(
             f"the layer cannot take an adapter in: {found or f'%{node.name} is none that it lies beside'}",
@@ -85,15 +84,11 @@ def place_of(program: Program, adapter: Inserted, site: InsertedSite, exit_: fx.
             where=site.path,
             hint="merge first the one that was put in last, or keep them",
         )
-    if found.packed and op_name(node) not in PACKED_LINEARS:
-        raise InputError(
-            "the weight is packed, and is no linear's", where=site.path, hint="keep the adapter beside the weight"
-        )
     packed = PackedBase.at(program, node, rows) if found.packed else None
     return Place(found, rows, None if rows is None else base, packed)
 
 
-def _reads(exit_: fx.Node, name: str, layer: Site) -> Iterator[fx.Node]:
+def _reads(exit_: fx.Node, name: str, place: Site) -> Iterator[fx.Node]:
     """What an adapter's nodes read that is neither theirs nor a weight."""
     tag, stack, seen = tag_of(name), [exit_], set[fx.Node]()
     while stack:
@@ -102,7 +97,7 @@ def _reads(exit_: fx.Node, name: str, layer: Site) -> Iterator[fx.Node]:
             if source in seen or source.op == "get_attr" or not isinstance(source.meta[VAL], torch.Tensor):
                 continue
             seen.add(source)
-            if tag in tags_of(source) and source is not layer.x and exit_tag(name) not in tags_of(source):
+            if tag in tags_of(source) and source is not place.x and exit_tag(name) not in tags_of(source):
                 stack.append(source)
             else:
                 yield source
@@ -115,7 +110,7 @@ def _stacked_in(node: fx.Node) -> tuple[fx.Node, tuple[int, int]] | None:
         return None
     linear, sizes, dim = (argument(split, key) for key in ("self", "split_sizes", "dim"))
     index = node.args[1]
-    if not isinstance(index, int) or dim not in (-1, linear.meta[VAL].dim() - 1):
+    if not isinstance(index, int) or dim not in (-1, linear.meta["val"].dim() - 1):
         return None
     start = sum(sizes[:index])
     return linear, (start, start + sizes[index])
@@ -152,8 +147,12 @@ class Rounded:
     of_adapter: float
 
 
-def write_merged(rewriter: Rewriter, place: Place, site: InsertedSite) -> Rounded | None:
-    """Give the weight the values with the adapter in them; what rounding lost, where it is packed."""
+def write_merged(rewriter: Rewriter, place: Place, site: InsertedSite) -> tuple[fx.Node | None, Rounded | None]:
+    """Give the weight and bias the values with the adapter in them.
+
+    Returns:
+        the bias, a new one where the layer had none and the adapter has; and what rounding lost, where it is packed.
+    """
     program, target = rewriter.program, place.site
     factors = {key: program.tensor(name).detach().double() for key, name in site.tensors.items()}
     bias = program.tensor(target.bias).detach()[place.span].double() if target.bias is not None else None
@@ -163,24 +162,44 @@ def write_merged(rewriter: Rewriter, place: Place, site: InsertedSite) -> Rounde
         stored = program.tensor(place.stored).detach()
         dense = (stored.t() if target.transposed else stored)[place.span].double()
     merged = site.kind.merged(target, Dense(dense, bias), factors)
-    if bias is not None and merged.bias is not None and not torch.equal(merged.bias, bias):
-        assert target.bias is not None
-        values = program.tensor(target.bias).detach().clone()
-        values[place.span] = merged.bias.to(values.dtype)
-        rewriter.rebind(target.bias, values)
+    new_bias = _write_bias(rewriter, place, bias, merged.bias)
     if place.packed is not None:
         change = float((merged.weight - dense).square().sum())
         loss = place.packed.write(rewriter, merged.weight)
-        return Rounded(loss, (loss.error / change) ** 0.5 if change > 0 else float("inf"))
+        return new_bias, Rounded(loss, (loss.error / change) ** 0.5 if change > 0 else float("inf"))
     new = merged.weight.to(stored.dtype)
     if place.rows is not None:
         new, part = (stored.t() if target.transposed else stored).clone(), new
         new[place.span] = part
     rewriter.rebind(place.stored, (new.t() if target.transposed else new).contiguous())
-    return None
+    return new_bias, None
 
 
-def called_anew(rewriter: Rewriter, place: Place, x: fx.Node) -> fx.Node:
+def _write_bias(rewriter: Rewriter, place: Place, old: torch.Tensor | None, new: torch.Tensor | None) -> fx.Node | None:
+    """Give the bias its merged values, and the layer one where it had none; returns its node."""
+    program, target = rewriter.program, place.site
+    if new is None or (old is not None and torch.equal(new, old)):
+        return target.bias
+    if target.bias is not None:
+        values = program.tensor(target.bias).detach().clone()
+        values[place.span] = new.to(values.dtype)
+        rewriter.rebind(target.bias, values)
+        return target.bias
+    if "bias" not in arguments_of(target.node):
+        raise InputError(
+            f"%{target.node.name} is a product that takes no bias, and the adapter has one",
+            where=target.path,
+            hint="run Cleanup first, which makes it a linear",
+        )
+    made = torch.zeros(target.node.meta[VAL].shape[-1] if place.rows is not None else len(new), dtype=target.dtype)
+    made[place.span] = new.to(made.dtype)
+    stored = program.tensor(place.stored)
+    if isinstance(stored, nn.Parameter):
+        made = nn.Parameter(made, stored.requires_grad)
+    return rewriter.weight(f"{target.path}.bias".lstrip("."), made, like=target.node)
+
+
+def called_anew(rewriter: Rewriter, place: Place, x: fx.Node, bias: fx.Node | None) -> fx.Node:
     """The layer as a node of its own, because the bare one's value, by whose name it is known, is another.
 
     Where several linears are stacked, the other parts read the new one as well.
@@ -189,12 +208,16 @@ def called_anew(rewriter: Rewriter, place: Place, x: fx.Node) -> fx.Node:
         rewriter: of the program.
         place: the layer.
         x: its input.
+        bias: its bias.
 
     Returns:
         the node that gives what the merged layer does.
     """
     old = place.site.node
-    new = rewriter.call(old.target, like=old, name=old.name, **{**arguments_of(old), place.site.input_name: x})
+    given = {**arguments_of(old), place.site.input_name: x}
+    if bias is not place.site.bias:
+        given["bias"] = bias
+    new = rewriter.call(old.target, like=old, name=old.name, **given)
     if place.part is None:
         return new
     old_split = place.part.args[0]

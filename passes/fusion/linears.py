@@ -160,7 +160,7 @@ class FuseQKV(MergeLinears):
         for node in program.nodes:
             if op_name(node) not in _ATTENTION:
                 continue
-            found = [_linear_behind(operand) for operand in _operands(node)]
+            found = [_linear_behind(operand) for operand in attention_operands(node)]
             reasons = [item for item in found if isinstance(item, str)]
             if reasons:
                 yield Refusal(self.name, node.name, path_of(node), reasons[0], 2)
@@ -232,7 +232,7 @@ class FuseGateUp(MergeLinears):
                 yield Group(tuple(linears), "gate_up_proj")
 
 
-def _operands(node: fx.Node) -> list[Any]:
+def attention_operands(node: fx.Node) -> list[Any]:
     """Query, key and value of an attention; with a cache, the new ones."""
     if op_name(node) != _CACHED:
         return [argument(node, name) for name in ("query", "key", "value")]

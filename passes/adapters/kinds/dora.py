@@ -30,6 +30,7 @@ class DoRA(AdapterKind):
     """
 
     kind: ClassVar[str] = "dora"
+    stored: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float | None = None

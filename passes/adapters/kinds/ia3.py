@@ -26,7 +26,8 @@ class IA3(AdapterKind):
     Trains ``out`` or ``in`` numbers a linear, or channels of a convolution; they start at 1. The paper rescales keys,
     values and what the feed-forward's second linear reads::
 
-        InsertAdapters(IA3(), where="*(k_proj|v_proj|down_proj)", overrides={"*.down_proj": {"side": "input"}})
+        InsertAdapters(IA3(), where=["*.k_proj", "*.v_proj", "*.down_proj"],
+                       overrides={"*.down_proj": {"side": "input"}})
 
     Attributes:
         side: ``output`` or ``input``.

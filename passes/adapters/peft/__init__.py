@@ -24,12 +24,24 @@ TENSORS_FILE = "adapter_model.safetensors"
 
 # peft_type -> module of this package
 LAYOUTS: dict[str, str] = {
+    "IA3": "ia3",
+    "LOHA": "lycoris",
+    "LOKR": "lycoris",
     "LORA": "lora",
+    "OFT": "oft",
+    "VERA": "vera",
 }
 
 # kind of adapter -> the peft_type as which it is written
 WRITTEN: dict[str, str] = {
+    "dora": "LORA",
+    "ia3": "IA3",
+    "loha": "LOHA",
+    "lokr": "LOKR",
     "lora": "LORA",
+    "lora-fa": "LORA",
+    "oft": "OFT",
+    "vera": "VERA",
 }
 
 

@@ -104,12 +104,26 @@ class PeftFolder:
         for name, tensor in self.tensors.items():
             leaf = next((leaf for leaf in leaves if name.startswith(PREFIX) and name.endswith("." + leaf)), None)
             if leaf is None:
+                if name in self.base_names():
+                    continue
                 raise self.unknown(name)
             path = name.removeprefix(PREFIX).removesuffix("." + leaf)
             found.setdefault(path, {})[leaves[leaf]] = tensor
         if not found:
             raise SerializationError("the adapter has no tensors", where=self.source)
         return dict(sorted(found.items()))
+
+    def base_names(self) -> dict[str, str]:
+        """Tensors of the base that PEFT saves along where embeddings are adapted -> the names of these weights."""
+        return {
+            name: name.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer") + ".weight"
+            for name in self.tensors
+            if name.startswith(PREFIX) and name.endswith(".weight") and "lora_" not in name
+        }
+
+    def base(self) -> dict[str, torch.Tensor]:
+        """The weights of :meth:`base_names` by name."""
+        return {weight: self.tensors[name] for name, weight in self.base_names().items()}
 
     def unknown(self, name: str) -> SerializationError:
         """The error for a tensor that the adapter's type does not have."""
@@ -150,3 +164,14 @@ def usual(kinds: Mapping[str, AdapterKind], read: Callable[[Any], Any]) -> tuple
     values = {path: read(kind) for path, kind in kinds.items()}
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {f"^{re.escape(path)}": value for path, value in values.items() if value != most}
+
+
+def alpha_of(alpha: float | None, per_alpha: float) -> float:
+    """PEFT's ``alpha`` for ours; where we have none, the one that gives a scale of 1. Whole where it can be.
+
+    Args:
+        alpha: ours.
+        per_alpha: the scale that an ``alpha`` of 1 gives.
+    """
+    found = alpha if alpha is not None else 1 / per_alpha
+    return int(found) if float(found).is_integer() else found

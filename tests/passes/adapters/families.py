@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+import graphwright as gw
 
 IDS = torch.tensor([[5, 9, 3, 7, 2, 11], [8, 1, 13, 4, 6, 10]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -45,6 +48,16 @@ def t5() -> torch.nn.Module:
 
 
 FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {"bert": bert, "gpt2": gpt2, "llama": llama, "t5": t5}
+
+
+@functools.cache
+def _traced(family: str) -> gw.Program:
+    return gw.trace(FAMILIES[family](), BATCH)
+
+
+def traced(family: str) -> gw.Program:
+    """A program of a family; its weights are those that the family's function makes."""
+    return _traced(family).clone()
 
 
 def _made(model: Any, config: Any) -> torch.nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.adapters.families import BATCH, FAMILIES
+from tests.passes.adapters.families import BATCH, FAMILIES, traced
 from torch import nn
 
 import graphwright as gw
@@ -28,7 +28,7 @@ def found(program: gw.Program, kind: str) -> list[Block]:
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest) -> tuple[str, gw.Program]:
     name: str = request.param
-    return name, gw.trace(FAMILIES[name](), BATCH)
+    return name, traced(name)
 
 
 def test_of_every_family(family: tuple[str, gw.Program]) -> None:
@@ -48,12 +48,12 @@ def test_of_every_family(family: tuple[str, gw.Program]) -> None:
 @pytest.mark.parametrize("where", ["fused", "quantized", "adapted"])
 def test_as_well_after_other_passes(family: tuple[str, gw.Program], where: str) -> None:
     name, program = family
-    passes: list[gw.Pass] = {
+    tables: dict[str, list[gw.Pass]] = {
         "fused": [gw.Cleanup(), gw.FuseAll()],
         "quantized": [gw.Cleanup(), gw.QuantizeLinears(bits=8, group_size=16)],
         "adapted": [gw.InsertAdapters("lora"), gw.InsertAdapters("krona", adapter_name="second")],
-    }[where]
-    changed = gw.optimize(program, passes, example_inputs=BATCH)
+    }
+    changed = gw.optimize(program, tables[where], example_inputs=BATCH)
     assert [block.last.path for block in found(changed, FEED_FORWARD)] == [WHERE[name][0].format(i) for i in range(2)]
     assert [block.last.path for block in found(changed, ATTENTION)] == [WHERE[name][1].format(i) for i in range(2)]
 
