@@ -32,9 +32,13 @@ from graphwright.passes.adapters.kinds.prompt import DePT, PromptTuning
 from graphwright.passes.adapters.kinds.sora import SoRA
 from graphwright.passes.adapters.kinds.vera import VeRA
 from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
+from graphwright.passes.adapters.parameters import adapter_parameters
 from graphwright.passes.adapters.projections import ReduceProjections
+from graphwright.passes.adapters.unmerging import UnmergeAdapters
 
 __all__ = [
+    "UnmergeAdapters",
+    "adapter_parameters",
     "AdapterKind",
     "AdaptersAsInputs",
     "BitFit",
@@ -68,10 +72,8 @@ __all__ = [
     "ReduceProjections",
     "RemoveAdapters",
     "SoRA",
-    "UnmergeAdapters",
     "VeRA",
     "adapter_inputs",
-    "adapter_parameters",
     "adapter_tensors",
     "adapter_weights",
     "adapters_of",
