@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
@@ -131,6 +132,7 @@ def _keep(rewriter: Rewriter, name: str, site: InsertedSite, kept: torch.Tensor)
     places: list[tuple[str, Site]] = []
     for exit_, reader in zip(site.exits, sorted(readers), strict=True):
         base, x = base_of(exit_, name), reader.args[0]
+        assert isinstance(x, fx.Node)
         features = (int(base.meta[VAL].shape[-1]), int(x.meta[VAL].shape[-1]))
         places.append((exit_.name, Site(site.path, base, x, "", features, base.meta[VAL].dtype)))
         rewriter.replace(exit_, base, equivalent=False)

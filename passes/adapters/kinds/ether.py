@@ -138,12 +138,14 @@ def _projected(builder: Builder, x: fx.Node, vectors: fx.Node, factor: float) ->
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors / torch.linalg.vector_norm(vectors, 2, 1, keepdim=True)
+    norms: torch.Tensor = torch.linalg.vector_norm(vectors, 2, 1, keepdim=True)
+    return vectors / norms
 
 
 def _outer(unit: torch.Tensor) -> torch.Tensor:
     """``diag(ûᵢ ûᵢᵀ)``."""
-    return torch.block_diag(*(unit.unsqueeze(2) * unit.unsqueeze(1)))
+    found: torch.Tensor = torch.block_diag(*(unit.unsqueeze(2) * unit.unsqueeze(1)))
+    return found
 
 
 def _difference(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

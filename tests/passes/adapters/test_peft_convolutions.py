@@ -35,7 +35,7 @@ CONFIGS: dict[str, Any] = {
     "ia3": peft.IA3Config(target_modules=["first", "second"], feedforward_modules=["second"]),
     "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=["first", "second", "third"]),
     "lokr": peft.LoKrConfig(r=1, alpha=3, target_modules=["first", "third"]),
-    "lokr-whole": peft.LoKrConfig(r=9, target_modules=["first", "second", "third"]),
+    "lokr-whole": peft.LoKrConfig(r=9, target_modules=["first", "second"]),
     "lora": peft.LoraConfig(r=2, lora_alpha=6, target_modules=["first", "second", "third"]),
 }
 
@@ -52,6 +52,16 @@ def test_both_ways(name: str, tmp_path: Path) -> None:
     gw.save_adapter(program, tmp_path / "ours", layout="peft")
     again = peft.PeftModel.from_pretrained(Net(), tmp_path / "ours").eval()
     assert (again(X) - wanted).norm() <= 5e-6 * wanted.norm()
+
+
+def test_a_factor_that_peft_multiplies_otherwise_is_refused(tmp_path: Path) -> None:
+    adapted(Net(), peft.LoKrConfig(r=9, target_modules=["third"])).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(gw.InputError, match=r"third.lokr_w2 is a Conv1d's whole factor"):
+        load_adapter(tmp_path / "theirs")
+    kind = gw.LoKr(rank=9, ops=("conv",))
+    program = gw.optimize(Net(), [gw.InsertAdapters(kind, where="third")], example_inputs=X, verify=False)
+    with pytest.raises(gw.InputError, match=r"third.lokr_w2 is a Conv1d's whole factor"):
+        gw.save_adapter(program, tmp_path / "ours", layout="peft")
 
 
 def test_cores_of_kernels_are_refused(tmp_path: Path) -> None:

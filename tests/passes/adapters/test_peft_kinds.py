@@ -32,7 +32,10 @@ CONFIGS: dict[str, tuple[str, Any]] = {
         peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
     ),
     "oft": ("llama", peft.OFTConfig(oft_block_size=6, use_cayley_neumann=False, target_modules=LINEARS)),
-    "oft-count": ("bert", peft.OFTConfig(r=3, use_cayley_neumann=False, target_modules=MODELS["bert"][1])),
+    "oft-count": (
+        "bert",
+        peft.OFTConfig(r=3, oft_block_size=0, use_cayley_neumann=False, target_modules=MODELS["bert"][1]),
+    ),
     "vera": ("llama", peft.VeraConfig(r=8, target_modules=LINEARS)),
     "vera-drawn": (
         "bert",
