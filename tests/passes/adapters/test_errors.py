@@ -14,7 +14,6 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.passes.adapters.base import Dense
-from graphwright.passes.adapters.files import TENSORS_FILE
 
 LORA = gw.LoRA(rank=4, alpha=8)
 
@@ -25,11 +24,11 @@ class Wider(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         block = nn.Module()
-        block.q = nn.Linear(24, 30)  # type: ignore[assignment]
+        block.q = nn.Linear(24, 30)
         self.blocks = nn.ModuleList([block])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.blocks[0].q(x)  # type: ignore[operator, union-attr]
+        y: torch.Tensor = self.blocks[0].q(x)  # type: ignore[operator]
         return y
 
 
@@ -157,7 +156,7 @@ def remove(file: Path) -> None:
 )
 def test_damaged_files(tmp_path: Path, damage: Callable[[Path], None], words: str) -> None:
     gw.save_adapter(adapted(), tmp_path)
-    damage(tmp_path / TENSORS_FILE)
+    damage(tmp_path / "adapter_model.safetensors")
     said = refused(traced(), lambda program: gw.InsertAdapters(tmp_path)(program), gw.GraphwrightError)
     assert words in said
     assert str(tmp_path) in said
