@@ -49,11 +49,14 @@ def _krona(model: str, seed: int) -> list[gw.Pass]:
     return [gw.InsertAdapters(gw.KronA((64, 32)), where=PROJECTIONS[model], overrides=overrides, seed=seed)]
 
 
-def _loda(outer: str = "", **reduced: Mapping[str, float]) -> Callable[[str, int], list[gw.Pass]]:
-    """LoDA, beside projections that are reduced first where ``reduced`` has the model's numbers."""
+def _loda(
+    outer: str = "", ranks: Mapping[str, int] | None = None, keep: float | None = None
+) -> Callable[[str, int], list[gw.Pass]]:
+    """LoDA, beside projections that are reduced first where a rank for each model or a share to keep is given."""
 
     def passes(model: str, seed: int) -> list[gw.Pass]:
-        smaller = [gw.ReduceProjections(**{key: by_model[model]}) for key, by_model in reduced.items()]
+        reduced = ranks is not None or keep is not None
+        smaller = [gw.ReduceProjections(rank=ranks[model] if ranks else None, keep=keep)] if reduced else []
         kind = gw.LoDA(rank=RANK, outer=outer)
         return [*smaller, gw.InsertAdapters(kind, where=PROJECTIONS[model], seed=seed)]
 
@@ -78,7 +81,7 @@ def _glue(points: float) -> dict[str, str]:
 
 
 # R-LoDA's rank is the paper's share of the width (300 of 1024), S-LoDA keeps the paper's 40 %.
-_RANKS, _KEPT = {"MiniLM": 112, "Llama 5.8M": 75}, {"MiniLM": 0.4, "Llama 5.8M": 0.4}
+_RANKS = {"MiniLM": 112, "Llama 5.8M": 75}
 
 SYSTEMS: tuple[System, ...] = (
     System("not trained", _nothing, (0.0,)),
@@ -90,6 +93,6 @@ SYSTEMS: tuple[System, ...] = (
     System("BitFit", _bitfit, claims=_glue(84.17), claimed_time=0.64),
     System("LoDA", _loda(), claims={"E2E": "BLEU 70.2"}),
     System("LoDA+", _loda("activation")),
-    System("S-LoDA 40 %", _loda(keep=_KEPT), claims={"E2E": "BLEU 70.2"}),
-    System("R-LoDA", _loda(rank=_RANKS), claims={"E2E": "BLEU 69.7"}),
+    System("S-LoDA 40 %", _loda(keep=0.4), claims={"E2E": "BLEU 70.2"}),
+    System("R-LoDA", _loda(ranks=_RANKS), claims={"E2E": "BLEU 69.7"}),
 )

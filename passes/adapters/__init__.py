@@ -32,7 +32,9 @@ from graphwright.passes.adapters.kinds.prompt import DePT, PromptTuning
 from graphwright.passes.adapters.kinds.sora import SoRA
 from graphwright.passes.adapters.kinds.vera import VeRA
 from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
+from graphwright.passes.adapters.parameters import adapter_parameters
 from graphwright.passes.adapters.projections import ReduceProjections
+from graphwright.passes.adapters.unmerging import UnmergeAdapters
 
 __all__ = [
     "AdapterKind",

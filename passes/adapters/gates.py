@@ -132,6 +132,7 @@ def _keep(rewriter: Rewriter, name: str, site: InsertedSite, kept: torch.Tensor)
     places: list[tuple[str, Site, list[fx.Node]]] = []
     for exit_, reader in zip(site.exits, sorted(readers), strict=True):
         base, x = base_of(exit_, name), reader.args[0]
+        assert isinstance(x, fx.Node)
         features = (int(base.meta[VAL].shape[-1]), int(x.meta[VAL].shape[-1]))
         place = Site(site.path, base, x, "", features, base.meta[VAL].dtype)
         places.append((exit_.name, place, list(exit_.users)))

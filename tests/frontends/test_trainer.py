@@ -76,7 +76,7 @@ def test_it_trains_the_adapter_and_nothing_else(tokens: bool, tmp_path: Path) ->
     trainer = trainer_of(program, data, tmp_path)
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.97 * start
+    assert trainer.evaluate()["eval_loss"] < 0.99 * start
     own = gw.adapter_tensors(program, "default")
     for name, each in program.tensors().items():
         assert torch.equal(each, before[name]) == (name not in own), name

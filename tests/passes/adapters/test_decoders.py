@@ -65,6 +65,7 @@ def adapted() -> gw.Program:
 def test_prepared_it_generates_what_transformers_and_peft_do(target: str, merge: bool) -> None:
     passes: list[gw.Pass] = [*([gw.MergeAdapters()] if merge else []), gw.PrepareDecoder(length=64)]
     model = gw.optimize(adapted(), passes, target=target)
+    assert isinstance(model, gw.OptimizedDecoder)
     paths = [gw.path_of(node) for node in model.nodes if gw.op_name(node) == "aten.linear"]
     assert sum(path.endswith("qkv_proj") for path in paths) == 2
     assert sum(path.endswith("gate_up_proj") for path in paths) == 2
@@ -75,6 +76,7 @@ def test_prepared_it_generates_what_transformers_and_peft_do(target: str, merge:
 def test_on_a_quantised_base_it_stays_close() -> None:
     prepared = gw.optimize(adapted(), [gw.PrepareDecoder(length=64)])
     small = gw.optimize(prepared, [gw.QuantizeLinears(bits=8, group_size=16)], target="cpu")
+    assert isinstance(small, gw.OptimizedDecoder)
     assert small.report.rows[-1].outputs["logits"]["original"]["relative"] < 0.05
     assert sum(gw.op_name(node) == "graphwright.linear_nbits" for node in small.nodes) == 8
     for name, tensor in gw.adapter_tensors(adapted(), "default").items():

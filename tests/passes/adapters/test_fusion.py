@@ -40,7 +40,7 @@ class Layer(nn.Module):
 
 
 def adapted(kind: gw.AdapterKind, where: object) -> gw.Program:
-    insert = gw.InsertAdapters(kind, where=where, seed=1)  # type: ignore[arg-type]
+    insert = gw.InsertAdapters(kind, where=where, seed=1)
     return stirred(gw.optimize(Layer(), [insert], example_inputs=X))
 
 

@@ -11,7 +11,7 @@ from tests.passes.adapters.cases import Case, Net, X, inserted, stirred
 import graphwright as gw
 
 
-def gated(rank: int = 4) -> gw.OptimizedModel:
+def gated(rank: int = 4) -> gw.Program:
     return stirred(inserted(Case(gw.SoRA(rank=rank, scale=1.5), 0)))
 
 

@@ -104,7 +104,7 @@ def test_what_is_wrong_is_said_and_nothing_is_changed() -> None:
         assert which.signature.names == names
     for wrong in ("a", (), ("a", "a")):
         with pytest.raises(gw.InputError, match="adapters"):
-            gw.GateAdapters(adapters=wrong)  # type: ignore[arg-type]
+            gw.GateAdapters(adapters=wrong)
     with pytest.raises(gw.InputError, match="not switched by calls"):
         gw.adapter_weights(program, ["a"])
     with pytest.raises(gw.InputError, match="no adapter 'c' that calls switch"):

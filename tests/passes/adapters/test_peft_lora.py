@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.passes.adapters.peft_models import IDS, MODELS, adapted, check_read, check_written, first, llama, ours, peft
+from torch import nn
 
 import graphwright as gw
 from graphwright.passes.adapters.files import load_adapter
@@ -107,7 +108,7 @@ def test_another_models_adapter_says_what_differs(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = changed(tmp_path)
-    other = LlamaForCausalLM(
+    other: nn.Module = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64,
             hidden_size=16,
@@ -116,7 +117,8 @@ def test_another_models_adapter_says_what_differs(tmp_path: Path) -> None:
             num_attention_heads=4,
             use_cache=False,
         )
-    ).eval()
+    )
+    other.eval()
     with pytest.raises(gw.InputError) as caught:
         gw.optimize(other, [gw.InsertAdapters(folder)], example_inputs={"input_ids": IDS})
     said = str(caught.value)
