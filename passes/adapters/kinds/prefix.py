@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from graphwright.ir.arguments import arguments_of
 from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
@@ -21,7 +22,9 @@ from graphwright.passes.selection import Predicate
 
 _ATTENTIONS = frozenset({"aten.scaled_dot_product_attention", "graphwright.attention"})
 # What repeats keys and values for the queries that share them.
-_REPEATS = frozenset(f"aten.{name}" for name in ("view", "reshape", "expand", "unsqueeze", "contiguous", "clone"))
+_REPEATS = frozenset(
+    f"aten.{name}" for name in ("view", "reshape", "expand", "unsqueeze", "contiguous", "clone", "slice.Tensor")
+)
 _INPUTS = "inputs"
 
 
@@ -62,7 +65,8 @@ class PrefixTuning(AdapterKind):
         for node in program.nodes:
             if op_name(node) not in _ATTENTIONS or ADAPTER in tags_of(node):
                 continue
-            key, value = (_unrepeated(node.args[place]) for place in (1, 2))
+            given = arguments_of(node)
+            key, value = _unrepeated(given["key"]), _unrepeated(given["value"])
             if not selected(node):
                 yield refusal(node, "not selected by where= / ignore=")
             elif str(program.symbols.render(fake_of(key).shape[2])) != found.dim:
