@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -122,12 +122,11 @@ class Rewriter:
         gives the node it already has.
         """
         program, graph = self.program, self.program.graph
-        present = {**program.tensors(), **{alias: program.tensor(alias) for alias in program.aliases}}
         wanted, number = name, 1
-        while wanted in present and present[wanted] is not tensor:
+        while (held := self._held(wanted)) is not None and held is not tensor:
             wanted, number = f"{name}_{number}", number + 1
         wanted = program.aliases.get(wanted, wanted)
-        if wanted in present:
+        if held is not None:
             for node in program.nodes:
                 if node.op == "get_attr" and node.target == wanted:
                     return node
@@ -138,6 +137,13 @@ class Rewriter:
         program.symbols.infer(node, program.tensor)
         self.changed = True
         return node
+
+    def _held(self, name: str) -> torch.Tensor | None:
+        """The weight of a name; looked up, as listing all of them for each new one takes seconds in large models."""
+        try:
+            return self.program.tensor(name)
+        except ProgramError:
+            return None
 
     def rebind(self, weight: fx.Node, tensor: torch.Tensor) -> None:
         """Give a weight other values under its name: what its readers compute changes.
@@ -178,6 +184,32 @@ class Rewriter:
         module = self.program.body.get_submodule(owner)
         module._parameters[leaf] = torch.nn.Parameter(old.detach(), requires_grad=False)
         self.changed = True
+
+    def add_input(
+        self, keyword: str, shape: Sequence[Any], dtype: torch.dtype, *, stand_in: torch.Tensor | float
+    ) -> fx.Node:
+        """One more input of the program, which callers give by keyword; behind all others in the graph.
+
+        Args:
+            keyword: what callers call it; the node's name is made of it.
+            shape: sizes, or dimensions as other inputs' values have them.
+            dtype: of its value.
+            stand_in: the value with which the program computes what it did before, or a number to fill it with. It is
+                what example inputs from before are completed with, see :meth:`Program.completed`.
+
+        Raises:
+            InputError: the program has an argument of that name.
+        """
+        program, inputs = self.program, self.program.inputs
+        signature = program.signature
+        with program.graph.inserting_after(inputs[-1]):
+            node = program.graph.placeholder("".join(c if c.isalnum() else "_" for c in keyword))
+        node.target = node.name
+        program.signature = signature.with_keyword(keyword, node.name)
+        node.meta[VAL] = inputs[0].meta[VAL].new_empty(tuple(shape), dtype=dtype)
+        program.kept["inputs"] = {**program.kept.get("inputs", {}), node.name: stand_in}
+        self.changed = True
+        return node
 
     # -- changing ------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ class ReferenceExecutable(Executable):
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
         """Run on flat inputs; gradients flow where the caller wants them."""
-        results: tuple[Any, ...] = self.program.body(*inputs)
+        results: tuple[Any, ...] = self.program.run_graph(*inputs)
         return results
 
     def explain(self) -> list[KernelUse]:

@@ -44,9 +44,11 @@ if TYPE_CHECKING:
     from graphwright.frontends.huggingface import load_huggingface as load_huggingface
     from graphwright.frontends.huggingface.quantized import SavedModel as SavedModel
     from graphwright.frontends.huggingface.quantized import save_quantized as save_quantized
+    from graphwright.frontends.huggingface.trainer import trainable as trainable
     from graphwright.frontends.recipes import load_recipe as load_recipe
     from graphwright.frontends.recipes import save_recipe as save_recipe
     from graphwright.frontends.torch import trace as trace
+    from graphwright.ir.checkpointing import checkpoint_blocks as checkpoint_blocks
     from graphwright.ir.cost import cost_of as cost_of
     from graphwright.ir.diff import diff as diff
     from graphwright.ir.equality import structurally_equal as structurally_equal
@@ -83,11 +85,19 @@ if TYPE_CHECKING:
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
+    from graphwright.passes.adapters import ETHER as ETHER
     from graphwright.passes.adapters import IA3 as IA3
+    from graphwright.passes.adapters import NOLA as NOLA
+    from graphwright.passes.adapters import OFT as OFT
     from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import AdaptersAsInputs as AdaptersAsInputs
     from graphwright.passes.adapters import BitFit as BitFit
+    from graphwright.passes.adapters import Compacter as Compacter
+    from graphwright.passes.adapters import DeleteRanks as DeleteRanks
     from graphwright.passes.adapters import DePT as DePT
     from graphwright.passes.adapters import DoRA as DoRA
+    from graphwright.passes.adapters import ETHERPlus as ETHERPlus
+    from graphwright.passes.adapters import GateAdapters as GateAdapters
     from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
@@ -97,16 +107,25 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import LoKr as LoKr
     from graphwright.passes.adapters import LoRA as LoRA
     from graphwright.passes.adapters import LoRAFA as LoRAFA
+    from graphwright.passes.adapters import LoRAXS as LoRAXS
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
     from graphwright.passes.adapters import ParallelAdapter as ParallelAdapter
     from graphwright.passes.adapters import PrefixTuning as PrefixTuning
     from graphwright.passes.adapters import PromptTuning as PromptTuning
     from graphwright.passes.adapters import ReduceProjections as ReduceProjections
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
+    from graphwright.passes.adapters import SoRA as SoRA
+    from graphwright.passes.adapters import UnmergeAdapters as UnmergeAdapters
     from graphwright.passes.adapters import VeRA as VeRA
+    from graphwright.passes.adapters import adapter_inputs as adapter_inputs
+    from graphwright.passes.adapters import adapter_parameters as adapter_parameters
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
+    from graphwright.passes.adapters import adapter_weights as adapter_weights
+    from graphwright.passes.adapters import adapters_of as adapters_of
     from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
+    from graphwright.passes.adapters import load_adapter as load_adapter
     from graphwright.passes.adapters import save_adapter as save_adapter
+    from graphwright.passes.adapters import shrink_gates as shrink_gates
     from graphwright.passes.base import Pass as Pass
     from graphwright.passes.base import RulePass as RulePass
     from graphwright.passes.bisection import bisect as bisect
@@ -165,6 +184,8 @@ if TYPE_CHECKING:
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.training import TrainingMemory as TrainingMemory
+    from graphwright.passes.training import training_memory as training_memory
     from graphwright.passes.verification import Verification as Verification
     from graphwright.passes.verification import Verifier as Verifier
 
@@ -174,6 +195,7 @@ if TYPE_CHECKING:
 _EXPORTS: dict[str, str] = {
     "Absolute": "graphwright.frontends.autoquantize",
     "AdapterKind": "graphwright.passes.adapters",
+    "AdaptersAsInputs": "graphwright.passes.adapters",
     "Allocation": "graphwright.passes.quantization",
     "Approximate": "graphwright.passes.contract",
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
@@ -185,6 +207,7 @@ _EXPORTS: dict[str, str] = {
     "Chat": "graphwright.frontends.generation.chat",
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
+    "Compacter": "graphwright.passes.adapters",
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
@@ -192,10 +215,13 @@ _EXPORTS: dict[str, str] = {
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
+    "DeleteRanks": "graphwright.passes.adapters",
     "Dim": "graphwright.ir.types",
     "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
     "DumpIR": "graphwright.passes.hooks",
+    "ETHER": "graphwright.passes.adapters",
+    "ETHERPlus": "graphwright.passes.adapters",
     "EliminateCommonSubexpressions": "graphwright.passes.cleanup",
     "Exact": "graphwright.passes.contract",
     "ExportError": "graphwright.ir.errors",
@@ -209,6 +235,7 @@ _EXPORTS: dict[str, str] = {
     "FuseQKV": "graphwright.passes.fusion",
     "FuseRMSNorm": "graphwright.passes.fusion",
     "FuseRotaryEmbedding": "graphwright.passes.fusion",
+    "GateAdapters": "graphwright.passes.adapters",
     "Generation": "graphwright.frontends.generation.result",
     "GenerationError": "graphwright.ir.errors",
     "Gptq": "graphwright.passes.quantization",
@@ -230,12 +257,15 @@ _EXPORTS: dict[str, str] = {
     "LoKr": "graphwright.passes.adapters",
     "LoRA": "graphwright.passes.adapters",
     "LoRAFA": "graphwright.passes.adapters",
+    "LoRAXS": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
     "LowRank": "graphwright.passes.quantization",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "MergeAdapters": "graphwright.passes.adapters",
+    "NOLA": "graphwright.passes.adapters",
     "Nearest": "graphwright.passes.quantization",
+    "OFT": "graphwright.passes.adapters",
     "OptimizedDecoder": "graphwright.frontends.generation.optimized",
     "OptimizedModel": "graphwright.frontends.api",
     "OrderError": "graphwright.ir.errors",
@@ -280,6 +310,7 @@ _EXPORTS: dict[str, str] = {
     "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
     "SmoothActivations": "graphwright.passes.quantization",
+    "SoRA": "graphwright.passes.adapters",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "Stream": "graphwright.frontends.generation.stream",
@@ -287,19 +318,26 @@ _EXPORTS: dict[str, str] = {
     "TensorType": "graphwright.ir.types",
     "TraceError": "graphwright.ir.errors",
     "TrainEquivalentScales": "graphwright.passes.quantization",
+    "TrainingMemory": "graphwright.passes.training",
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
+    "UnmergeAdapters": "graphwright.passes.adapters",
     "VeRA": "graphwright.passes.adapters",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "Wanted": "graphwright.frontends.generation.drafts",
+    "adapter_inputs": "graphwright.passes.adapters",
+    "adapter_parameters": "graphwright.passes.adapters",
     "adapter_tensors": "graphwright.passes.adapters",
+    "adapter_weights": "graphwright.passes.adapters",
+    "adapters_of": "graphwright.passes.adapters",
     "allocate": "graphwright.passes.quantization",
     "any_": "graphwright.ir.pattern",
     "auto_quantize": "graphwright.frontends.autoquantize",
     "bisect": "graphwright.passes.bisection",
+    "checkpoint_blocks": "graphwright.ir.checkpointing",
     "const": "graphwright.ir.pattern",
     "cost_of": "graphwright.ir.cost",
     "diff": "graphwright.ir.diff",
@@ -307,6 +345,7 @@ _EXPORTS: dict[str, str] = {
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
     "kronecker_shapes": "graphwright.passes.adapters",
+    "load_adapter": "graphwright.passes.adapters",
     "load_decoder": "graphwright.frontends.huggingface",
     "load_huggingface": "graphwright.frontends.huggingface",
     "load_packed": "graphwright.frontends.generation.packed",
@@ -322,10 +361,13 @@ _EXPORTS: dict[str, str] = {
     "save_quantized": "graphwright.frontends.huggingface.quantized",
     "save_recipe": "graphwright.frontends.recipes",
     "sensitivities": "graphwright.passes.quantization",
+    "shrink_gates": "graphwright.passes.adapters",
     "skip_by_kurtosis": "graphwright.passes.quantization",
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",
     "trace": "graphwright.frontends.torch",
+    "trainable": "graphwright.frontends.huggingface.trainer",
+    "training_memory": "graphwright.passes.training",
     "verify": "graphwright.ir.verifier",
     "weight": "graphwright.ir.pattern",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,12 +22,17 @@ from graphwright.passes import selection
 from graphwright.passes.adapters.base import AdapterKind, Draw, Factor
 from graphwright.passes.adapters.builder import Builder
 from graphwright.passes.adapters.files import SavedAdapter, SavedSite, load_adapter
-from graphwright.passes.adapters.inserted import RECORD, described, note_inserted
+from graphwright.passes.adapters.inserted import INPUTS, MERGED, RECORD, described, note_inserted
 from graphwright.passes.adapters.kinds import KINDS, kind_of
 from graphwright.passes.adapters.sites import ADAPTER, Site, refusal
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact, Retrain
 
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _NAME = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -52,23 +57,28 @@ class InsertAdapters(Pass):
     another's that the adapter needs the inside of; places whose kind has no site there (each says why).
 
     Attributes:
-        adapter: a kind, such as ``LoRA(rank=8)`` or its name, or the folder or file of a saved adapter.
+        adapter: a kind, such as ``LoRA(rank=8)`` or its name, or a saved adapter: its folder or file, or what
+            :func:`load_adapter` read.
         adapter_name: what it is called in the program; letters, digits, ``_`` and ``-``.
         overrides: options of single sites: ``{"model.layers.0.*": {"rank": 4}}``; the first selection that fits counts.
         seed: of the numbers that new adapters start with.
         freeze: take the base's parameters from training.
+        dtype: in which the adapter's trained tensors are stored: ``float32``, ``bfloat16`` or ``float16``; ``None`` for
+            that of their layer. Beside a layer in half precision, float32 keeps steps of training that half precision
+            would round away; the tensors are rounded to the layer's dtype where they are used.
     """
 
     name: ClassVar[str] = "insert-adapters"
     contract: ClassVar[Contract] = Retrain()
     respects: ClassVar[frozenset[str]] = frozenset()
 
-    adapter: AdapterKind | str | os.PathLike[str] = "lora"
+    adapter: AdapterKind | SavedAdapter | str | os.PathLike[str] = "lora"
     _: KW_ONLY
     adapter_name: str = "default"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     seed: int = 0
     freeze: bool = True
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +91,7 @@ class InsertAdapters(Pass):
             given = kind_of(given, where=f"{self.name}: adapter")
         elif isinstance(given, os.PathLike):
             given = os.fspath(given)
-        if not isinstance(given, AdapterKind | str):
+        if not isinstance(given, AdapterKind | SavedAdapter | str):
             raise InputError(
                 f"must be a kind of adapter or a path, not {given!r}",
                 where=f"{self.name}: adapter",
@@ -90,9 +100,11 @@ class InsertAdapters(Pass):
         if isinstance(given, str) and not Path(given).exists():
             kind_of(given, where=f"{self.name}: adapter (there is no such file or folder either)")
         object.__setattr__(self, "adapter", given)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}", where=f"{self.name}: dtype")
         for key in self.overrides:
             selection.check(key, f"{self.name}: overrides")
-        if self.overrides and isinstance(given, str):
+        if self.overrides and not isinstance(given, AdapterKind):
             raise InputError("a saved adapter has its options", where=f"{self.name}: overrides")
 
     def effective_contract(self) -> Contract:
@@ -102,7 +114,9 @@ class InsertAdapters(Pass):
         return Retrain()
 
     def options(self) -> dict[str, Any]:
-        """Options as JSON values."""
+        """Options as JSON values; an adapter that was read, by where it was."""
+        if isinstance(self.adapter, SavedAdapter):
+            return {**dataclasses.replace(self, adapter="lora").options(), "adapter": self.adapter.source}
         found = super().options()
         if isinstance(self.adapter, AdapterKind):
             found["adapter"] = described(self.adapter)
@@ -116,13 +130,19 @@ class InsertAdapters(Pass):
                 is of another model; says which of its tensors differ.
             SelectionError: there is no place for it.
         """
-        if self.adapter_name in program.records.get(RECORD, {}):
-            raise InputError(
-                f"there is an adapter {self.adapter_name!r} already",
-                where=f"program {program.title!r}",
-                hint="give another adapter_name=, or take the first out with RemoveAdapters",
-            )
-        saved = load_adapter(self.adapter) if isinstance(self.adapter, str) else None
+        for record, words, remedy in (
+            (RECORD, "there is", "RemoveAdapters"),
+            (MERGED, "the weights have taken in", "UnmergeAdapters"),
+            (INPUTS, "calls bring", "the program from before AdaptersAsInputs"),
+        ):
+            if self.adapter_name in program.records.get(record, {}):
+                raise InputError(
+                    f"{words} an adapter {self.adapter_name!r} already",
+                    where=f"program {program.title!r}",
+                    hint=f"give another adapter_name=, or take the first out with {remedy}",
+                )
+        given = self.adapter
+        saved = load_adapter(given) if isinstance(given, str) else given if isinstance(given, SavedAdapter) else None
         kind = saved.kind if saved is not None else self.adapter
         assert isinstance(kind, AdapterKind)
         sites, refusals = self._sites(program, kind, saved)
@@ -134,7 +154,7 @@ class InsertAdapters(Pass):
             raise SelectionError(
                 f"there is no place for {kind.kind}",
                 where=f"{self.name}: where={self.where!r}",
-                hint=str(refusals[0]) if refusals else "the program has no layer of the kind it goes to",
+                hint=_foremost(refusals),
             )
         noted: dict[str, tuple[AdapterKind, dict[str, Any]]] = {}
         trained = 0
@@ -143,14 +163,17 @@ class InsertAdapters(Pass):
                 _freeze(rewriter)
             for path, places in sites.items():
                 first, own = places[0], kinds[path]
+                stored = first if self.dtype is None else dataclasses.replace(first, dtype=DTYPES[self.dtype])
                 factors = (
-                    own.factors(first, Draw(self.seed, path))
+                    own.factors(stored, Draw(self.seed, path))
                     if saved is None
-                    else _loaded(saved.sites[path], first, own)
+                    else _loaded(saved.sites[path], stored, own)
                 )
-                nodes = Builder(rewriter, self.adapter_name, first).weights(factors)
+                nodes = Builder(rewriter, self.adapter_name, first).weights(_frozen_as(first.dtype, factors))
                 for site in places:
-                    own.build(Builder(rewriter, self.adapter_name, site), site, nodes)
+                    builder = Builder(rewriter, self.adapter_name, site)
+                    own.build(builder, site, builder.as_used(nodes, stored.dtype))
+                    builder.sink()
                 tensors = {key: str(node.target) for key, node in nodes.items()}
                 noted[path] = (own, {**first.shapes(), "tensors": tensors})
             note_inserted(program, self.adapter_name, kind.settled([places[0] for places in sites.values()]), noted)
@@ -166,7 +189,7 @@ class InsertAdapters(Pass):
         chosen = self.selected(program)
         found: dict[str, list[Site]] = {}
         refusals: list[Refusal] = []
-        for site in kind.sites(program, chosen, head=self.where is not None):
+        for site in kind.sites(program, chosen, head=self.where is not None or saved is not None):
             if isinstance(site, Refusal):
                 refusals.append(site)
                 continue
@@ -198,6 +221,12 @@ class InsertAdapters(Pass):
         return kinds
 
 
+def _foremost(refusals: Sequence[Refusal]) -> str:
+    """The reason of a place that was meant, else of any."""
+    meant = [each for each in refusals if not each.reason.startswith("not selected")]
+    return str((meant or list(refusals))[0]) if refusals else "the program has no layer of the kind it goes to"
+
+
 def _freeze(rewriter: Rewriter) -> None:
     program = rewriter.program
     adapters = {str(node.target) for node in program.nodes if node.op == "get_attr" and ADAPTER in tags_of(node)}
@@ -213,6 +242,16 @@ def _loaded(saved: SavedSite, site: Site, kind: AdapterKind) -> dict[str, Factor
         values = tensor.detach().to(factors[key].value.dtype, copy=True)  # not mapped: it will be trained
         factors[key] = dataclasses.replace(factors[key], value=values)
     return factors
+
+
+def _frozen_as(dtype: torch.dtype, factors: Mapping[str, Factor]) -> dict[str, Factor]:
+    """Factors that do not train in the dtype in which they are used: they gain nothing from another."""
+    return {
+        key: factor
+        if factor.trained or not factor.value.is_floating_point()
+        else dataclasses.replace(factor, value=factor.value.to(dtype))
+        for key, factor in factors.items()
+    }
 
 
 def _check_fits(

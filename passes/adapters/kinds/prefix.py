@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from graphwright.ir.arguments import arguments_of
+from graphwright.ir.arguments import argument
 from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
@@ -65,8 +65,7 @@ class PrefixTuning(AdapterKind):
         for node in program.nodes:
             if op_name(node) not in _ATTENTIONS or ADAPTER in tags_of(node):
                 continue
-            given = arguments_of(node)
-            key, value = _unrepeated(given["key"]), _unrepeated(given["value"])
+            key, value = (_unrepeated(argument(node, name)) for name in ("key", "value"))
             if not selected(node):
                 yield refusal(node, "not selected by where= / ignore=")
             elif str(program.symbols.render(fake_of(key).shape[2])) != found.dim:
