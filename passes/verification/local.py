@@ -18,6 +18,7 @@ from graphwright.ir.mapped import streaming
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program, Snapshot
 from graphwright.ir.provenance import path_of
+from graphwright.ir.types import VAL
 from graphwright.passes.verification.comparison import Difference, compare
 from graphwright.passes.verification.constants import native_constant
 from graphwright.passes.verification.precise import run_node, wide
@@ -61,7 +62,7 @@ def check_locally(before: Snapshot, old_values: Mapping[str, Any], program: Prog
 
     A node of the new program is taken over unchanged when the old one had a node of that name with the same target,
     weights and operands. Every other node is computed; if it stands for an old value (its own name, or what the
-    rewriter recorded), the two are compared, and the old value is what later nodes read.
+    rewriter recorded) of its type, the two are compared, and the old value is what later nodes read.
 
     Args:
         before: the state before the pass.
@@ -114,8 +115,8 @@ class _Check:
             self._visit_call(node, old)
 
     def _visit_call(self, node: fx.Node, old: fx.Node | None) -> None:
-        own = [node.name] if node.name in self.old_values else []
-        claims = [*own, *self.claims.get(node.name, [])]
+        own = [node.name] if node.name in self.old_values and self._is_of_the_same_type(node, node.name) else []
+        claims = [*own, *(name for name in self.claims.get(node.name, []) if self._is_of_the_same_type(node, name))]
         if old is not None and own and self._same_call(node, old):
             self.identity[node] = node.name
             self._compare(node, self.old_values[node.name], claims[1:])
@@ -133,6 +134,14 @@ class _Check:
             self._compare_table(node, claim)
         # Cut: what follows reads the old value, so that an error is charged to the node that makes it and to no other.
         self.identity[node] = claims[0]
+
+    def _is_of_the_same_type(self, node: fx.Node, name: str) -> bool:
+        """Whether a node is typed like an old one; where not, types were computed anew and it is another value."""
+        old = self.old_nodes[name].meta.get(VAL)
+        if old is node.meta.get(VAL):
+            return True
+        symbols = self.before.symbols or self.program.symbols
+        return symbols.type_of_value(old) == self.program.type_of(node)
 
     def _is_native_value(self, node: fx.Node, claims: list[str]) -> bool:
         """Whether a new weight is, bit for bit, what the old program computed for every value it stands for."""

@@ -22,7 +22,9 @@ from graphwright.passes.selection import Predicate
 
 _ATTENTIONS = frozenset({"aten.scaled_dot_product_attention", "graphwright.attention"})
 # What repeats keys and values for the queries that share them.
-_REPEATS = frozenset(f"aten.{name}" for name in ("view", "reshape", "expand", "unsqueeze", "contiguous", "clone"))
+_REPEATS = frozenset(
+    f"aten.{name}" for name in ("view", "reshape", "expand", "unsqueeze", "contiguous", "clone", "slice.Tensor")
+)
 _INPUTS = "inputs"
 
 
