@@ -20,6 +20,7 @@ from graphwright.passes.adapters.sites import PACKED_LINEARS
 
 pytest.importorskip("transformers")
 
+
 def losses(program: gw.Program, batch: dict[str, Any], rate: float, steps: int = 12) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in program.parameters() if p.requires_grad], rate)
     found = []
