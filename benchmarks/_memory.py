@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -16,10 +17,15 @@ def resident() -> dict[str, int]:
 
 
 class Watch:
-    """The largest ``own`` and ``files`` inside the block, looked at every 10 ms."""
+    """The largest ``own`` and ``files`` inside the block, looked at every 10 ms.
 
-    def __init__(self) -> None:
-        self.own = self.files = 0
+    Args:
+        beside: bytes that ``own_beside``, the largest ``own`` without them, leaves out.
+    """
+
+    def __init__(self, beside: Callable[[], int] = lambda: 0) -> None:
+        self.own = self.own_beside = self.files = 0
+        self._beside = beside
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -33,5 +39,7 @@ class Watch:
 
     def _look(self) -> None:
         while not self._done.wait(0.01):
+            left_out = self._beside()  # before: what is added since then counts
             found = resident()
+            self.own_beside = max(self.own_beside, found["own"] - left_out)
             self.own, self.files = max(self.own, found["own"]), max(self.files, found["files"])

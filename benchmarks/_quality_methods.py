@@ -28,8 +28,12 @@ class Rival:
     options: tuple[str, ...] = ()
 
 
+# Act order that keeps groups together, as ours does.
+_BY_IMPORTANCE = "GPTQModel 7.7, groups by importance"
+
 RIVALS = (
     Rival("GPTQModel 7.7", "gptq"),
+    Rival(_BY_IMPORTANCE, "gptq", options=("--group-order",)),
     Rival("hqq 0.2.8", "hqq"),
     Rival("auto-round 0.16", "autoround"),
     Rival("llm-compressor 0.14 AWQ", "awq"),
@@ -46,13 +50,13 @@ class Method:
     Attributes:
         name: as results have it.
         passes: from bits, group size and calibration batches.
-        rival: the name of the rival that it is held against, if there is one.
+        rivals: names of those that it is held against.
         quick: part of the quick run.
     """
 
     name: str
     passes: Callable[[int, int, Batches], list[gw.Pass]]
-    rival: str = ""
+    rivals: tuple[str, ...] = ()
     quick: bool = False
 
 
@@ -83,17 +87,34 @@ def _rotated(_bits: int, _group: int, _batches: Batches) -> gw.Pass:
     return gw.RotateHiddenStates()
 
 
+# Neither torchao nor GPTQModel search for a clip, and hqq's zero points are floats: with the same settings as theirs,
+# ours have even ranges and such zero points.
+_EVEN: dict[str, Any] = {"clip_search": False, "even_range": True}
+_FLOATS: dict[str, Any] = {"symmetric": False, "float_zero_points": True}
+
+
+def _hqq(bits: int, group: int, _: Batches) -> list[gw.Pass]:
+    """As hqq has it, which starts from whole zero points at 4 bits."""
+    rounding = gw.Hqq(fit_scale=False, whole_start=bits == 4)
+    return [gw.QuantizeLinears(bits=bits, group_size=group, rounding=rounding, **_FLOATS)]
+
+
 METHODS = (
-    Method("nearest, full range", _linears(clip_search=False)),
-    Method("nearest", _linears(), "torchao 0.18 nearest", quick=True),
+    Method("nearest, full range", _linears(clip_search=False), ("NNCF 3.4",)),
+    Method("nearest, even range", _linears(**_EVEN), ("torchao 0.18 nearest",)),
+    Method("nearest", _linears(), quick=True),
     Method("nearest asymmetric", _linears(symmetric=False)),
-    Method("HQQ asymmetric", _linears(symmetric=False, rounding="hqq"), "hqq 0.2.8"),
-    Method("GPTQ", _calibrated(), "GPTQModel 7.7", quick=True),
-    Method("GPTQ, full range", _calibrated(clip_search=False), "GPTQModel 7.7"),
-    Method("GPTQ act-order", _calibrated(rounding=gw.Gptq(act_order=True)), "GPTQModel 7.7"),
-    Method("AWQ", _calibrated(_salient, rounding="awq-clip"), "llm-compressor 0.14 AWQ"),
+    Method("HQQ", _hqq, ("hqq 0.2.8",)),
+    Method("HQQ, scales fitted", _linears(rounding=gw.Hqq(fit_scale=True), **_FLOATS)),
+    Method("HQQ, whole zero points", _linears(symmetric=False, rounding="hqq")),
+    Method("GPTQ", _calibrated(), ("GPTQModel 7.7",), quick=True),
+    Method("GPTQ, even range", _calibrated(**_EVEN), ("GPTQModel 7.7",)),
+    Method("GPTQ act-order", _calibrated(rounding=gw.Gptq(act_order=True)), (_BY_IMPORTANCE,)),
+    Method(
+        "AWQ", _calibrated(_salient, rounding="awq-clip"), ("llm-compressor 0.14 AWQ", "NNCF 3.4 AWQ, scale estimation")
+    ),
     Method("TEQ", _calibrated(_trained, rounding="nearest")),
     Method("rotation, GPTQ", _calibrated(_rotated)),
-    Method("AutoRound", _calibrated(rounding="autoround"), "auto-round 0.16"),
+    Method("AutoRound", _calibrated(rounding="autoround"), ("auto-round 0.16",)),
     Method("GPTQ, low rank 8", _calibrated(compensation=gw.LowRank(rank=8))),
 )

@@ -1,6 +1,6 @@
 """llm-compressor's AWQ, in its own process: a Hugging Face folder with its weights as floats again.
 
-Runs on the Python of the rival's own environment (see ``REQUIREMENTS``).
+Runs on the Python of the rival's own environment (``_rivals.QUANTIZERS``).
 """
 
 from __future__ import annotations
@@ -10,13 +10,6 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
-
-# pip install torch first; the rest without dependencies, which would bring packages for CUDA.
-REQUIREMENTS = (
-    "torch==2.13.0",
-    "--no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0 accelerate==1.15.0",
-    "--no-deps datasets==5.2.0 tokenizers==0.23.3 huggingface-hub<2 safetensors numpy loguru pydantic pyarrow pandas",
-)
 
 
 def main() -> int:
@@ -97,9 +90,7 @@ def save(model: Any, source: Path, out: Path) -> None:
             if scheme is None or scheme.weights is None:
                 continue
             zero = getattr(module, "weight_zero_point", None)
-            index = getattr(module, "weight_g_idx", None)
-            found = fake_quantize(module.weight, module.weight_scale, zero, scheme.weights, g_idx=index)
-            module.weight.copy_(found)
+            module.weight.copy_(fake_quantize(module.weight, module.weight_scale, zero, scheme.weights))
     kept: dict[str, Any] = {}
     seen: set[int] = set()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

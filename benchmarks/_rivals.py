@@ -42,7 +42,11 @@ QUANTIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hqq": ((*_PLAIN, "einops", "termcolor", "tqdm"), ("hqq==0.2.8.post1",)),
     "autoround": ((*_PLAIN, "datasets", "py-cpuinfo", "threadpoolctl", "tqdm"), ("auto-round==0.16.1",)),
     "awq": (
-        ("torch==2.13.0", "numpy", "safetensors", "loguru", "pydantic", "pyarrow", "pandas", "pillow"),
+        (
+            *("torch==2.13.0", "numpy", "safetensors", "loguru", "pydantic", "pyarrow", "pandas", "pillow", "pyyaml"),
+            *("requests", "tqdm", "psutil", "packaging", "regex", "typer", "dill<0.4.2", "xxhash", "click"),
+            *("multiprocess<0.70.20", "httpx<1", "nvidia-ml-py", "jinja2"),
+        ),
         (
             *("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "transformers==5.17.0", "accelerate==1.15.0"),
             *("datasets==5.2.0", "tokenizers==0.23.3", "huggingface-hub<2"),

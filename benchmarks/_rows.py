@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,19 @@ class Rows:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.missed: list[str] = []
+        self._earlier: set[tuple[str, str]] = set()  # names of rows that were taken in
+
+    def take(self, files: Sequence[Path]) -> None:
+        """Take in the rows of earlier runs; one that is added later stands in place of the one of its name."""
+        for file in files:
+            for row in json.loads(need(file).read_text(encoding="utf-8")):
+                self._replace(row)
+                self._earlier.add((row["case"], row["system"]))
 
     def add(self, case: str, system: str, **quantities: float | int | str | None) -> dict[str, Any]:
         """Add a row and print it."""
         row = {"case": case, "system": system, **quantities}
-        self.rows.append(row)
+        self._replace(row)
         shown = ", ".join(f"{key} {_number(value)}" for key, value in quantities.items())
         print(f"{case:44} {system:28} {shown}", flush=True)
         return row
@@ -38,11 +47,22 @@ class Rows:
 
     def finish(self, target: Path | None) -> int:
         """Write the rows if asked to; the exit code is 1 when a target was missed."""
+        self.write(target)
+        return 1 if self.missed else 0
+
+    def write(self, target: Path | None) -> None:
+        """Write the rows that there are, if asked to: a long run that is killed leaves what it has found."""
         if target is not None:
-            data = [{**row, "machine": machine()} for row in self.rows]
+            data = [{**row, "machine": row.get("machine", machine())} for row in self.rows]
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        return 1 if self.missed else 0
+
+    def _replace(self, row: dict[str, Any]) -> None:
+        name = row["case"], row["system"]
+        if name in self._earlier:
+            self._earlier.remove(name)
+            self.rows = [each for each in self.rows if (each["case"], each["system"]) != name]
+        self.rows.append(row)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

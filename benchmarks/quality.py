@@ -12,10 +12,12 @@ at INT3, 40 % at INT2; MiniLM INT4 in groups of 32 within 0.3 points of fp32, IN
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import _rows
 import torch
 from _quality_methods import METHODS, RIVALS, Method
 from _stsb import correlation, minilm_folder, sts
-from _text import calibration_windows, evaluation_windows, inputs, llama_folder, perplexity
+from _text import calibration_windows, evaluation_windows, inputs, llama_folder
 from quantization_quality import embed, encode
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -36,8 +38,10 @@ import graphwright as gw
 SETTINGS = ((4, 128, 0.002), (3, 128, 0.015), (2, 64, 0.40))
 CALIBRATION_WINDOWS = 128
 COMPARED = 60  # windows on which predictions are compared
+TOGETHER = 4  # windows in a call
 WITHIN = 1.003
 FOLDER = _rivals.FOLDER / "quality"
+FP32 = "Llama 5.8M fp32"
 
 
 def main() -> int:
@@ -45,15 +49,30 @@ def main() -> int:
     parser = _rows.parser(__doc__)
     parser.add_argument("--only", metavar="NAMES", help="methods and rivals to run, by the beginning of their names")
     parser.add_argument("--bits", type=int, choices=[setting[0] for setting in SETTINGS], help="of one setting only")
+    parser.add_argument(
+        "--with",
+        dest="earlier",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="rows of earlier runs, judged and written together with those of this one; --only none runs nothing more",
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="judge on every N-th window of the text")
     options = parser.parse_args()
     rows = _rows.Rows()
+    rows.take(options.earlier)
     settings = [each for each in SETTINGS if options.bits in (None, each[0])]
     every = 47 if options.quick else options.every
     only = options.only.split(",") if options.only else None
-    llama(rows, settings[1:2] if options.quick else settings, every, quick=options.quick, only=only)
-    if options.only is None:
+    if only != ["none"]:
+        for _ in llama(rows, settings[1:2] if options.quick else settings, every, quick=options.quick, only=only):
+            rows.write(options.json)  # hours are not lost with what ends the run
+    if only is None or "MiniLM" in only:
         minilm(rows, quick=options.quick)
+    if not options.quick:  # a few windows, or pairs, have a perplexity and a correlation of their own noise
+        judge_llama(rows)
+        judge_minilm(rows)
     return int(rows.finish(options.json))
 
 
@@ -64,24 +83,45 @@ class Judge:
     """Perplexity of a program, and how far its predictions are from the original's."""
 
     def __init__(self, original: gw.Program, windows: torch.Tensor) -> None:
-        self._windows, self._some = windows, windows[:: -(-len(windows) // COMPARED)]
-        with torch.no_grad():
-            self._wanted = [self._predictions(original, window) for window in self._some]
-        self.fp32 = perplexity(original, windows)
-
-    def __call__(self, program: gw.Program) -> dict[str, float]:
-        """``perplexity``, its ratio to fp32, and ``divergence_nats``."""
-        found = perplexity(program, self._windows)
+        self._windows = windows
+        self._wanted: dict[int, torch.Tensor] = {}
+        step = -(-len(windows) // COMPARED)
         total = 0.0
-        with torch.no_grad():
-            for window, wanted in zip(self._some, self._wanted, strict=True):
-                given = self._predictions(program, window)
-                total += float(functional.kl_div(given, wanted, log_target=True, reduction="batchmean"))
-        return {"perplexity": found, "ratio_to_fp32": found / self.fp32, "divergence_nats": total / len(self._some)}
+        for index, window, predictions in self._predictions(original):
+            total += self._loss(window, predictions)
+            if index % step == 0:
+                self._wanted[index] = predictions
+        self.fp32 = math.exp(total / len(windows))
+
+    def __call__(self, program: gw.Program) -> dict[str, float | int]:
+        """``perplexity``, its ratio to fp32, ``divergence_nats``, and on how many windows the former was taken."""
+        total = divergence = 0.0
+        for index, window, given in self._predictions(program):
+            total += self._loss(window, given)
+            wanted = self._wanted.get(index)
+            if wanted is not None:
+                divergence += float(functional.kl_div(given, wanted, log_target=True, reduction="batchmean"))
+        found = math.exp(total / len(self._windows))
+        return {
+            "perplexity": found,
+            "ratio_to_fp32": found / self.fp32,
+            "divergence_nats": divergence / len(self._wanted),
+            "windows": len(self._windows),
+        }
+
+    def _predictions(self, program: gw.Program) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Number, tokens and logarithms of the probabilities ``[512, vocabulary]`` of every window."""
+        for start in range(0, len(self._windows), TOGETHER):
+            batch = self._windows[start : start + TOGETHER]
+            with torch.no_grad():
+                logits = program(**inputs(batch)).logits
+                for place, window in enumerate(batch):
+                    yield start + place, window, functional.log_softmax(logits[place].float(), -1)
 
     @staticmethod
-    def _predictions(program: gw.Program, window: torch.Tensor) -> torch.Tensor:
-        return functional.log_softmax(program(**inputs(window)).logits[0].float(), -1)
+    def _loss(window: torch.Tensor, predictions: torch.Tensor) -> float:
+        """Mean over positions 2 to 512."""
+        return float(functional.nll_loss(predictions[:-1], window[1:]))
 
 
 def llama(
@@ -91,47 +131,75 @@ def llama(
     *,
     quick: bool,
     only: Sequence[str] | None,
-) -> None:
-    """Every method at every setting, and its rivals."""
+) -> Iterator[None]:
+    """Every method at every setting, and its rivals; gives control back after each row."""
     folder = llama_folder()
     windows = evaluation_windows(folder)[::every]
     tokens = calibration_windows(folder, 16 if quick else CALIBRATION_WINDOWS)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    save_file({"input_ids": tokens.contiguous()}, FOLDER / "calibration.safetensors")
+    calibration = FOLDER / f"calibration-{len(tokens)}.safetensors"
+    save_file({"input_ids": tokens.contiguous()}, calibration)
     original = gw.load_huggingface(folder, dtype="float32")
     judge = Judge(original, windows)
-    rows.add("Llama 5.8M fp32", "graphwright", perplexity=judge.fp32, windows=len(windows))
-    for bits, group, allowed in settings:
-        case = f"Llama 5.8M INT{bits} g{group}"
-        theirs: dict[str, float] = {}
+    rows.add(FP32, "graphwright", perplexity=judge.fp32, windows=len(windows))
+
+    def is_wanted(name: str) -> bool:
+        return only is None or name.startswith(tuple(only))
+
+    for bits, group, _ in settings:
+        case = case_of(bits, group)
         for rival in () if quick else RIVALS:
-            if bits not in rival.bits or (only is not None and not rival.name.startswith(tuple(only))):
+            if bits not in rival.bits or not is_wanted(rival.name):
                 continue
             target = FOLDER / f"{rival.name}-{bits}-{group}".replace(" ", "-")
             start = time.perf_counter()
             try:
-                quantize_by_rival(rival.script, folder, bits, group, target, rival.options)
+                quantize_by_rival(rival.script, folder, calibration, bits, group, target, rival.options)
             except _rivals.RivalError as error:
                 rows.add(case, rival.name, error=str(error))
-                continue
-            seconds = time.perf_counter() - start
-            row = rows.add(case, rival.name, **judge(gw.load_huggingface(target, dtype="float32")), seconds=seconds)
-            theirs[rival.name] = row["perplexity"]
-        best: tuple[float, str] = (float("inf"), "")
+            else:
+                seconds = time.perf_counter() - start
+                rows.add(case, rival.name, **judge(gw.load_huggingface(target, dtype="float32")), seconds=seconds)
+            yield
         for method in METHODS:
-            if (quick and not method.quick) or (only is not None and not method.name.startswith(tuple(only))):
+            if (quick and not method.quick) or not is_wanted(method.name):
                 continue
             start = time.perf_counter()
             small = quantized(original, method, bits, group, tokens)
             seconds = time.perf_counter() - start
-            row = rows.add(case, f"graphwright {method.name}", **judge(small), seconds=seconds)
-            best = min(best, (row["perplexity"], method.name))
-            if method.rival in theirs:
-                other = theirs[method.rival]
-                words = f"{case}: {method.name} {row['perplexity']:.2f}, {method.rival} {other:.2f}"
-                rows.require(row["perplexity"] <= WITHIN * other, words)
-        if only is None and not quick:
-            rows.require(best[0] <= (1 + allowed) * judge.fp32, f"{case}: the best, {best[1]}, gives {best[0]:.2f}")
+            rows.add(case, f"graphwright {method.name}", **judge(small), seconds=seconds)
+            yield
+
+
+def judge_llama(rows: _rows.Rows) -> None:
+    """Hold each method against its rival, and the best against fp32, as far as there are rows of them."""
+    found = {(row["case"], row["system"]): row for row in rows.rows if "perplexity" in row}
+    if (FP32, "graphwright") not in found:
+        return
+    fp32 = found[FP32, "graphwright"]
+    for row in found.values():
+        if row["windows"] != fp32["windows"]:
+            raise SystemExit(
+                f"{row['case']}, {row['system']}: judged on {row['windows']} windows, not {fp32['windows']}"
+            )
+    for bits, group, allowed in SETTINGS:
+        case = case_of(bits, group)
+        ours = {each.name: row for each in METHODS if (row := found.get((case, f"graphwright {each.name}")))}
+        for name, rival in [(method.name, rival) for method in METHODS for rival in method.rivals]:
+            other = found.get((case, rival))
+            if other is not None and name in ours:
+                mine, theirs = ours[name]["perplexity"], other["perplexity"]
+                rows.require(mine <= WITHIN * theirs, f"{case}: {name} {mine:.2f}, {rival} {theirs:.2f}")
+        if ours:
+            best = min(ours, key=lambda name: float(ours[name]["perplexity"]))
+            reached = ours[best]["perplexity"]
+            words = f"{case}: the best, {best}, gives {reached:.2f}, fp32 {fp32['perplexity']:.2f}"
+            rows.require(reached <= (1 + allowed) * fp32["perplexity"], words)
+
+
+def case_of(bits: int, group: int) -> str:
+    """What rows of a setting are called."""
+    return f"Llama 5.8M INT{bits} g{group}"
 
 
 def quantized(program: gw.Program, method: Method, bits: int, group: int, tokens: torch.Tensor) -> gw.Program:
@@ -140,16 +208,22 @@ def quantized(program: gw.Program, method: Method, bits: int, group: int, tokens
     return gw.optimize(program, method.passes(bits, group, batches), example_inputs=inputs(tokens[:1, :32]))
 
 
-def quantize_by_rival(script: str, model: Path, bits: int, group: int, out: Path, options: Sequence[str]) -> None:
+def quantize_by_rival(
+    script: str, model: Path, calibration: Path, bits: int, group: int, out: Path, options: Sequence[str]
+) -> None:
     """Let a rival write the model with its weights.
 
     Raises:
         _rivals.RivalError: it cannot be installed, or fails.
     """
     shutil.rmtree(out, ignore_errors=True)
-    given = ["--model", model, "--calibration", FOLDER / "calibration.safetensors"]
-    command = [*_rivals.quantizer(script), *given, "--bits", bits, "--group", group, "--out", out, *options]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=1800)
+    given = ["--model", model, "--calibration", calibration, "--bits", bits, "--group", group, "--out", out, *options]
+    command = [str(each) for each in (*_rivals.quantizer(script), *given)]
+    with tempfile.TemporaryDirectory() as folder:  # GPTQModel writes logs where it stands
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, cwd=folder)
+        except subprocess.TimeoutExpired as error:
+            raise _rivals.RivalError("has not ended after 30 minutes") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise _rivals.RivalError(lines[-1] if lines else f"exit code {done.returncode}")
@@ -177,21 +251,28 @@ def minilm(rows: _rows.Rows, *, quick: bool) -> None:
     rows.add("MiniLM fp32", "graphwright", spearman_points=base, pairs=len(scores))
     quantize = gw.QuantizeLinears
     four: dict[str, Any] = {"bits": 4, "group_size": 32, "calibration": calibration}
-    cases: dict[str, tuple[gw.Pass, float]] = {
-        "INT4 g32 asymmetric GPTQ": (quantize(symmetric=False, **four), 0.3),
-        "INT4 g32 GPTQ": (quantize(**four), 0.3),
-        "INT8, INT8 activations per token": (quantize(activations="int8"), 0.2),
-        "INT8, INT8 activations calibrated": (quantize(activations="int8", calibration=calibration), 0.2),
+    cases = {
+        "INT4 g32 asymmetric GPTQ": quantize(symmetric=False, **four),
+        "INT4 g32 GPTQ": quantize(**four),
+        "INT8, INT8 activations per token": quantize(activations="int8"),
+        "INT8, INT8 activations calibrated": quantize(activations="int8", calibration=calibration),
     }
-    lost: dict[str, float] = {}
-    for name, (item, _) in cases.items():
+    for name, item in cases.items():
         found = judged(gw.optimize(program, [item], example_inputs=encode(tokenizer, left[:4])))
-        lost[name] = base - found
-        rows.add(f"MiniLM {name}", "graphwright", spearman_points=found, spearman_points_lost=lost[name])
-    if not quick:  # a few pairs have a correlation of their own noise
-        for kind, allowed in (("INT4", 0.3), ("INT8", 0.2)):
-            best = min(value for name, value in lost.items() if name.startswith(kind))
-            rows.require(best <= allowed, f"MiniLM {kind}: {best:.2f} points lost, {allowed} allowed")
+        lost = base - found
+        rows.add(f"MiniLM {name}", "graphwright", spearman_points=found, spearman_points_lost=lost, pairs=len(scores))
+
+
+def judge_minilm(rows: _rows.Rows) -> None:
+    """What the best of each kind loses, as far as there are rows of it."""
+    for kind, allowed in (("INT4", 0.3), ("INT8", 0.2)):
+        lost = [
+            row["spearman_points_lost"]
+            for row in rows.rows
+            if row["case"].startswith(f"MiniLM {kind}") and "spearman_points_lost" in row
+        ]
+        if lost:
+            rows.require(min(lost) <= allowed, f"MiniLM {kind}: {min(lost):.2f} points lost, {allowed} allowed")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class OptimizedModel(Program):
             aliases=program.aliases,
             journal=tuple(program.journal),
             records=program.records,
+            kept=program.kept,
         )
         self.origin = program.origin
         self.report = report
@@ -173,6 +174,7 @@ def optimize(
     if verify is not False:
         all_hooks.insert(0, Verifier(examples, verify if isinstance(verify, Verification) else None))
     report = run_passes(program, list(passes), all_hooks)
+    examples = program.completed(examples)
     if DecoderLayout.find(program) is None:
         return OptimizedModel(program, report, backend, examples)
     from graphwright.frontends.generation.optimized import OptimizedDecoder

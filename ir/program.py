@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,9 @@ class Snapshot:
     aliases: Mapping[str, str]
     journal: tuple[JournalEntry, ...]
     records: Mapping[str, Any] = field(default_factory=dict)
+    symbols: SymbolTable | None = None
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    signature: Signature | None = None
 
 
 class Program(nn.Module):
@@ -69,6 +72,8 @@ class Program(nn.Module):
         journal: what passes did, in order.
         aliases: further names of tied weights: alias name -> name in the graph.
         records: what passes leave for later ones to know, as JSON values, by the name of a family of passes; saved.
+        kept: what passes keep in memory for later ones, such as replaced tensors, by the name of a family
+            of passes; shared by copies, not saved. A value is put in anew, never changed.
         replacements: since the last pass began, name of a replaced node -> name of the node that stands for it.
         notes: what the running pass wants its report entry to say.
         origin: what the frontend that made the program knows of the model besides its graph; not saved.
@@ -84,6 +89,7 @@ class Program(nn.Module):
         aliases: Mapping[str, str] | None = None,
         journal: tuple[JournalEntry, ...] = (),
         records: Mapping[str, Any] | None = None,
+        kept: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.body = body
@@ -93,6 +99,7 @@ class Program(nn.Module):
         self.journal: list[JournalEntry] = list(journal)
         self.aliases: dict[str, str] = dict(aliases or {})
         self.records: dict[str, Any] = copy.deepcopy(dict(records or {}))
+        self.kept: dict[str, Any] = dict(kept or {})
         self.replacements: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
         self.origin: Any = None
@@ -343,6 +350,27 @@ class Program(nn.Module):
                     raise InputError(f"has {size} for {expected!r}, but input {at!r} has {first}", where=where)
         self._check_conditions({name: size for name, (size, _) in sizes.items()})
 
+    def completed(self, flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Flat inputs from before passes added some, with those that make no difference behind them.
+
+        Raises:
+            InputError: what they are is not known, as after a load.
+        """
+        found, sizes = list(flat), dict[str, int]()
+        for node, value in zip(self.inputs, flat, strict=False):
+            kind = self.type_of(node)
+            assert isinstance(kind, TensorType)
+            sizes |= {dim: size for dim, size in zip(kind.shape, value.shape, strict=True) if isinstance(dim, str)}
+        for node in self.inputs[len(found) :]:
+            stand_in, kind = self.kept.get("inputs", {}).get(node.name), self.type_of(node)
+            if stand_in is None or not isinstance(kind, TensorType):
+                raise InputError("is missing", where=f"input {node.target!r}", hint="give it among the inputs")
+            if not isinstance(stand_in, torch.Tensor):
+                shape = [sizes[size] if isinstance(size, str) else size for size in kind.shape]
+                stand_in = torch.full(shape, stand_in, dtype=kind.dtype)
+            found.append(stand_in)
+        return found
+
     def _check_conditions(self, sizes: Mapping[str, int]) -> None:
         for condition in self.symbols.conditions:
             if not holds(condition, sizes):
@@ -360,7 +388,15 @@ class Program(nn.Module):
         versions = {name: -1 if tensor.is_inference() else tensor._version for name, tensor in tensors.items()}
         records = copy.deepcopy(self.records)
         return Snapshot(
-            copy_graph(self.body.graph), tensors, versions, dict(self.aliases), tuple(self.journal), records
+            copy_graph(self.body.graph),
+            tensors,
+            versions,
+            dict(self.aliases),
+            tuple(self.journal),
+            records,
+            self.symbols,
+            dict(self.kept),
+            self.signature,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -369,6 +405,9 @@ class Program(nn.Module):
         self.aliases = dict(snapshot.aliases)
         self.journal = list(snapshot.journal)
         self.records = copy.deepcopy(dict(snapshot.records))
+        self.symbols = snapshot.symbols or self.symbols
+        self.kept = dict(snapshot.kept)
+        self.signature = snapshot.signature or self.signature
         self.replacements = {}
         self.body.graph = copy_graph(snapshot.graph)
 
@@ -391,6 +430,7 @@ class Program(nn.Module):
             aliases=self.aliases,
             journal=tuple(self.journal),
             records=self.records,
+            kept=self.kept,
         )
         other.restore(snapshot)
         other.origin = self.origin

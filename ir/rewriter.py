@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ from graphwright.ir.arguments import canonical_call
 from graphwright.ir.errors import ProgramError, TypeMismatch
 from graphwright.ir.names import resolve_target
 from graphwright.ir.program import Program, Snapshot
-from graphwright.ir.types import VAL
+from graphwright.ir.types import VAL, SymbolTable, TensorType
 
 
 class Rewriter:
@@ -28,6 +29,7 @@ class Rewriter:
         self.program = program
         self.changed = False
         self._before: Snapshot | None = None
+        self._stale = False
         self._replacements: dict[str, str] = {}
 
     def __enter__(self) -> Rewriter:
@@ -60,6 +62,8 @@ class Rewriter:
             self.program.graph.lint()
         except (RuntimeError, ValueError, TypeError) as error:
             raise ProgramError(f"the rewritten graph is not well formed: {error}") from error
+        if self._stale:
+            self.retype()
         self.program.drop_unused_tensors()
         self.program.body.recompile()
 
@@ -118,12 +122,11 @@ class Rewriter:
         gives the node it already has.
         """
         program, graph = self.program, self.program.graph
-        present = {**program.tensors(), **{alias: program.tensor(alias) for alias in program.aliases}}
         wanted, number = name, 1
-        while wanted in present and present[wanted] is not tensor:
+        while (held := self._held(wanted)) is not None and held is not tensor:
             wanted, number = f"{name}_{number}", number + 1
         wanted = program.aliases.get(wanted, wanted)
-        if wanted in present:
+        if held is not None:
             for node in program.nodes:
                 if node.op == "get_attr" and node.target == wanted:
                     return node
@@ -134,6 +137,13 @@ class Rewriter:
         program.symbols.infer(node, program.tensor)
         self.changed = True
         return node
+
+    def _held(self, name: str) -> torch.Tensor | None:
+        """The weight of a name; looked up, as listing all of them for each new one takes seconds in large models."""
+        try:
+            return self.program.tensor(name)
+        except ProgramError:
+            return None
 
     def rebind(self, weight: fx.Node, tensor: torch.Tensor) -> None:
         """Give a weight other values under its name: what its readers compute changes.
@@ -175,15 +185,74 @@ class Rewriter:
         module._parameters[leaf] = torch.nn.Parameter(old.detach(), requires_grad=False)
         self.changed = True
 
+    def add_input(
+        self, keyword: str, shape: Sequence[Any], dtype: torch.dtype, *, stand_in: torch.Tensor | float
+    ) -> fx.Node:
+        """One more input of the program, which callers give by keyword; behind all others in the graph.
+
+        Args:
+            keyword: what callers call it; the node's name is made of it.
+            shape: sizes, or dimensions as other inputs' values have them.
+            dtype: of its value.
+            stand_in: the value with which the program computes what it did before, or a number to fill it with. It is
+                what example inputs from before are completed with, see :meth:`Program.completed`.
+
+        Raises:
+            InputError: the program has an argument of that name.
+        """
+        program, inputs = self.program, self.program.inputs
+        signature = program.signature
+        with program.graph.inserting_after(inputs[-1]):
+            node = program.graph.placeholder("".join(c if c.isalnum() else "_" for c in keyword))
+        node.target = node.name
+        program.signature = signature.with_keyword(keyword, node.name)
+        node.meta[VAL] = inputs[0].meta[VAL].new_empty(tuple(shape), dtype=dtype)
+        program.kept["inputs"] = {**program.kept.get("inputs", {}), node.name: stand_in}
+        self.changed = True
+        return node
+
     # -- changing ------------------------------------------------------------------------------------------------------
 
-    def replace(self, old: fx.Node, new: fx.Node, *, equivalent: bool = True) -> None:
+    def limit(self, dim: str, most: int) -> None:
+        """Let a dimension have no size above ``most``, from here on; every type is computed anew by :meth:`retype`.
+
+        Raises:
+            ProgramError: there is no such dimension, or nothing would be left of it.
+        """
+        table = self.program.symbols
+        if dim not in table.dims:
+            raise ProgramError(f"the program has no dimension {dim!r}")
+        old = table.dims[dim]
+        if old.max is not None and old.max <= most:
+            return
+        if most < old.min:
+            raise ProgramError(f"the dimension {dim!r} would have no size left: {old.min}..{most}")
+        # The table may be that of other programs too, so it is another one, with types of its own.
+        new = dataclasses.replace(old, max=most, hint=min(old.hint, most))
+        kinds = {node: self.program.type_of(node) for node in self.program.inputs}
+        self.program.symbols = SymbolTable({**table.dims, dim: new}, table.conditions)
+        for node, kind in kinds.items():
+            if isinstance(kind, TensorType):
+                node.meta[VAL] = self.program.symbols.fake(kind)
+        self.changed = True
+
+    def retype(self) -> None:
+        """Compute every type anew, after values of other shapes were put in.
+
+        Raises:
+            TypeMismatch: an operator does not accept its operands.
+        """
+        self.program.infer_types()
+        self._stale = False
+
+    def replace(self, old: fx.Node, new: fx.Node, *, equivalent: bool = True, retyped: bool = False) -> None:
         """Let every user of ``old`` read ``new``, and remove ``old`` with whatever becomes dead by that.
 
         Args:
             old: the node to go.
             new: the node to stand for it; may be one that already exists.
             equivalent: record that ``new`` stands for ``old``, so that verification compares their values.
+            retyped: dtype and shape may differ; every type is computed anew, at the end or by :meth:`retype`.
 
         Raises:
             TypeMismatch: dtype or shape differ.
@@ -191,7 +260,7 @@ class Rewriter:
         if old is new:
             raise ProgramError("a node cannot replace itself", where=provenance.describe(old))
         before, after = self.program.type_of(old), self.program.type_of(new)
-        if before != after:
+        if before != after and not retyped:
             raise TypeMismatch(
                 f"the replacement is {after}, the replaced value {before}", where=provenance.describe(old)
             )
@@ -204,23 +273,33 @@ class Rewriter:
         if equivalent:
             self.program.replacements[old.name] = new.name
         self.changed = True
+        self._stale = self._stale or before != after
         self._erase_dead(old)
 
-    def redirect(self, old: fx.Node, new: fx.Node, *, besides: Collection[fx.Node], equivalent: bool = True) -> None:
+    def redirect(
+        self,
+        old: fx.Node,
+        new: fx.Node,
+        *,
+        besides: Collection[fx.Node],
+        equivalent: bool = True,
+        retyped: bool = False,
+    ) -> None:
         """Let the users of ``old`` read ``new``, which is computed from it.
 
         Args:
             old: stays, with the users in ``besides``.
             new: the node to be read in its place.
-            besides: the nodes between the two.
+            besides: the nodes between the two, and others that go on reading ``old``.
             equivalent: record that ``new`` stands for ``old``, so that verification compares their values.
+            retyped: dtype and shape may differ; every type is computed anew, at the end or by :meth:`retype`.
 
         Raises:
             TypeMismatch: dtype or shape differ.
             ProgramError: a user is computed before ``new``.
         """
         before, after = self.program.type_of(old), self.program.type_of(new)
-        if before != after:
+        if before != after and not retyped:
             raise TypeMismatch(f"the new value is {after}, the old one {before}", where=provenance.describe(old))
         users = [user for user in old.users if user not in besides and user is not new]
         late = [user for user in users if user < new]
@@ -233,6 +312,7 @@ class Rewriter:
         if equivalent:
             self.program.replacements[old.name] = new.name
         self.changed = True
+        self._stale = self._stale or before != after
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node nobody uses, and whatever becomes dead by that.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,33 @@ class Signature:
     def names(self) -> tuple[str, ...]:
         """Graph inputs in order."""
         return tuple(name for name in self.inputs if name is not None)
+
+    def with_keyword(self, keyword: str, name: str) -> Signature:
+        """The signature with one more argument, given by keyword.
+
+        Args:
+            keyword: what callers call it.
+            name: of the graph's input that it feeds, behind all others.
+
+        Raises:
+            InputError: there is an argument of that name.
+        """
+        kwargs_spec = self.in_spec.children()[1]
+        if keyword in (*self.parameters, *kwargs_spec.context):
+            raise InputError("is an argument of the program already", where=f"input {keyword!r}")
+        args, kwargs = pytree.tree_unflatten(list(range(self.in_spec.num_leaves)), self.in_spec)
+        spec = pytree.tree_structure((args, {**kwargs, keyword: 0}))
+        return replace(self, in_spec=spec, inputs=(*self.inputs, name))
+
+    def keyword_of(self, name: str) -> str:
+        """What callers call a graph input that they give by keyword; its own name for any other."""
+        args_spec, kwargs_spec = self.in_spec.children()
+        leaf = args_spec.num_leaves
+        for keyword, child in zip(kwargs_spec.context, kwargs_spec.children(), strict=True):
+            if child.num_leaves == 1 and self.inputs[leaf] == name:
+                return str(keyword)
+            leaf += child.num_leaves
+        return name
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The graph inputs of a call.

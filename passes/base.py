@@ -78,6 +78,10 @@ class Pass(ABC):
             return dataclasses.replace(self.contract, max_relative_error=float(self.max_error))
         return self.contract
 
+    def conflicts(self) -> Mapping[str, str]:
+        """``not_after`` with the options taken into account."""
+        return self.not_after
+
     def selected(self, program: Program) -> Predicate:
         """The nodes this pass may touch.
 

@@ -23,7 +23,7 @@ def check_order(passes: Sequence[Pass], history: Sequence[str] = ()) -> None:
     seen: list[str] = list(history)
     for index, item in enumerate(passes):
         later = {other.name for other in passes[index + 1 :]}
-        for earlier, reason in item.not_after.items():
+        for earlier, reason in item.conflicts().items():
             if earlier in seen:
                 done = earlier in history and earlier not in {other.name for other in passes[:index]}
                 raise OrderError(
@@ -64,9 +64,9 @@ def sorted_passes(passes: Sequence[Pass]) -> list[Pass]:
             if other == index or candidate.name == item.name:
                 continue
             first = candidate.name in (*item.after, *item.needs) or item.name in candidate.before
-            if first or item.name in candidate.not_after:
+            if first or item.name in candidate.conflicts():
                 graph.add_edge(other, index)
-            if candidate.name in item.before or candidate.name in item.not_after:
+            if candidate.name in item.before or candidate.name in item.conflicts():
                 graph.add_edge(index, other)
     try:
         return [passes[index] for index in nx.lexicographical_topological_sort(graph)]

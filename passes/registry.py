@@ -48,7 +48,11 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "reduce-projections": ("adapters", "ReduceProjections"),
     "insert-adapters": ("adapters", "InsertAdapters"),
     "merge-adapters": ("adapters", "MergeAdapters"),
+    "delete-ranks": ("adapters", "DeleteRanks"),
     "remove-adapters": ("adapters", "RemoveAdapters"),
+    "unmerge-adapters": ("adapters", "UnmergeAdapters"),
+    "gate-adapters": ("adapters", "GateAdapters"),
+    "adapters-as-inputs": ("adapters", "AdaptersAsInputs"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }

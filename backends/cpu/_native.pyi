@@ -164,7 +164,8 @@ class ByteLinear(LinearInstruction):
         """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
 
         ``x`` is ``[rows, columns]``; ``y``, ``factor`` and ``residual`` are ``[rows, outputs]``, the latter two with
-        rows that may lie apart. ``activation`` is empty, ``relu``, ``silu``, ``gelu``, ``gelu_tanh`` or ``tanh``.
+        rows that may lie apart, or with one row for all. ``activation`` is empty, ``relu``, ``silu``, ``gelu``,
+        ``gelu_tanh`` or ``tanh``.
         """
 
 class Norm(Instruction):
@@ -196,13 +197,18 @@ class Norm(Instruction):
         """``y = norm(x + residual)`` and ``sum = x + residual``, each ``[rows, columns]`` with contiguous rows."""
 
 class Pointwise(Instruction):
-    """An activation, a sum or a product, value by value.
+    """An activation, a sum, a product or a slope, value by value.
+
+    Args:
+        combine: ``multiply``, ``add``, or ``slope``: the activation's value where it is above 0, elsewhere its product
+            with the other.
+        number: the other value, instead of an array.
 
     Raises:
-        ValueError: the activation or instruction set is unknown, or cannot run here.
+        ValueError: the activation, combination or instruction set is unknown, or cannot run here.
     """
 
-    def __init__(self, isa: str, activation: str, adds: bool = False) -> None: ...
+    def __init__(self, isa: str, activation: str, combine: str = "multiply", number: float | None = None) -> None: ...
     @property
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
@@ -213,7 +219,7 @@ class Pointwise(Instruction):
         y: npt.NDArray[np.float32],
         threads: int,
     ) -> None:
-        """``y = activation(x) * other`` or ``+ other``, each ``[rows, columns]`` with contiguous rows."""
+        """``y = activation(x) * other`` or another combination, each ``[rows, columns]`` with contiguous rows."""
 
 class Rotary(Instruction):
     """Rotary position embedding.
@@ -414,8 +420,83 @@ class FloatLinear(LinearInstruction):
     ) -> None:
         """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
 
-        ``factor`` and ``residual`` have y's shape; their rows may be any distance apart. Activations: ``""``, ``relu``,
-        ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
+        ``factor`` and ``residual`` have y's shape or one row; their rows may be any distance apart. Activations:
+        ``""``, ``relu``, ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
+
+        Raises:
+            ValueError: shapes do not fit, or there is no such activation.
+        """
+
+MOST_NARROW: int
+
+class NarrowLinear(LinearInstruction):
+    """A linear of at most ``MOST_NARROW`` outputs on dense weights, ``[outputs, columns]`` as bytes.
+
+    Raises:
+        ValueError: sizes do not fit, or the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        outputs: int,
+        columns: int,
+        bfloat16: bool,
+        values: npt.NDArray[np.uint8],
+        bias: npt.NDArray[np.float32] | None,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        threads: int,
+        activation: str = "",
+        factor: npt.NDArray[np.float32] | None = None,
+        residual: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
+
+        ``factor`` and ``residual`` have y's shape or one row; their rows may be any distance apart. Activations:
+        ``""``, ``relu``, ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
+
+        Raises:
+            ValueError: shapes do not fit, or there is no such activation.
+        """
+
+class KronLinear(LinearInstruction):
+    """A linear on a Kronecker product: ``scale · A X Bᵀ``, ``b_columns`` being ``Bᵀ``, one product before the other.
+
+    Raises:
+        ValueError: a factor is empty, or the instruction set is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        a: npt.NDArray[np.float32],
+        b_columns: npt.NDArray[np.float32],
+        scale: float,
+        b_first: bool,
+    ) -> None: ...
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel that runs."""
+    def run(
+        self,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        threads: int,
+        activation: str = "",
+        factor: npt.NDArray[np.float32] | None = None,
+        residual: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """``y = activation(x Wᵀ + b) * factor + residual`` for rows of floats.
+
+        ``factor`` and ``residual`` have y's shape or one row; their rows may be any distance apart. Activations:
+        ``""``, ``relu``, ``silu``, ``gelu``, ``gelu_tanh``, ``tanh``.
 
         Raises:
             ValueError: shapes do not fit, or there is no such activation.

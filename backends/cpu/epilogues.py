@@ -10,6 +10,7 @@ from torch import fx
 from graphwright.ir.arguments import arguments_of
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
+from graphwright.ir.types import TensorType
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Epilogue:
         linear: the node whose kernel does it.
         absorbed: the nodes after it, in order; the last one's value is what the kernel gives.
         activation: empty or a name of :data:`graphwright.ir.ops.activation.ACTIVATIONS` or ``tanh``.
-        factor: of the same shape.
-        residual: of the same shape.
+        factor: of the same shape, or of its last dimension alone.
+        residual: likewise.
     """
 
     linear: fx.Node
@@ -88,7 +89,7 @@ def _with(program: Program, before: Epilogue, node: fx.Node) -> Epilogue | None:
         return None
     given = arguments_of(node)
     others = [value for value in (given["self"], given["other"]) if value is not before.last]
-    if len(others) != 1 or not _alike(program, node, others[0]):
+    if len(others) != 1 or not (_alike(program, node, others[0]) or _is_row(program, node, others[0])):
         return None
     if name == "aten.mul.Tensor":
         return replace(longer, factor=others[0]) if before.factor is None and before.residual is None else None
@@ -98,6 +99,14 @@ def _with(program: Program, before: Epilogue, node: fx.Node) -> Epilogue | None:
 def _alike(program: Program, node: fx.Node, other: object) -> bool:
     """Whether an operand has the very type of the result: nothing is broadcast or promoted."""
     return isinstance(other, fx.Node) and program.type_of(other) == program.type_of(node)
+
+
+def _is_row(program: Program, node: fx.Node, other: object) -> bool:
+    """Whether an operand is a vector over the result's last dimension, the same for every row."""
+    own, kind = program.type_of(node), program.type_of(other) if isinstance(other, fx.Node) else None
+    if not isinstance(own, TensorType) or not isinstance(kind, TensorType) or not own.shape:
+        return False
+    return kind.shape == own.shape[-1:] and kind.dtype == own.dtype
 
 
 _ACTIVATIONS = {"aten.relu": "relu", "aten.silu": "silu", "aten.gelu": "gelu", "aten.tanh": "tanh"}

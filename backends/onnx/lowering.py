@@ -114,7 +114,7 @@ class Lowering:
         kind = self.program.type_of(node)
         if not isinstance(kind, TensorType):
             raise ExportError(f"the input is {kind}, ONNX takes tensors", where=f"input {node.target!r}")
-        value = self.graph.input(str(node.target), kind.dtype, kind.shape)
+        value = self.graph.input(self.program.signature.keyword_of(str(node.target)), kind.dtype, kind.shape)
         self.inputs.append(value)
         self.sizes.add_input(value, self.shape(node))
         self.set(node, value)

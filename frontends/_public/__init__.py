@@ -85,10 +85,19 @@ if TYPE_CHECKING:
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
+    from graphwright.passes.adapters import ETHER as ETHER
     from graphwright.passes.adapters import IA3 as IA3
+    from graphwright.passes.adapters import NOLA as NOLA
+    from graphwright.passes.adapters import OFT as OFT
     from graphwright.passes.adapters import AdapterKind as AdapterKind
+    from graphwright.passes.adapters import AdaptersAsInputs as AdaptersAsInputs
     from graphwright.passes.adapters import BitFit as BitFit
+    from graphwright.passes.adapters import Compacter as Compacter
+    from graphwright.passes.adapters import DeleteRanks as DeleteRanks
+    from graphwright.passes.adapters import DePT as DePT
     from graphwright.passes.adapters import DoRA as DoRA
+    from graphwright.passes.adapters import ETHERPlus as ETHERPlus
+    from graphwright.passes.adapters import GateAdapters as GateAdapters
     from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
@@ -98,14 +107,25 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import LoKr as LoKr
     from graphwright.passes.adapters import LoRA as LoRA
     from graphwright.passes.adapters import LoRAFA as LoRAFA
+    from graphwright.passes.adapters import LoRAXS as LoRAXS
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
     from graphwright.passes.adapters import ParallelAdapter as ParallelAdapter
+    from graphwright.passes.adapters import PrefixTuning as PrefixTuning
+    from graphwright.passes.adapters import PromptTuning as PromptTuning
     from graphwright.passes.adapters import ReduceProjections as ReduceProjections
     from graphwright.passes.adapters import RemoveAdapters as RemoveAdapters
+    from graphwright.passes.adapters import SoRA as SoRA
+    from graphwright.passes.adapters import UnmergeAdapters as UnmergeAdapters
     from graphwright.passes.adapters import VeRA as VeRA
+    from graphwright.passes.adapters import adapter_inputs as adapter_inputs
+    from graphwright.passes.adapters import adapter_parameters as adapter_parameters
     from graphwright.passes.adapters import adapter_tensors as adapter_tensors
+    from graphwright.passes.adapters import adapter_weights as adapter_weights
+    from graphwright.passes.adapters import adapters_of as adapters_of
     from graphwright.passes.adapters import kronecker_shapes as kronecker_shapes
+    from graphwright.passes.adapters import load_adapter as load_adapter
     from graphwright.passes.adapters import save_adapter as save_adapter
+    from graphwright.passes.adapters import shrink_gates as shrink_gates
     from graphwright.passes.base import Pass as Pass
     from graphwright.passes.base import RulePass as RulePass
     from graphwright.passes.bisection import bisect as bisect
@@ -175,6 +195,7 @@ if TYPE_CHECKING:
 _EXPORTS: dict[str, str] = {
     "Absolute": "graphwright.frontends.autoquantize",
     "AdapterKind": "graphwright.passes.adapters",
+    "AdaptersAsInputs": "graphwright.passes.adapters",
     "Allocation": "graphwright.passes.quantization",
     "Approximate": "graphwright.passes.contract",
     "AutoQuantizeResult": "graphwright.frontends.autoquantize",
@@ -186,16 +207,21 @@ _EXPORTS: dict[str, str] = {
     "Chat": "graphwright.frontends.generation.chat",
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
+    "Compacter": "graphwright.passes.adapters",
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
+    "DePT": "graphwright.passes.adapters",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
+    "DeleteRanks": "graphwright.passes.adapters",
     "Dim": "graphwright.ir.types",
     "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
     "DumpIR": "graphwright.passes.hooks",
+    "ETHER": "graphwright.passes.adapters",
+    "ETHERPlus": "graphwright.passes.adapters",
     "EliminateCommonSubexpressions": "graphwright.passes.cleanup",
     "Exact": "graphwright.passes.contract",
     "ExportError": "graphwright.ir.errors",
@@ -209,6 +235,7 @@ _EXPORTS: dict[str, str] = {
     "FuseQKV": "graphwright.passes.fusion",
     "FuseRMSNorm": "graphwright.passes.fusion",
     "FuseRotaryEmbedding": "graphwright.passes.fusion",
+    "GateAdapters": "graphwright.passes.adapters",
     "Generation": "graphwright.frontends.generation.result",
     "GenerationError": "graphwright.ir.errors",
     "Gptq": "graphwright.passes.quantization",
@@ -230,12 +257,15 @@ _EXPORTS: dict[str, str] = {
     "LoKr": "graphwright.passes.adapters",
     "LoRA": "graphwright.passes.adapters",
     "LoRAFA": "graphwright.passes.adapters",
+    "LoRAXS": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
     "LowRank": "graphwright.passes.quantization",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "MergeAdapters": "graphwright.passes.adapters",
+    "NOLA": "graphwright.passes.adapters",
     "Nearest": "graphwright.passes.quantization",
+    "OFT": "graphwright.passes.adapters",
     "OptimizedDecoder": "graphwright.frontends.generation.optimized",
     "OptimizedModel": "graphwright.frontends.api",
     "OrderError": "graphwright.ir.errors",
@@ -246,11 +276,13 @@ _EXPORTS: dict[str, str] = {
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "PrefixTuning": "graphwright.passes.adapters",
     "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
     "ProgramError": "graphwright.ir.errors",
     "PromptCache": "graphwright.frontends.generation.prompt_cache",
     "PromptLookup": "graphwright.frontends.generation.drafts",
+    "PromptTuning": "graphwright.passes.adapters",
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
     "QuantizeAttention": "graphwright.passes.quantization",
@@ -278,6 +310,7 @@ _EXPORTS: dict[str, str] = {
     "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
     "SmoothActivations": "graphwright.passes.quantization",
+    "SoRA": "graphwright.passes.adapters",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "Stream": "graphwright.frontends.generation.stream",
@@ -290,11 +323,16 @@ _EXPORTS: dict[str, str] = {
     "Trial": "graphwright.frontends.autoquantize",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
+    "UnmergeAdapters": "graphwright.passes.adapters",
     "VeRA": "graphwright.passes.adapters",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
     "Wanted": "graphwright.frontends.generation.drafts",
+    "adapter_inputs": "graphwright.passes.adapters",
+    "adapter_parameters": "graphwright.passes.adapters",
     "adapter_tensors": "graphwright.passes.adapters",
+    "adapter_weights": "graphwright.passes.adapters",
+    "adapters_of": "graphwright.passes.adapters",
     "allocate": "graphwright.passes.quantization",
     "any_": "graphwright.ir.pattern",
     "auto_quantize": "graphwright.frontends.autoquantize",
@@ -307,6 +345,7 @@ _EXPORTS: dict[str, str] = {
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
     "kronecker_shapes": "graphwright.passes.adapters",
+    "load_adapter": "graphwright.passes.adapters",
     "load_decoder": "graphwright.frontends.huggingface",
     "load_huggingface": "graphwright.frontends.huggingface",
     "load_packed": "graphwright.frontends.generation.packed",
@@ -322,6 +361,7 @@ _EXPORTS: dict[str, str] = {
     "save_quantized": "graphwright.frontends.huggingface.quantized",
     "save_recipe": "graphwright.frontends.recipes",
     "sensitivities": "graphwright.passes.quantization",
+    "shrink_gates": "graphwright.passes.adapters",
     "skip_by_kurtosis": "graphwright.passes.quantization",
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",

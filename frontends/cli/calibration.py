@@ -47,9 +47,19 @@ def read_windows(options: argparse.Namespace) -> list[torch.Tensor] | None:
             if getattr(options, f"calibration_{name}") is not None:
                 raise InputError("goes with --calibration FILE.txt", where=f"option --calibration-{name}")
         return None
-    where = f"option --calibration: {options.calibration}"
+    return text_windows(Path(options.model), options.calibration, samples, length, option="--calibration")
+
+
+def text_windows(folder: Path, file: str, samples: int, length: int, *, option: str) -> list[torch.Tensor]:
+    """A text as token ids of the tokenizer of a model's folder, see :func:`read_windows`.
+
+    Raises:
+        InputError: the file cannot be read or is too short, there is no tokenizer, or a number makes no sense.
+    """
+    _positive(samples, "--windows", samples)
+    where = f"option {option}: {file}"
     try:
-        text = Path(options.calibration).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read as text: {error}", where=where) from error
     import torch
@@ -58,7 +68,6 @@ def read_windows(options: argparse.Namespace) -> list[torch.Tensor] | None:
     from graphwright.frontends.generation.facts import FILE
     from graphwright.frontends.generation.tokenizer import load_tokenizer
 
-    folder = Path(options.model)
     tokenizer = load_tokenizer(folder)
     if not (folder / FILE).is_file() and not is_language_model_folder(folder):
         sentences = [line for line in text.splitlines() if line.strip()][:samples]
@@ -71,14 +80,14 @@ def read_windows(options: argparse.Namespace) -> list[torch.Tensor] | None:
             raise InputError(
                 f"holds {len(ids)} tokens, less than one window of {length}",
                 where=where,
-                hint="give a longer text, or a smaller --calibration-length",
+                hint="give a longer text" + (f", or a smaller {option}-length" if option == "--calibration" else ""),
             )
     if not found:
         raise InputError("holds no text", where=where)
     return [torch.tensor([ids], dtype=torch.int64) for ids in found]
 
 
-def as_inputs(windows: list[torch.Tensor], program: Program) -> list[Any]:
+def as_inputs(windows: list[torch.Tensor], program: Program, *, option: str = "--calibration") -> list[Any]:
     """Token ids as batches of a program.
 
     Raises:
@@ -95,9 +104,9 @@ def as_inputs(windows: list[torch.Tensor], program: Program) -> list[Any]:
     unknown = [name for name in names if name not in makers]
     if unknown or "input_ids" not in names:
         raise InputError(
-            f"the model takes {', '.join(names)}: text gives no calibration data for it",
-            where="option --calibration",
-            hint="use graphwright.optimize with QuantizeLinears(calibration=...)",
+            f"the model takes {', '.join(names)}: text gives no data for it",
+            where=f"option {option}",
+            hint="use the Python API: graphwright.optimize with QuantizeLinears(calibration=...), or auto_quantize",
         )
     return [{name: makers[name](window) for name in names} for window in windows]
 

@@ -21,6 +21,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # command -> what it does, in one line; each is the module of that name in this package
 COMMANDS: dict[str, str] = {
     "optimize": "run a recipe on a model, checking every pass, and save the result",
+    "auto-quantize": "search for the smallest quantisation that loses no more than allowed",
     "inspect": "what a model consists of: operators, parameters, bytes, MACs, dimensions, journal",
     "diff": "how two programs differ",
     "verify": "compare two models on random inputs",
@@ -93,7 +94,7 @@ def message_of(error: BaseException) -> str:
 
 
 def _module(command: str) -> Any:
-    return importlib.import_module(f"graphwright.frontends.cli.{command}")
+    return importlib.import_module(f"graphwright.frontends.cli.{command.replace('-', '_')}")
 
 
 class _Version(argparse.Action):

@@ -5,7 +5,8 @@ groups along the input dimension. A group is a little-endian stream of bits: col
 ``[i · bits, (i + 1) · bits)``, counted from the lowest bit of its first byte. So an 8-bit code is a byte; of two 4-bit
 codes the even column lies in the low nibble; four 2-bit codes share a byte and eight 3-bit codes three bytes. A group
 fills whole bytes. The last group is padded with its zero point, which stands for exactly 0. A weight is
-``(code - zero point) · scale``.
+``(code - zero point) · scale``. Zero points are codes; those of ``linear_nbits`` may be floats as well, between codes,
+and padding then stands for nothing.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def linear_nbits(
         x: ``[..., in]``, floating.
         qweight: packed codes, uint8 ``[out, G, group_size * bits / 8]``.
         scales: ``[out, G]``, floating.
-        zero_points: uint8 ``[out, G]``, or ``None`` for ``2**(bits - 1)`` (symmetric).
+        zero_points: uint8 or floating ``[out, G]``, or ``None`` for ``2**(bits - 1)`` (symmetric).
         bias: ``[out]`` or ``None``.
         bits: 2, 3, 4 or 8.
         group_size: columns to a group.
@@ -295,7 +296,7 @@ def _linear_fake(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    _check_packed(qweight, scales, zero_points, bits, group_size, x.shape[-1])
+    _check_packed(qweight, scales, zero_points, bits, group_size, x.shape[-1], floats=True)
     check_vectors(qweight.shape[0], bias=bias)
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
@@ -347,12 +348,16 @@ def _check_packed(
     bits: int,
     group_size: int,
     columns: Any,
+    *,
+    floats: bool = False,
 ) -> None:
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, not {bits}")
     check_packed(qweight, scales, bits, group_size, columns)
     if zero_points is not None:
-        torch._check(zero_points.dtype == torch.uint8, lambda: f"zero points must be uint8, not {zero_points.dtype}")
+        fits = zero_points.dtype == torch.uint8 or (floats and zero_points.is_floating_point())
+        kinds = "uint8 or floating" if floats else "uint8"
+        torch._check(fits, lambda: f"zero points must be {kinds}, not {zero_points.dtype}")
         torch._check(zero_points.shape == scales.shape, lambda: "zero points must have the shape of the scales")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from graphwright.ir import provenance
 from graphwright.ir.arguments import arguments_of
-from graphwright.ir.provenance import tags_of
+from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.adapters.base import Factor
 from graphwright.passes.adapters.sites import ADAPTER, Site
@@ -56,7 +56,8 @@ class Builder:
         return nodes
 
     def call(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node."""
+        """A new node; of a value that has an adapter already it reads the adapted one."""
+        args, kwargs = fx.node.map_arg((args, kwargs), self._standing)
         node = self.rewriter.call(target, *args, like=self.site.node, **kwargs)
         node.meta[provenance.TAGS] = frozenset({ADAPTER, tag_of(self.name)})
         self._made.add(node)
@@ -119,9 +120,19 @@ class Builder:
             if node in alone and node.users:
                 min(node.users).prepend(node)
 
-    def adapt(self, old: fx.Node, new: fx.Node) -> None:
-        """Let all users of ``old``, but the adapter, read ``new``, whose first operands lead back to ``old``."""
-        self.rewriter.redirect(old, new, besides=self._made)
+    def adapt(self, old: fx.Node, new: fx.Node, *, besides: Collection[fx.Node] = (), retyped: bool = False) -> None:
+        """Let all users of ``old``, but the adapter, read ``new``, whose first operands lead back to ``old``.
+
+        Args:
+            old: the bare value.
+            new: the adapted one.
+            besides: further users that go on reading ``old``.
+            retyped: the shapes differ: :meth:`Rewriter.retype` is called afterwards.
+        """
+        # Values of other shapes are not compared.
+        self.rewriter.redirect(
+            self._standing(old), new, besides={*self._made, *besides}, equivalent=not retyped, retyped=retyped
+        )
         self._exit(new)
 
     def feed(self, node: fx.Node, name: str, new: fx.Node) -> None:
@@ -130,6 +141,26 @@ class Builder:
         self.rewriter.set_arguments(node, **given)
         new.meta[provenance.TAGS] = tags_of(new) | {fed_tag(self.name)}
         self._exit(new)
+
+    def _standing(self, value: fx.Node) -> fx.Node:
+        """The site's value as the adapters that were put in before leave it: adapters stand in the order in which
+        they came."""
+        if value is not self.site.node:
+            return value
+        while (above := self._exit_over(value)) is not None:
+            value = above
+        return value
+
+    def _exit_over(self, value: fx.Node) -> fx.Node | None:
+        """The adapted value that first operands lead from to ``value``."""
+        for user in value.users:
+            node, below = user, value
+            while node.args and node.args[0] is below and ADAPTER in tags_of(node) and node not in self._made:
+                ends = {tag.rpartition("/")[2] for tag in tags_of(node)}
+                if "exit" in ends and "fed" not in ends and path_of(node) == self.site.path:
+                    return node
+                node, below = next((each for each in node.users if each.args and each.args[0] is node), node), node
+        return None
 
     def _exit(self, node: fx.Node) -> None:
         node.meta[provenance.TAGS] = tags_of(node) | {exit_tag(self.name)}

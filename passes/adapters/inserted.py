@@ -18,6 +18,12 @@ from graphwright.passes.adapters.kinds import kind_of
 
 # Where a program's records have the adapters: name -> {"kind", "sites"}.
 RECORD = "adapters"
+# Where they have those that became part of the weights, and what is kept in memory of them.
+MERGED = "merged_adapters"
+# Where they have those whose tensors are inputs of the program, as they stood under ``RECORD``.
+INPUTS = "input_adapters"
+# Where they have the names of those that calls switch and mix, in the order of their weights.
+GATED = "gated_adapters"
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,21 @@ def adapter_of(program: Program, name: str) -> Inserted:
     """One adapter of a program.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is none of that name, it has been merged, or its tensors are inputs.
     """
     found = adapters_of(program)
+    if name not in found and name in program.records.get(MERGED, {}):
+        raise InputError(
+            f"adapter {name!r} has been merged: it is part of the weights and has no tensors of its own",
+            where=f"program {program.title!r}",
+            hint="take it out of them again with UnmergeAdapters",
+        )
+    if name not in found and name in program.records.get(INPUTS, {}):
+        raise InputError(
+            f"adapter {name!r} has no tensors of its own: they are inputs of the program",
+            where=f"program {program.title!r}",
+            hint="use the program from before AdaptersAsInputs",
+        )
     if name not in found:
         raise InputError(
             f"there is no adapter {name!r}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from graphwright.passes import selection
 from graphwright.passes.adapters.base import AdapterKind, Draw, Factor
 from graphwright.passes.adapters.builder import Builder
 from graphwright.passes.adapters.files import SavedAdapter, SavedSite, load_adapter
-from graphwright.passes.adapters.inserted import RECORD, described, note_inserted
+from graphwright.passes.adapters.inserted import INPUTS, MERGED, RECORD, described, note_inserted
 from graphwright.passes.adapters.kinds import KINDS, kind_of
 from graphwright.passes.adapters.sites import ADAPTER, Site, refusal
 from graphwright.passes.base import Pass
@@ -57,7 +57,8 @@ class InsertAdapters(Pass):
     another's that the adapter needs the inside of; places whose kind has no site there (each says why).
 
     Attributes:
-        adapter: a kind, such as ``LoRA(rank=8)`` or its name, or the folder or file of a saved adapter.
+        adapter: a kind, such as ``LoRA(rank=8)`` or its name, or a saved adapter: its folder or file, or what
+            :func:`load_adapter` read.
         adapter_name: what it is called in the program; letters, digits, ``_`` and ``-``.
         overrides: options of single sites: ``{"model.layers.0.*": {"rank": 4}}``; the first selection that fits counts.
         seed: of the numbers that new adapters start with.
@@ -71,7 +72,7 @@ class InsertAdapters(Pass):
     contract: ClassVar[Contract] = Retrain()
     respects: ClassVar[frozenset[str]] = frozenset()
 
-    adapter: AdapterKind | str | os.PathLike[str] = "lora"
+    adapter: AdapterKind | SavedAdapter | str | os.PathLike[str] = "lora"
     _: KW_ONLY
     adapter_name: str = "default"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
@@ -90,7 +91,7 @@ class InsertAdapters(Pass):
             given = kind_of(given, where=f"{self.name}: adapter")
         elif isinstance(given, os.PathLike):
             given = os.fspath(given)
-        if not isinstance(given, AdapterKind | str):
+        if not isinstance(given, AdapterKind | SavedAdapter | str):
             raise InputError(
                 f"must be a kind of adapter or a path, not {given!r}",
                 where=f"{self.name}: adapter",
@@ -103,7 +104,7 @@ class InsertAdapters(Pass):
             raise InputError(f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}", where=f"{self.name}: dtype")
         for key in self.overrides:
             selection.check(key, f"{self.name}: overrides")
-        if self.overrides and isinstance(given, str):
+        if self.overrides and not isinstance(given, AdapterKind):
             raise InputError("a saved adapter has its options", where=f"{self.name}: overrides")
 
     def effective_contract(self) -> Contract:
@@ -113,7 +114,9 @@ class InsertAdapters(Pass):
         return Retrain()
 
     def options(self) -> dict[str, Any]:
-        """Options as JSON values."""
+        """Options as JSON values; an adapter that was read, by where it was."""
+        if isinstance(self.adapter, SavedAdapter):
+            return {**dataclasses.replace(self, adapter="lora").options(), "adapter": self.adapter.source}
         found = super().options()
         if isinstance(self.adapter, AdapterKind):
             found["adapter"] = described(self.adapter)
@@ -127,13 +130,19 @@ class InsertAdapters(Pass):
                 is of another model; says which of its tensors differ.
             SelectionError: there is no place for it.
         """
-        if self.adapter_name in program.records.get(RECORD, {}):
-            raise InputError(
-                f"there is an adapter {self.adapter_name!r} already",
-                where=f"program {program.title!r}",
-                hint="give another adapter_name=, or take the first out with RemoveAdapters",
-            )
-        saved = load_adapter(self.adapter) if isinstance(self.adapter, str) else None
+        for record, words, remedy in (
+            (RECORD, "there is", "RemoveAdapters"),
+            (MERGED, "the weights have taken in", "UnmergeAdapters"),
+            (INPUTS, "calls bring", "the program from before AdaptersAsInputs"),
+        ):
+            if self.adapter_name in program.records.get(record, {}):
+                raise InputError(
+                    f"{words} an adapter {self.adapter_name!r} already",
+                    where=f"program {program.title!r}",
+                    hint=f"give another adapter_name=, or take the first out with {remedy}",
+                )
+        given = self.adapter
+        saved = load_adapter(given) if isinstance(given, str) else given if isinstance(given, SavedAdapter) else None
         kind = saved.kind if saved is not None else self.adapter
         assert isinstance(kind, AdapterKind)
         sites, refusals = self._sites(program, kind, saved)
@@ -145,7 +154,7 @@ class InsertAdapters(Pass):
             raise SelectionError(
                 f"there is no place for {kind.kind}",
                 where=f"{self.name}: where={self.where!r}",
-                hint=str(refusals[0]) if refusals else "the program has no layer of the kind it goes to",
+                hint=_foremost(refusals),
             )
         noted: dict[str, tuple[AdapterKind, dict[str, Any]]] = {}
         trained = 0
@@ -180,7 +189,7 @@ class InsertAdapters(Pass):
         chosen = self.selected(program)
         found: dict[str, list[Site]] = {}
         refusals: list[Refusal] = []
-        for site in kind.sites(program, chosen, head=self.where is not None):
+        for site in kind.sites(program, chosen, head=self.where is not None or saved is not None):
             if isinstance(site, Refusal):
                 refusals.append(site)
                 continue
@@ -210,6 +219,12 @@ class InsertAdapters(Pass):
             if self.overrides and (reason := kinds[path].check(places[0])) is not None:
                 raise InputError(reason, where=path)
         return kinds
+
+
+def _foremost(refusals: Sequence[Refusal]) -> str:
+    """The reason of a place that was meant, else of any."""
+    meant = [each for each in refusals if not each.reason.startswith("not selected")]
+    return str((meant or list(refusals))[0]) if refusals else "the program has no layer of the kind it goes to"
 
 
 def _freeze(rewriter: Rewriter) -> None:

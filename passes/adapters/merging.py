@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from graphwright.ir.arguments import arguments_of
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
-from graphwright.ir.provenance import tags_of
 from graphwright.ir.rewriter import Rewriter
-from graphwright.ir.types import VAL
-from graphwright.passes.adapters.base import Dense
-from graphwright.passes.adapters.builder import exit_tag, tag_of
-from graphwright.passes.adapters.inserted import (
-    Inserted,
-    InsertedSite,
-    adapter_of,
-    adapters_of,
-    base_of,
-    fed_by,
-    forget,
-)
-from graphwright.passes.adapters.sites import ADAPTER, Site
+from graphwright.passes.adapters.inserted import GATED, MERGED, Inserted, adapter_of, adapters_of, base_of, forget
+from graphwright.passes.adapters.merged import note_merged
+from graphwright.passes.adapters.places import Place, Rounded, called_anew, check_readers, place_of, write_merged
 from graphwright.passes.base import Pass
-from graphwright.passes.contract import Contract, Exact, Retrain
+from graphwright.passes.contract import Approximate, Contract, Exact, Retrain
+from graphwright.passes.quantization.loss import report_entries
+
+_REMEDY = (
+    "merge before quantising, keep the adapter beside the packed weight, or round it again with "
+    "MergeAdapters(requantize=True), which measures what is lost"
+)
+# What storing a weight anew may make of an output, in epsilons of its dtype; as for exact passes.
+_STORED = 32.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +40,20 @@ class MergeAdapters(Pass):
         ->
         %adapted = aten.linear(%x, %weight, %bias)      the weight's values are W + B A, computed in float64
 
-    The weight keeps its name, dtype and layout; the base model's own tensor is not written into.
+    The weight keeps its name, dtype and layout; the base model's own tensor is not written into. The program remembers
+    what was merged, so :class:`UnmergeAdapters` can take it out again, bit for bit. Linears that share one stacked
+    weight (:class:`FuseQKV`) take adapters into its rows.
+
+    It does not fire on kinds that cannot be merged, on weights that something without the adapter reads too, and on
+    packed weights unless told: all of these are errors, as a program half merged serves nobody.
 
     Attributes:
         adapters: names of those to be merged, in the order in which they were put in; ``None`` for all.
+        requantize: merge into packed weights too: they are unpacked, and rounded again in the same format. The function
+            then changes by that rounding, which the report measures: of each weight, and as a fraction of what the
+            adapter changed in it, which is 1 where rounding loses as much as the adapter brings.
+        keep: keep the base's tensors and the adapter's in memory, for :class:`UnmergeAdapters`. It costs nothing while
+            the model is there that the base is shared with. Otherwise it needs them from disk.
     """
 
     name: ClassVar[str] = "merge-adapters"
@@ -55,25 +61,41 @@ class MergeAdapters(Pass):
     respects: ClassVar[frozenset[str]] = frozenset()
 
     adapters: tuple[str, ...] | None = None
+    requantize: bool = False
+    keep: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.adapters is not None:
             object.__setattr__(self, "adapters", _names(self.name, self.adapters))
 
+    def effective_contract(self) -> Contract:
+        """Exact, but for packed weights."""
+        return Approximate() if self.requantize else self.contract
+
+    def conflicts(self) -> Mapping[str, str]:
+        """Packed weights are only merged into when that is asked for."""
+        reason = f"the weights are packed by then, and merging would round the adapter away: {_REMEDY}"
+        return {} if self.requantize else {"quantize-linears": reason}
+
     def run(self, program: Program) -> bool:
         """Merge them; all or nothing.
 
         Raises:
-            InputError: there is no such adapter (it may have been merged already), its kind cannot be merged, a weight
-                is packed, or another adapter lies between it and the weight.
+            InputError: there is no such adapter, it has been merged already, its kind cannot be merged, a weight is
+                packed, or another adapter lies between it and the weight.
         """
         chosen = _chosen(program, self.adapters)
+        losses: dict[str, Rounded] = {}
         with program.edit() as rewriter:
             for adapter in chosen:
-                _merge(rewriter, adapter)
+                before, known = program.tensors(), len(losses)
+                _merge(rewriter, adapter, losses if self.requantize else None)
+                note_merged(program, adapter, before, rounded=len(losses) > known, keep=self.keep)
                 forget(program, adapter.name)
             program.notes["merged"] = [adapter.name for adapter in chosen]
+        if losses:
+            program.notes.update(_noted(losses))
         return bool(chosen)
 
 
@@ -107,7 +129,7 @@ class RemoveAdapters(Pass):
             for adapter in chosen:
                 for site in adapter.sites.values():
                     for exit_ in site.exits:
-                        rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False)
+                        rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False, retyped=True)
                 forget(program, adapter.name)
         return bool(chosen)
 
@@ -119,127 +141,71 @@ def _names(owner: str, names: object) -> tuple[str, ...]:
 
 
 def _chosen(program: Program, names: tuple[str, ...] | None) -> list[Inserted]:
+    """The adapters of these names, in the order in which they were put in; all of them by default.
+
+    Raises:
+        InputError: there is none of a name, or it has been merged; without names: all there were have been merged.
+    """
+    present = adapters_of(program)
     if names is None:
-        return list(adapters_of(program).values())
-    return [adapter_of(program, name) for name in names]
+        for name in program.records.get(MERGED, {}) if not present else ():
+            adapter_of(program, name)
+        return list(present.values())
+    wanted = {adapter_of(program, name).name for name in names}
+    return [adapter for name, adapter in present.items() if name in wanted]
 
 
-def _merge(rewriter: Rewriter, adapter: Inserted) -> None:
+def _merge(rewriter: Rewriter, adapter: Inserted, losses: dict[str, Rounded] | None) -> None:
+    """Merge one adapter; what rounding loses of packed weights is put into ``losses``, ``None`` to refuse them."""
     program = rewriter.program
-    biases: dict[fx.Node, fx.Node | None] = {}  # by the weights that are done: the bias, which they may not have had
+    # by the weights that are done: the bias, which the layer may not have had
+    done: dict[tuple[fx.Node, tuple[int, int] | None], fx.Node | None] = {}
+    limits = program.notes.setdefault("local_limits", {}) if losses is not None else {}
     for site in adapter.sites.values():
+        if adapter.name in program.records.get(GATED, ()):
+            raise InputError(
+                f"adapter {adapter.name!r} is switched as the program runs, so no weight can take it in",
+                where=site.path,
+                hint="merge it before GateAdapters, or into the program from before",
+            )
         if site.kind.unmergeable is not None:
             raise InputError(
                 f"adapter {adapter.name!r} cannot be merged: {site.kind.unmergeable}",
                 where=site.path,
                 hint="keep it beside the weights, where it also runs",
             )
-        places = {exit_: _place(program, adapter, site, exit_) for exit_ in site.exits}
-        for node in dict.fromkeys(place.node for place in places.values()):
-            exits = [exit_ for exit_, place in places.items() if place.node is node]
-            place = places[exits[0]]
-            assert place.weight is not None
-            if place.weight not in biases:  # a module that is called several times
-                _check_readers(program, place, places.values(), adapter)
-                biases[place.weight] = _write(rewriter, place, site)
-            fed = next((exit_ for exit_ in exits if exit_ is place.x), None)
-            given = arguments_of(node)
-            if place.bias is None and biases[place.weight] is not None:
-                given["bias"] = biases[place.weight]
-            if fed is not None:
-                given[place.input_name] = base_of(fed, adapter.name)
-            # A node of its own, because the bare one's value, by whose name it is known, is another.
-            merged = rewriter.call(node.target, like=node, **given)
-            rewriter.replace(next((exit_ for exit_ in exits if exit_ is not fed), node), merged)
+        places = {exit_: place_of(program, adapter, site, exit_) for exit_ in site.exits}
+        for exits in _by_layer(places):
+            # Merging at one layer may have replaced nodes of the next, where both are rows of one weight.
+            place = place_of(program, adapter, site, exits[0])
+            if place.packed is not None and losses is None:
+                raise InputError(
+                    "the weight is packed, and merging would round the adapter away", where=site.path, hint=_REMEDY
+                )
+            key = place.stored, place.rows
+            if key not in done:  # a module that is called several times
+                check_readers(program, place, places.values(), adapter.name)
+                done[key], loss = write_merged(rewriter, place, site)
+                if loss is not None and losses is not None:
+                    losses[str(place.stored.target)] = loss
+            fed = next((exit_ for exit_ in exits if exit_ is place.site.x), None)
+            x = place.site.x if fed is None else base_of(fed, adapter.name)
+            merged = called_anew(rewriter, place, x, done[key])
+            rewriter.replace(next((exit_ for exit_ in exits if exit_ is not fed), place.site.node), merged)
+            epsilon = torch.finfo(place.site.dtype).eps
+            limits[merged.name] = place.packed.local_limit if place.packed is not None else _STORED * epsilon
 
 
-def _place(program: Program, adapter: Inserted, site: InsertedSite, exit_: fx.Node) -> Site:
-    """The layer that an adapter lies beside, or before."""
-    fed = fed_by(exit_, adapter.name)
-    base = base_of(exit_, adapter.name) if fed is None else fed
-    if ADAPTER in tags_of(base):
-        raise InputError(
-            f"adapter {adapter.name!r} lies on another one",
-            where=site.path,
-            hint="merge them in the order in which they were put in, or all at once",
-        )
-    place = site.kind.site_at(program, base)
-    if not isinstance(place, Site) or (fed is not None and place.x is not exit_):
-        raise InputError(
-            f"the layer cannot take an adapter in: {place or f'%{base.name} is none that it lies beside'}",
-            where=site.path,
-        )
-    if place.weight is None:
-        raise InputError(
-            "the weight is packed, and merging would round the adapter away",
-            where=site.path,
-            hint="merge before quantising, or keep the adapter beside the packed weight",
-        )
-    inputs = {base_of(place.x, adapter.name), place.x, place.node}
-    other = next((each for each in _reads(exit_, adapter.name, place) if each not in inputs), None)
-    if other is not None:
-        raise InputError(
-            f"adapter {adapter.name!r} reads %{other.name}, but its layer reads %{place.x.name}, which another adapter "
-            "gives",
-            where=site.path,
-            hint="merge first the one that was put in last, or keep them",
-        )
-    return place
+def _noted(losses: Mapping[str, Rounded]) -> dict[str, Any]:
+    found = report_entries({name: rounded.loss for name, rounded in losses.items()})
+    for name, rounded in losses.items():
+        found["weights"][name]["of_adapter"] = rounded.of_adapter
+    return found
 
 
-def _reads(exit_: fx.Node, name: str, place: Site) -> Iterator[fx.Node]:
-    """What an adapter's nodes read that is neither theirs nor a weight."""
-    tag, stack, seen = tag_of(name), [exit_], set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        for source in node.all_input_nodes:
-            if source in seen or source.op == "get_attr" or not isinstance(source.meta[VAL], torch.Tensor):
-                continue
-            seen.add(source)
-            if tag in tags_of(source) and source is not place.x and exit_tag(name) not in tags_of(source):
-                stack.append(source)
-            else:
-                yield source
-
-
-def _check_readers(program: Program, place: Site, places: Iterable[Site], adapter: Inserted) -> None:
-    """Refuse a weight that something without this adapter reads too."""
-    assert place.weight is not None
-    adapted = {each.node for each in places}
-    own = tag_of(adapter.name)  # such as DoRA's norm of the weight, which goes
-    nodes = [node for node in program.nodes if node.op == "get_attr" and node.target == place.weight.target]
-    others = [user for node in nodes for user in node.users if user not in adapted and own not in tags_of(user)]
-    if others:
-        raise InputError(
-            f"the weight is also read by %{others[0].name}, which has no adapter",
-            where=place.path,
-            hint="keep the adapter beside the weight",
-        )
-
-
-def _write(rewriter: Rewriter, place: Site, site: InsertedSite) -> fx.Node | None:
-    """Give the weight and bias the merged values; returns the bias, a new one where there was none before."""
-    program = rewriter.program
-    assert place.weight is not None
-    stored = program.tensor(place.weight).detach()
-    weight = (stored.t() if place.transposed else stored).double()
-    bias = program.tensor(place.bias).detach().double() if place.bias is not None else None
-    factors = {key: program.tensor(name).detach().double() for key, name in site.tensors.items()}
-    merged = site.kind.merged(place, Dense(weight, bias), factors)
-    new = merged.weight.t() if place.transposed else merged.weight
-    rewriter.rebind(place.weight, new.to(stored.dtype).contiguous())
-    if merged.bias is None or (bias is not None and torch.equal(merged.bias, bias)):
-        return place.bias
-    if place.bias is not None:
-        rewriter.rebind(place.bias, merged.bias.to(program.tensor(place.bias).dtype))
-        return place.bias
-    if "bias" not in arguments_of(place.node):
-        raise InputError(
-            f"%{place.node.name} is a product that takes no bias, and the adapter has one",
-            where=place.path,
-            hint="run Cleanup first, which makes it a linear",
-        )
-    new_bias: torch.Tensor = merged.bias.to(stored.dtype)
-    if isinstance(program.tensor(place.weight), nn.Parameter):
-        new_bias = nn.Parameter(new_bias, program.tensor(place.weight).requires_grad)
-    return rewriter.weight(f"{place.path}.bias".lstrip("."), new_bias, like=place.node)
+def _by_layer(places: Mapping[fx.Node, Place]) -> list[list[fx.Node]]:
+    """The exits of every layer: what it reads, what it gives, or both."""
+    layers: dict[tuple[fx.Node, tuple[int, int] | None], list[fx.Node]] = {}
+    for exit_, place in places.items():
+        layers.setdefault((place.site.node, place.rows), []).append(exit_)
+    return list(layers.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,21 +46,21 @@ class Observed:
         """Count more rows, ``[n, features]`` float32."""
         if not len(rows):
             return
-        self._accumulate([rows])
+        self._accumulate(rows)
         self._mirror()
 
-    def _accumulate(self, pieces: Sequence[torch.Tensor]) -> None:
-        """Count more rows, the moment's upper half only."""
-        rows = pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces))
+    def _accumulate(self, rows: torch.Tensor) -> None:
+        """Count more rows, the moment's upper half only; nothing of them is kept."""
         with exact_products(rows):
             for start in range(0, rows.shape[1], _PANEL):
                 panel = slice(start, start + _PANEL)
                 self.moment[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
         self.low, self.high = torch.minimum(self.low, rows.amin(0)), torch.maximum(self.high, rows.amax(0))
+        # Rows whose number is a multiple of the stride are kept; it grows before they are copied.
+        while len(self.rows) + len(range(-self._seen % self._stride, len(rows), self._stride)) > _SAMPLE_ROWS:
+            self.rows, self._stride = self.rows[::2].clone(), 2 * self._stride
         self.rows = torch.cat((self.rows, rows[-self._seen % self._stride :: self._stride]))
         self._seen += len(rows)
-        while len(self.rows) > _SAMPLE_ROWS:
-            self.rows, self._stride = self.rows[::2].clone(), 2 * self._stride
 
     def _mirror(self) -> None:
         """Take over the moment's lower half from the upper one, so that it is symmetric to the last bit."""
@@ -74,16 +74,22 @@ class Observed:
     def over(cls, batches: Iterable[torch.Tensor]) -> Observed:
         """Statistics over batches of rows, ``[n, features]`` float32 each; at least one batch."""
         found: Observed | None = None
-        waiting: list[torch.Tensor] = []
+        waiting, filled = torch.empty(0), 0
         for rows in batches:
-            found = found if found is not None else cls.nothing(rows.shape[-1])
-            waiting += [rows] if len(rows) else []
-            if sum(map(len, waiting)) >= _CHUNK_ROWS:
-                found._accumulate(waiting)
-                waiting = []
+            if found is None:
+                found, waiting = cls.nothing(rows.shape[-1]), torch.empty(_CHUNK_ROWS, rows.shape[-1])
+            for start in range(0, len(rows), _CHUNK_ROWS):
+                part = rows[start : start + _CHUNK_ROWS]
+                fits = min(len(part), _CHUNK_ROWS - filled)
+                waiting[filled : filled + fits] = part[:fits]
+                filled += fits
+                if filled == _CHUNK_ROWS:
+                    found._accumulate(waiting)
+                    filled = len(part) - fits
+                    waiting[:filled] = part[fits:]
         assert found is not None
-        if waiting:
-            found._accumulate(waiting)
+        if filled:
+            found._accumulate(waiting[:filled])
         found._mirror()
         return found
 

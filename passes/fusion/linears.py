@@ -148,8 +148,8 @@ class FuseQKV(MergeLinears):
       layers that share their weights do;
     - one weight is trainable and another is not, or they differ in dtype or device;
     - one of them is quantised already, or tagged ``adapter``, or they carry different tags;
-    - query, key or value depend on other than exactly one linear; adapters beside it do not count, they go on reading
-      its part.
+    - query, key or value depend on other than exactly one linear. Adapters beside them do not count: they go on reading
+      the same input, and are added to the parts. One that changes a linear's input does.
     """
 
     name: ClassVar[str] = "fuse-qkv"
@@ -257,7 +257,11 @@ def _gate_and_up(program: Program, node: fx.Node) -> tuple[Any, Any] | None:
 
 
 def _linear_behind(value: Any) -> fx.Node | str:
-    """The one linear that a value is computed from by operators on its features, or why there is none."""
+    """The one linear that a value is computed from by operators on its features, or why there is none.
+
+    Adapters are looked through: the value that stands without one is always the first operand of its nodes, and what
+    lies beside reads the linear's input and output, which both stay.
+    """
     linears: dict[fx.Node, None] = {}
     seen: set[fx.Node] = set()
     stack = [value]
@@ -267,6 +271,9 @@ def _linear_behind(value: Any) -> fx.Node | str:
             continue
         seen.add(node)
         name = op_name(node)
+        if "adapter" in tags_of(node):
+            stack.append(node.args[0])
+            continue
         if name in _QUANTIZED:
             return f"%{node.name} is quantised already: merge linears before they are quantised"
         if name == _LINEAR:

@@ -54,6 +54,12 @@ class Options(Protocol):
     @property
     def symmetric(self) -> bool: ...
     @property
+    def clip_search(self) -> bool: ...
+    @property
+    def even_range(self) -> bool: ...
+    @property
+    def float_zero_points(self) -> bool: ...
+    @property
     def activations(self) -> str: ...
     @property
     def activation_ranges(self) -> str: ...
@@ -125,6 +131,36 @@ def check_codes(name: str, dtype: str, symmetric: bool) -> None:
         raise InputError(
             f"codes of {dtype!r} have no zero points", where=f"{name}: symmetric=False", hint="use dtype='int'"
         )
+
+
+def check_grid(name: str, given: Options, *, whole: bool) -> None:
+    """Check that zero points may lie between codes, and that ranges may be even, if they are to.
+
+    Args:
+        name: of the pass.
+        given: its options.
+        whole: the rounding chooses whole zero points only.
+
+    Raises:
+        InputError: what they do not go with.
+    """
+    if given.even_range and (given.dtype != "int" or not given.symmetric or given.clip_search):
+        raise InputError(
+            "is the range of symmetric integer grids that are not searched for",
+            where=f"{name}: even_range=True",
+            hint="use dtype='int', symmetric=True, clip_search=False",
+        )
+    if given.even_range and given.activations == "int8" and given.bits == 8:
+        raise InputError("INT8 products have a range of their own", where=f"{name}: even_range=True")
+    if not given.float_zero_points:
+        return
+    place = f"{name}: float_zero_points=True"
+    if given.dtype != "int" or given.symmetric:
+        raise InputError("there are no zero points to choose", where=place, hint="use dtype='int', symmetric=False")
+    if given.activations != "none":
+        raise InputError("products with rounded activations have whole zero points", where=place)
+    if whole:
+        raise InputError("this rounding tunes whole zero points", where=place, hint="use 'hqq', 'gptq' or 'nearest'")
 
 
 def checked_block(name: str, block: object, group_size: int | None) -> tuple[int, int]:

@@ -37,6 +37,9 @@ class Format:
             ``None`` for integers.
         block_rows: neighbouring rows that share a scale. Scales are still stored for every row, so that every
             operator and kernel reads them the same way: 2 bytes for ``group_size`` weights.
+        even_range: symmetric grids without clip search have ``2**bits - 1`` steps from the largest magnitude's negative
+            to it, and no code for either.
+        float_zeros: zero points of asymmetric grids need not be codes; they are stored in half precision.
     """
 
     bits: int
@@ -46,6 +49,8 @@ class Format:
     integer_products: bool = False
     codebook: str | None = None
     block_rows: int = 1
+    even_range: bool = False
+    float_zeros: bool = False
 
     def columns_per_group(self, columns: int) -> int:
         """The group size for a weight of so many columns: even, and such that a group fills whole bytes."""
@@ -70,7 +75,7 @@ class Format:
         if self.block_rows > 1:
             return self._fit_blocks(weights, importance, search)
         scale, zero = self._fit(weights, importance, search)
-        return self.stored(scale).to(torch.float32), zero
+        return self.stored(scale).to(torch.float32), self.stored_zeros(zero).to(torch.float32)
 
     def _fit(
         self, weights: torch.Tensor, importance: torch.Tensor | None, search: bool
@@ -85,6 +90,8 @@ class Format:
             clip_search=search,
             importance=importance,
             full_range=not self.integer_products,
+            even_range=self.even_range,
+            whole_zeros=not self.float_zeros,
         )
 
     def _fit_blocks(
@@ -106,7 +113,7 @@ class Format:
             pair = self._fit(beside(weights), beside(spread) if spread is not None else None, search)
             found.append([value.repeat_interleave(height, 0) for value in pair])
         scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return self.stored(scale).to(torch.float32), zero
+        return self.stored(scale).to(torch.float32), self.stored_zeros(zero).to(torch.float32)
 
     def stored(self, scales: torch.Tensor) -> torch.Tensor:
         """Scales in the dtype that they are stored in."""
@@ -116,10 +123,17 @@ class Format:
         fits = bool(((size >= _HALF.tiny) & (size <= _HALF.max)).all())
         return scales.to(torch.float16) if fits else scales
 
+    def stored_zeros(self, zeros: torch.Tensor) -> torch.Tensor:
+        """Zero points in the dtype that they are stored in: a step of half precision is a small part of a code."""
+        return zeros.to(torch.float16) if self.float_zeros else zeros.to(torch.uint8)
+
     def round(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Codes nearest to weights ``[..., group]``, as floats; ``scale`` and ``zero`` are ``[...]``."""
         if self.codebook is not None:
             return nearest_codes(weights / scale.unsqueeze(-1), codebook(self.codebook)).to(torch.float32)
+        if self.float_zeros:
+            steps = torch.addcdiv(zero.unsqueeze(-1), weights, scale.unsqueeze(-1))
+            return steps.round_().clamp_(0.0, float(2**self.bits - 1))
         lowest = 1.0 if self.integer_products else 0.0
         return round_to_grid(weights, scale, zero, self.bits, lowest=lowest)
 

@@ -41,6 +41,8 @@ def fit_grid(
     clip_search: bool,
     importance: torch.Tensor | None = None,
     full_range: bool = True,
+    even_range: bool = False,
+    whole_zeros: bool = True,
     ratios: Sequence[float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of groups of weights, ``w ≈ (code - zero point) · scale``.
@@ -60,6 +62,9 @@ def fit_grid(
         clip_search: try other ranges than the full one.
         importance: ``[group]`` or broadcastable; weight of each column's squared error. Equal for ``None``.
         full_range: for symmetric grids, use the lowest code; without it codes are ``±(2**(bits-1) - 1)``.
+        even_range: for symmetric grids without the search, a range that reaches half a step beyond the codes on the one
+            side and as far short of them on the other: ``2**bits - 1`` steps from the negative largest magnitude to it.
+        whole_zeros: for asymmetric grids, zero points are codes; else they may lie between codes.
         ratios: fractions of the range to try instead of :func:`clip_ratios`.
 
     Returns:
@@ -71,11 +76,13 @@ def fit_grid(
     if symmetric:
         zero = torch.full_like(high, half)
         scale = torch.where(high >= -low, high, low) / -half if full_range else torch.maximum(high, -low) / (half - 1)
+        scale = torch.maximum(high, -low) / (half - 0.5) if even_range and not clip_search else scale
         lowest = 0.0 if full_range else 1.0
     else:
         high, low = high.clamp_min(0), low.clamp_max(0)
         scale = high / (2 * half - 1) - low / (2 * half - 1)
-        zero = torch.round(-low / torch.where(scale < TINY, torch.ones_like(scale), scale))
+        zero = -low / torch.where(scale < TINY, torch.ones_like(scale), scale)
+        zero = zero.round_() if whole_zeros else zero
     scale = torch.where(scale.abs() < TINY, torch.ones_like(scale), scale)
     if not clip_search:
         return scale, zero
@@ -83,7 +90,8 @@ def fit_grid(
         ratios = clip_ratios(bits, weights.shape[-1])
     # In units of the full range's step the sums below neither overflow nor vanish, whatever the size of the weights.
     units = weights * (1.0 / scale).unsqueeze(-1)
-    best = _least_squares_scale(units, _bounds(zero, lowest, 2 * half - 1, symmetric), importance, ratios)
+    shift = None if symmetric or whole_zeros else zero.unsqueeze(-1)
+    best = _least_squares_scale(units, _bounds(zero, lowest, 2 * half - 1, symmetric), importance, ratios, shift)
     return scale * best, zero
 
 
@@ -92,14 +100,22 @@ def _least_squares_scale(
     bounds: _Bounds,
     importance: torch.Tensor | None,
     ratios: Sequence[float],
+    shift: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The scale with the least squared error among those that the ratios lead to; 1 for groups of zeros."""
+    """The scale with the least squared error among those that the ratios lead to; 1 for groups of zeros.
+
+    Units are rounded to integers, or with a shift to numbers that are integers when it is added.
+    """
     weighted = units if importance is None else units * importance
     best_gain, best = torch.zeros_like(units[..., 0]), torch.ones_like(units[..., 0])
     # In place throughout: the slice and these two buffers stay in the cache.
     steps, products = torch.empty_like(units), torch.empty_like(units)
     for ratio in ratios:
-        torch.mul(units, 1.0 / ratio, out=steps).round_()
+        torch.mul(units, 1.0 / ratio, out=steps)
+        if shift is None:
+            steps.round_()
+        else:
+            steps.add_(shift).round_().sub_(shift)
         steps.clamp_(*bounds)
         product = torch.mul(weighted, steps, out=products).sum(-1)
         torch.mul(steps, steps, out=products)

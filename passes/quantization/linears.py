@@ -25,6 +25,7 @@ from graphwright.passes.quantization.checks import (
     check_activations,
     check_codes,
     check_format,
+    check_grid,
     checked_block,
     local_limit,
 )
@@ -73,7 +74,13 @@ class QuantizeLinears(Pass):
         block: instead of a group size: rows and columns that share a scale, such as ``(128, 128)``. Scales are stored
             for every row, as with groups: one scale of 2 bytes for that many columns.
         symmetric: zero point fixed at the middle code. Asymmetric grids are a little larger and more exact.
+        float_zero_points: zero points of asymmetric grids lie between codes too, as HQQ's do, and take 2 bytes instead
+            of one. With few bits they are a good deal closer; but kernels, ONNX and the layouts of other libraries have
+            none, so it runs in PyTorch.
         clip_search: choose the range with the least squared error instead of the full one.
+        even_range: without the search, symmetric grids as torchao, GPTQModel and compressed-tensors have them: as many
+            steps on either side of 0, so that the largest weights miss by half a step. Ours are finer, and have a code
+            for the largest weight of each group.
         activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too, with symmetric 8-bit
             weights per channel or 4-bit weights of any kind; ``"int4"`` to 4 bits, with 4-bit weights (Ashkboos et al.
             2023, "QUIK"; :class:`SplitOutlierColumns` keeps out the features that 4 bits cannot hold).
@@ -95,8 +102,8 @@ class QuantizeLinears(Pass):
             again with the same things goes on there, with the same result to the last bit.
         overrides: options of single linears: ``{"model.layers.0.mlp.*": {"bits": 8}, "re:.*o_proj": None}``. A key is a
             selection as ``where`` takes it or the name of a weight; the first that fits a linear counts. Its ``bits``,
-            ``group_size``, ``symmetric`` and ``clip_search`` stand in place of the pass's own; ``None`` leaves the
-            linear in floating point.
+            ``dtype``, ``group_size``, ``symmetric``, ``float_zero_points``, ``clip_search`` and ``even_range`` stand in
+            place of the pass's own; ``None`` leaves the linear in floating point.
     """
 
     name: ClassVar[str] = "quantize-linears"
@@ -108,7 +115,9 @@ class QuantizeLinears(Pass):
     group_size: int | None = None
     block: tuple[int, int] | None = None
     symmetric: bool = True
+    float_zero_points: bool = False
     clip_search: bool = True
+    even_range: bool = False
     activations: str = "none"
     activation_ranges: str = "auto"
     rounding: str | Rounding | None = None
@@ -151,6 +160,7 @@ class QuantizeLinears(Pass):
                     where=f"{self.name}: {option}={value!r}",
                     hint="give calibration=[batch, ...], on the command line --calibration FILE",
                 )
+        check_grid(self.name, self, whole=isinstance(chosen, BlockRounding))
         check_activations(self.name, self)
         object.__setattr__(self, "overrides", checked(self.name, self.overrides))
         for key in self.overrides:
@@ -194,7 +204,7 @@ class QuantizeLinears(Pass):
         if options is None:
             return None
         try:
-            return dataclasses.replace(self, overrides={}, **options) if key is not None else self
+            return with_options(self, options) if key is not None else self
         except InputError as error:
             raise InputError(error.what, where=f"{error.where} in overrides[{key!r}]", hint=error.hint) from error
 
@@ -217,7 +227,7 @@ class QuantizeLinears(Pass):
         limits: dict[str, float] = {}
         static = 0
         with program.edit() as rewriter:
-            forms = {name: variant._form() for name, variant in variants.items()}
+            forms = {name: variant.form() for name, variant in variants.items()}
             schedule = Schedule(
                 program, targets, forms, self._rounding(), self._grids(), self.checkpoint, self.compensation
             )
@@ -298,7 +308,7 @@ class QuantizeLinears(Pass):
         for target in targets:
             name, variant = weight_name(target), made[key_of(target)]
             assert variant is not None
-            if found.setdefault(name, variant)._form() != variant._form():
+            if found.setdefault(name, variant).form() != variant.form():
                 raise InputError(
                     "is shared by linears with other overrides",
                     where=f"weight {name!r}",
@@ -306,7 +316,8 @@ class QuantizeLinears(Pass):
                 )
         return found
 
-    def _form(self) -> Format:
+    def form(self) -> Format:
+        """How weights are stored."""
         return Format(
             self.bits,
             self.group_size if self.block is None else self.block[1],
@@ -315,6 +326,8 @@ class QuantizeLinears(Pass):
             integer_products=self._integer_products(),
             codebook=None if self.dtype == "int" else self.dtype,
             block_rows=1 if self.block is None else self.block[0],
+            even_range=self.even_range,
+            float_zeros=self.float_zero_points,
         )
 
     def _grids(self) -> GridChoice | None:
@@ -341,3 +354,19 @@ class QuantizeLinears(Pass):
             new = branch.add(rewriter, base, target.x, new, like=target.node)
         rewriter.replace(target.node, new)
         return new
+
+
+def with_options(item: QuantizeLinears, options: Mapping[str, Any]) -> QuantizeLinears:
+    """The pass as it is for linears with options of their own.
+
+    Raises:
+        InputError: they do not go together, or bits are given that the dtype's codes do not have.
+    """
+    made = dataclasses.replace(item, overrides={}, **options)
+    if options.get("bits", made.bits) != made.bits:
+        raise InputError(
+            f"codes of {made.dtype!r} have {made.bits} bits, not {options['bits']!r}",
+            where=f"{item.name}: bits",
+            hint="leave bits out, or give dtype='int' too",
+        )
+    return made

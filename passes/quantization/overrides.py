@@ -17,7 +17,7 @@ from graphwright.passes.quantization.targets import LinearTarget, linear_target
 # Options of a format that may differ from linear to linear; ``None`` in their place leaves the linear as it is.
 Override = Mapping[str, Any] | None
 
-PER_LINEAR = ("bits", "group_size", "symmetric", "clip_search")
+PER_LINEAR = ("bits", "dtype", "group_size", "symmetric", "float_zero_points", "clip_search", "even_range")
 
 
 def checked(name: str, given: Mapping[str, Override]) -> dict[str, Override]:
@@ -92,9 +92,11 @@ def _selects(program: Program, key: str) -> Callable[[LinearTarget], bool]:
 
 
 def described(form: Format) -> str:
-    """A format in words: ``INT4 g128 asymmetric``."""
+    """A format in words: ``INT4 g128 asymmetric``, ``NF4 g64``."""
+    kind = f"INT{form.bits}" if form.codebook is None else form.codebook.upper()
     group = "per channel" if form.group_size is None else f"g{form.group_size}"
-    return f"INT{form.bits} {group}{'' if form.symmetric else ' asymmetric'}"
+    zeros = "" if form.symmetric else " float zero points" if form.float_zeros else " asymmetric"
+    return f"{kind} {group}{zeros}{' even range' if form.even_range else ''}"
 
 
 def mix(forms: Iterable[Format | None]) -> str:

@@ -29,12 +29,14 @@ class Result:
     grid: StaticGrid | None = None
     branch: Branch | None = None
 
-    def dense(self) -> torch.Tensor:
-        """The weight that all of it stands for, ``[out, in]`` float32."""
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight that all of it stands for, ``[out, in]``; computed in float32."""
+        if self.grid is None and self.branch is None:
+            return self.packed.dense(dtype)
         weight = self.packed.dense()
         if self.grid is not None:
             weight /= self.grid.scales
-        return weight if self.branch is None else weight.add_(self.branch.dense())
+        return (weight if self.branch is None else weight.add_(self.branch.dense())).to(dtype)
 
 
 class Results:

@@ -147,17 +147,17 @@ class Schedule:
                         # A weight that linears with several inputs share holds no input's scales.
                         grid = self._grid(target, inputs) if len(sources[name]) == 1 else None
                         results.put(name, self._new(target, inputs, grid, last=name == todo[-1]))
+                    if todo and name == todo[-1]:
+                        inputs = None  # nothing reads them any more, and moments are the largest things here
                     self._replace(stream, target, results, passed)
                     yield Quantized(target, results[name])
-                inputs = None  # before the next ones are gathered: moments are the largest things here
 
     def _replace(self, stream: Stream, target: LinearTarget, results: Results, passed: set[str]) -> None:
         """Let what comes after a weight see it rounded; needless once nothing is left to do."""
         name = weight_name(target)
         if name not in passed and results.missing:
-            weight = results[name].dense()
-            dtype = self.program.tensor(target.weight).dtype
-            stream.replace_weight(name, (weight.t() if target.transposed else weight).to(dtype))
+            weight = results[name].dense(self.program.tensor(target.weight).dtype)
+            stream.replace_weight(name, weight.t() if target.transposed else weight)
         passed.add(name)
 
     def _grid(self, target: LinearTarget, inputs: Observed | None) -> StaticGrid | None:

@@ -33,11 +33,21 @@ class PackedWeight:
     form: Format
     columns: int
 
-    def dense(self) -> torch.Tensor:
-        """The weight it stands for, ``[rows, columns]`` float32."""
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight it stands for, ``[rows, columns]``; computed in float32, of which no more than a slice is held."""
+        rows = len(self.qweight)
+        found = torch.empty(rows, self.columns, dtype=dtype)
+        step = max(1, _SLICE_ELEMENTS // max(1, self.columns))
+        for start in range(0, rows, step):
+            found[start : start + step] = self._values(slice(start, start + step))
+        return found
+
+    def _values(self, piece: slice) -> torch.Tensor:
+        codes, scales = self.qweight[piece], self.scales[piece]
         if self.form.codebook is not None:
-            return dequantize_codebook(self.qweight, self.scales, self.form.codebook, self.columns, torch.float32)
-        return dequantize(self.qweight, self.scales, self.zero_points, self.form.bits, self.columns, torch.float32)
+            return dequantize_codebook(codes, scales, self.form.codebook, self.columns, torch.float32)
+        zeros = self.zero_points[piece] if self.zero_points is not None else None
+        return dequantize(codes, scales, zeros, self.form.bits, self.columns, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,9 @@ class ChannelWeight:
     scales: torch.Tensor
     loss: Loss
 
-    def dense(self) -> torch.Tensor:
-        """The weight it stands for, ``[rows, columns]`` float32."""
-        return self.qweight.to(torch.float32) * self.scales.unsqueeze(-1)
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight it stands for, ``[rows, columns]``; computed in float32."""
+        return (self.qweight.to(torch.float32) * self.scales.unsqueeze(-1)).to(dtype)
 
 
 def _not_finite(name: str) -> InputError:
@@ -94,12 +104,12 @@ def quantize_weight(weight: torch.Tensor, form: Format, *, name: str = "weight")
             # NaN and infinity reach the scales: the extremes they are made from take them over.
             if not bool(torch.isfinite(scales[span]).all()):
                 raise _not_finite(name)
-        stored, points = form.stored(scales), _stored_zeros(zeros, form)
+        stored, points, filling = form.stored(scales), _stored_zeros(zeros, form), _filling(zeros, form)
         loss = Loss()
         for span, block in _blocks(weight, group):
             scale, zero = stored[span].to(torch.float32), zeros[span]
             found = form.round(block, scale, zero)
-            qweight[span] = pack(found.flatten(1).to(torch.uint8), form.bits, group, zeros[span].to(torch.uint8))
+            qweight[span] = pack(found.flatten(1).to(torch.uint8), form.bits, group, filling[span])
             loss.add(form.values(found, scale, zero), block)
     return PackedWeight(qweight, stored, points, group, loss, form, columns)
 
@@ -130,7 +140,7 @@ def pack_codes(found: Codes, form: Format) -> PackedWeight | ChannelWeight:
         return ChannelWeight(steps, found.scales.squeeze(1), found.loss)
     columns = found.codes.shape[1]
     group, points = form.columns_per_group(columns), _stored_zeros(found.zeros, form)
-    qweight = pack(found.codes, form.bits, group, found.zeros.to(torch.uint8))
+    qweight = pack(found.codes, form.bits, group, _filling(found.zeros, form))
     return PackedWeight(qweight, form.stored(found.scales), points, group, found.loss, form, columns)
 
 
@@ -162,4 +172,9 @@ def quantize_weight_int8(weight: torch.Tensor, *, clip_search: bool, name: str =
 
 
 def _stored_zeros(zeros: torch.Tensor, form: Format) -> torch.Tensor | None:
-    return None if form.symmetric or form.codebook is not None else zeros.to(torch.uint8)
+    return None if form.symmetric or form.codebook is not None else form.stored_zeros(zeros)
+
+
+def _filling(zeros: torch.Tensor, form: Format) -> torch.Tensor:
+    """The codes that fill up the last group: zero points, or those next to them."""
+    return zeros.round().clamp(0, 2**form.bits - 1).to(torch.uint8)

@@ -126,6 +126,7 @@ class Verifier(Hook):
             if self._values is None:
                 self._refresh(program.at(before))
             assert self._values is not None
+            self._complete(program)
             local = check_locally(before, self._values, program)
             self._note_local(record, contract, local)
             self._hold_locally(program, item, contract, local, record.notes.get("local_limits", {}))
@@ -134,6 +135,7 @@ class Verifier(Hook):
             self._values = local.values if kept else None
             del local
             give_back_freed()
+        self._complete(program)
         self._check_outputs(program, item, contract, record)
         record.verify_seconds = time.perf_counter() - start
 
@@ -166,6 +168,18 @@ class Verifier(Hook):
             worst = max(worst, floor, difference.worst if comparable else floor)
             relative = max(relative, floor, difference.relative if comparable else floor)
         self.noise = Noise(worst, relative)
+
+    def _complete(self, program: Program) -> None:
+        """Give inputs that the pass has added the values that make no difference."""
+        if len(self._probe) == len(program.inputs):
+            return
+        known = len(self._probe)
+        self._probe, self.examples = program.completed(self._probe), program.completed(self.examples)
+        for case in self.cases:
+            case.inputs = program.completed(case.inputs)
+        for node, value in zip(program.inputs[known:], self._probe[known:], strict=True):
+            if self._values is not None:
+                self._values[node.name] = precise.wide(value)
 
     def _check_weights_untouched(self, item: Pass, before: Snapshot) -> None:
         written = Program.overwritten(before)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from graphwright.backends.cpu import features, native_status
-from graphwright.backends.cpu.kernels.pointwise import FUNCTIONS, Activation, Combination, GatedActivation
+from graphwright.backends.cpu.kernels.pointwise import FUNCTIONS, Activation, Combination, GatedActivation, LeakyRelu
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops.activation import ACTIVATIONS, gated_activation
 
@@ -234,3 +234,44 @@ def test_what_cannot_be_combined() -> None:
     ]:
         with pytest.raises((BackendError, RuntimeError)):
             kernel(x, y)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("adds", [True, False])
+def test_numbers_and_tensors_without_dimensions(columns: int, adds: bool) -> None:
+    x = torch.randn(5, columns)
+    for number in (0.5, -3.0, float("inf")):
+        wanted = x + number if adds else x * number
+        for isa in isas():
+            assert torch.equal(Combination(isa, adds, number)(x), wanted)
+            assert torch.equal(Combination(isa, adds)(x, torch.tensor(number)), wanted)
+            assert torch.equal(Combination(isa, adds)(torch.tensor(number), x), wanted)
+            assert torch.equal(Combination(isa, adds, number)(x.mT), wanted.mT)
+    half = x.half()
+    found = Combination(isas()[-1], adds)(half, torch.tensor(0.5))
+    assert found.dtype == torch.float16  # as torch has it: a tensor without dimensions does not widen the result
+    assert torch.equal(found, half + 0.5 if adds else half * 0.5)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("slope", [0.8, 0.0, -1.0, 2.0])
+def test_leaky_relu(columns: int, slope: float) -> None:
+    x = torch.randn(4, columns)
+    x.view(-1)[: min(columns, 5)] = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf")])[:columns]
+    wanted = functional.leaky_relu(x, slope)
+    for isa in isas():
+        found = LeakyRelu(isa, slope)(x)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(found.signbit(), wanted.signbit()) or slope <= 0
+        torch.testing.assert_close(LeakyRelu(isa, slope)(x.mT), wanted.mT, rtol=0, atol=0, equal_nan=True)
+    assert LeakyRelu("scalar", slope)(torch.empty(0, columns)).shape == (0, columns)
+
+
+def test_the_extension_refuses_combinations_it_has_not() -> None:
+    from graphwright.backends.cpu import _native
+
+    with pytest.raises(ValueError, match="cannot be combined by 'subtract'"):
+        _native.Pointwise("scalar", "", "subtract")
+    x = np.ones((3, 4), np.float32)
+    with pytest.raises(ValueError, match="is a number"):
+        _native.Pointwise("scalar", "", "add", 2.0).run(x, x, x.copy(), 1)

@@ -67,6 +67,17 @@ def test_what_a_kernel_does_to_its_sums(outputs: int, activation: str, rows: int
         assert ((results[0].double() - wanted).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 7])
+@pytest.mark.parametrize("outputs", [1, 17, 130])
+def test_one_row_of_an_operand_serves_all(rows: int, outputs: int) -> None:
+    x, factor, residual = torch.randn(rows, 40), torch.randn(outputs), torch.randn(outputs)
+    for isa in isas():
+        kernels: list[Linear] = [linear(isa, outputs, 40), FloatLinear(pack_floats(torch.randn(outputs, 40)), isa)]
+        for kernel in kernels:
+            found = kernel(x, factor, residual)
+            assert torch.equal(found, kernel(x, factor.expand(rows, -1), residual.expand(rows, -1)))
+
+
 def test_not_a_number_and_infinity_go_through_activations() -> None:
     values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e30, -1e30, 1e-40])
     weight = torch.zeros(len(values), 4, dtype=torch.int8)
@@ -95,10 +106,11 @@ def test_operands_of_another_shape_are_refused() -> None:
     kernel = linear(isas()[-1], 8, 16)
     x = torch.randn(2, 3, 16)
     assert kernel(x, torch.ones(2, 3, 8), torch.zeros(2, 3, 8)).shape == (2, 3, 8)
-    for other in (torch.ones(2, 3, 1), torch.ones(3, 2, 8), torch.ones(8), torch.ones(2, 3, 8, dtype=torch.int64)):
+    for other in (torch.ones(2, 3, 1), torch.ones(3, 2, 8), torch.ones(3), torch.ones(2, 3, 8, dtype=torch.int64)):
         with pytest.raises(BackendError, match="does not fit"):
             kernel(x, other)
     empty = torch.empty(0, 16)
+    assert kernel(empty, torch.ones(8), torch.ones(8)).shape == (0, 8)
     assert kernel(empty, torch.empty(0, 8), torch.empty(0, 8)).shape == (0, 8)
     raw, y = np.zeros((2, 16), np.float32), np.zeros((2, 8), np.float32)
     with pytest.raises(ValueError, match="activation"):
@@ -128,6 +140,8 @@ TAKEN = {
     "gate": (lambda y, z, x: (functional.silu(y) * z).cumsum(-1), ["aten.silu", "aten.mul.Tensor"]),
     "all": (lambda y, z, x: functional.relu(y) * z + x, ["aten.relu", "aten.mul.Tensor", "aten.add.Tensor"]),
     "two linears": (lambda y, z, x: y + z, ["aten.add.Tensor"]),
+    "a factor for each output": (lambda y, z, x: y * x[0, 0].cumsum(-1) + z, ["aten.mul.Tensor", "aten.add.Tensor"]),
+    "a residual for each output": (lambda y, z, x: (y + x[0, 0].cumsum(-1)).cumsum(-1), ["aten.add.Tensor"]),
 }
 LEFT = {
     "another user": (lambda y, z, x: functional.gelu(y) + y.cumsum(-1), "aten.gelu"),

@@ -111,9 +111,10 @@ def test_dense_linears_in_bfloat16(outputs: int, columns: int) -> None:
         x = rows_of(count, columns)
         results = {isa: kernel(x) for isa, kernel in kernels.items()}
         for isa, found in results.items():
-            assert pairs_of_bfloat16(isa) or torch.equal(found, results["scalar"]), isa
-            # Products of bfloat16 are exact in float32.
-            check(found, x.bfloat16(), weight.bfloat16(), bias, columns + 1 + columns // 256 + 2)
+            assert (pairs_of_bfloat16(isa) and not packed.narrow) or torch.equal(found, results["scalar"]), isa
+            # Products of bfloat16 are exact in float32. With few outputs activations stay as they are.
+            seen = x if packed.narrow else x.bfloat16()
+            check(found, seen, weight.bfloat16(), bias, columns + 1 + columns // 256 + 2)
 
 
 @pytest.mark.parametrize(("outputs", "columns", "bits", "group", "symmetric"), CODED)

@@ -224,3 +224,58 @@ def test_gated_activations_agree(tmp_path: Path, options: dict[str, Any]) -> Non
     kinds = ("silu", "gelu", "gelu_tanh", "relu")
     module = Call(lambda x, y: {kind: gate(x, x * y, kind) for kind in kinds})
     export(tmp_path, module, (normal(3, 5, 24), normal(3, 5, 24)), **options)
+
+
+@pytest.mark.parametrize("options", ROUTES, ids=IDS)
+def test_linears_on_kronecker_products_agree(tmp_path: Path, options: dict[str, Any]) -> None:
+    """In both orders, with a factor and without; the product of the factors is in no file."""
+    kron = ops.get("kron_linear").target
+    shapes = {"b_first": ((5, 2), (3, 12)), "a_first": ((3, 12), (5, 2)), "one_column": ((1, 24), (7, 1))}
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, (a, b) in shapes.items():
+                self.register_buffer(f"{name}_a", normal(*a))
+                self.register_buffer(f"{name}_b", normal(*b) * 0.3)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+            factors = {name: (getattr(self, f"{name}_a"), getattr(self, f"{name}_b")) for name in shapes}
+            plain = {name: kron(x, *each) for name, each in factors.items()}
+            scaled = {f"{name}_scaled": kron(y, *each, -16.0) for name, each in factors.items()}
+            return {**plain, **scaled, "flat": kron(x, *factors["b_first"]).flatten(0, 1) + 1}
+
+    model = export(tmp_path, Model(), (normal(3, 5, 24), normal(3, 7, 24)), **options)
+    assert count(model, "Gemm") == count(model, "MatMul") == 7
+    assert count(model, "Mul") == 3
+    sizes = {initializer.name: list(initializer.dims) for initializer in model.graph.initializer}
+    assert all(len(size) < 2 or max(size) <= 24 for size in sizes.values())
+
+
+DOWN, UP, SQUARE, ROWS = normal(4, 24), normal(24, 4) * 0.3, normal(4, 4) * 0.5, normal(3, 24)
+FACTORS = torch.linspace(0.5, 1.5, 24)
+
+
+def adapters(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What adapters of all kinds compute beside a layer's value, in the operators that they are put in with."""
+    down, up = DOWN, UP
+    hidden = F.linear(x, down)
+    inner = F.leaky_relu(F.linear(F.leaky_relu(F.linear(hidden, SQUARE), 0.8), SQUARE.t()), 0.8)
+    inner = F.layer_norm(inner, (4,))
+    return {
+        "lora": y + F.linear(hidden * 2.0, up),
+        "loda": y + F.linear(hidden, up) + F.linear(inner, up),
+        "ia3": y * FACTORS,
+        "residual": y + x * torch.tensor(0.7),
+        "residual_of_one": y + x * torch.tensor([0.7]),
+        "bottleneck": y + F.linear(F.gelu(F.linear(y, down)), up),
+        "magnitudes": (y + F.linear(hidden, up)) * (1 / FACTORS) + FACTORS,
+        "gated_rank": y + F.linear(hidden * torch.tensor([1.0, 0.0, -0.5, 2.0]), up),
+        "prompt": torch.cat((ROWS.expand(x.shape[0], -1, -1), y), dim=1),
+        "rows": y + torch.index_select(ROWS, 0, (x[:, 0, 0] > 0).long())[:, None],
+    }
+
+
+@pytest.mark.parametrize("options", ROUTES, ids=IDS)
+def test_what_adapters_compute_agrees(tmp_path: Path, options: dict[str, Any]) -> None:
+    export(tmp_path, Call(adapters), (normal(3, 5, 24), normal(3, 5, 24)), **options)

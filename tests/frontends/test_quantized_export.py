@@ -226,6 +226,9 @@ def test_what_is_refused(llama: Traced, tmp_path: Path) -> None:
     _refuse(program, out, "there is no such folder", source=tmp_path / "nowhere", kind=InputError)
     table = llama.quantized(four_bits(lm_head=True), gw.QuantizeEmbeddings(tied=True))
     _refuse(table, out, "embedding_nbits", "floating point")
+    floats = llama.quantized(four_bits(symmetric=False, float_zero_points=True))
+    for layout in ("gptq", "compressed-tensors"):
+        _refuse(floats, out, "zero points lie between codes", layout=layout)
     narrow = llama.quantized(four_bits(48))
     _refuse(narrow, out, "64 inputs are no multiple of the group size 48")
     assert not out.exists()

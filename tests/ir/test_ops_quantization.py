@@ -360,7 +360,8 @@ def test_the_shape_rule_agrees_with_the_reference(rows: int, columns: int, bits:
         ({"qweight": torch.zeros(3, 2, 8, dtype=torch.int8)}, "must be uint8"),
         ({"qweight": torch.zeros(3, 2, 16, dtype=torch.uint8)}, "qweight must be"),
         ({"scales": torch.zeros(3, 1)}, "scales must be"),
-        ({"zero_points": torch.zeros(3, 2)}, "must be uint8"),
+        ({"zero_points": torch.zeros(3, 2, dtype=torch.int8)}, "must be uint8 or floating"),
+        ({"zero_points": torch.zeros(3, 1)}, "shape of the scales"),
         ({"zero_points": torch.zeros(3, 1, dtype=torch.uint8)}, "shape of the scales"),
         ({"bias": torch.zeros(1)}, r"bias must be \[3\]"),
         ({"bits": 5}, "bits must be one of"),
@@ -412,3 +413,16 @@ def test_multiply_accumulates() -> None:
     assert ops.get("linear_nbits").macs(shapes) == 2 * 3 * 64 * 10
     assert ops.get("linear_int8_dynamic").macs({"x": (5, 64), "qweight": (10, 64)}) == 5 * 64 * 10
     assert ops.get("embedding_nbits").macs({"indices": (2, 3), "qweight": (10, 4, 8)}) == 0
+
+
+def test_zero_points_between_codes() -> None:
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 8, (5, 40), generator=generator, dtype=torch.uint8)
+    scales, zeros = torch.rand(5, 3, generator=generator), 8 * torch.rand(5, 3, generator=generator)
+    packed = quantization.pack(codes, 3, 16, zeros.to(torch.uint8))
+    weight = (codes - zeros.repeat_interleave(16, 1)[:, :40]) * scales.repeat_interleave(16, 1)[:, :40]
+    x = torch.randn(2, 40, generator=generator)
+    found = torch.ops.graphwright.linear_nbits(x, packed, scales, zeros, None, 3, 16)
+    torch.testing.assert_close(found, x @ weight.T)
+    with pytest.raises(RuntimeError, match="must be uint8, not"):  # tables have kernels for whole ones only
+        quantization._embedding_fake(torch.zeros(2, dtype=torch.int64), packed, scales, zeros, 3, 16, 40)

@@ -203,7 +203,7 @@ def test_inputs_that_overflow_or_are_all_padding() -> None:
 @pytest.mark.parametrize("exact", [True, False])
 def test_moments_are_sums_of_products(features: int, exact: bool) -> None:
     """In panels and chunks, on the CPU's bfloat16 units where the values allow it."""
-    batches = [torch.randn(size, features) for size in (3, 0, 900, 1200, 20)]
+    batches = [torch.randn(size, features) for size in (3, 0, 900, 1200, 20, 4500)]
     batches = [batch.bfloat16().float() for batch in batches] if exact else batches
     rows = torch.cat(batches)
     found = Observed.over(iter(batches))

@@ -193,3 +193,51 @@ def test_a_recipe_says_that_data_is_needed(tmp_path: Path) -> None:
     gw.QuantizeLinears(rounding="gptq", calibration=data)(same)
     assert torch.equal(small(X), same(X))
     assert functional.mse_loss(small(X), Mlp()(X)) < 1e-3
+
+
+def test_dtypes_of_single_linears() -> None:
+    overrides: dict[str, dict[str, Any]] = {
+        "up": {"dtype": "nf4", "group_size": 32},
+        "mid": {"symmetric": False, "float_zero_points": True},
+        "down": {"bits": 3, "clip_search": False, "even_range": True},
+    }
+    item = gw.QuantizeLinears(bits=4, group_size=16, overrides=overrides)
+    small = gw.optimize(Mlp(), [item], example_inputs=X)
+    assert sorted(small.report.rows[0].notes["formats"].split(", ")) == [
+        "1 × INT3 g16 even range",
+        "1 × INT4 g16 float zero points",
+        "1 × NF4 g32",
+    ]
+    together = gw.trace(Mlp(), X)
+    assert item(together)
+    for name, options in overrides.items():
+        alone = gw.trace(Mlp(), X)
+        gw.QuantizeLinears(where=name, **{"bits": 4, "group_size": 16, **options})(alone)
+        for part in ("qweight", "scales", "zero_points"):
+            one, other = (each.tensors().get(f"{name}.{part}") for each in (together, alone))
+            assert (one is None) == (other is None)
+            assert one is None or other is None or torch.equal(one, other)
+    # An integer among tables, where the pass has a table.
+    mixed = gw.trace(Mlp(), X)
+    gw.QuantizeLinears(dtype="nf4", group_size=16, overrides={"up": {"dtype": "int", "bits": 8}})(mixed)
+    assert [gw.op_name(node) for node in mixed.nodes if "linear" in gw.op_name(node)] == [
+        "graphwright.linear_nbits",
+        "graphwright.linear_codebook",
+        "graphwright.linear_codebook",
+    ]
+    assert bits(mixed) == [8]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "words"),
+    [
+        ("nf4", {"bits": 8}, "codes of 'nf4' have 4 bits, not 8"),
+        ("int", {"dtype": "fp8_e4m3", "bits": 4}, "codes of 'fp8_e4m3' have 8 bits, not 4"),
+        ("int", {"dtype": "nf4", "symmetric": False}, "codes of 'nf4' have no zero points"),
+        ("int", {"dtype": "int5"}, "'int5'"),
+    ],
+)
+def test_bits_that_a_dtype_does_not_have(dtype: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(gw.InputError, match=words) as caught:
+        gw.QuantizeLinears(dtype=dtype, group_size=16, overrides={"up": options})
+    assert "overrides['up']" in str(caught.value)

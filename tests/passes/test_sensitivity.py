@@ -275,3 +275,28 @@ def test_a_method_that_uses_its_inputs_up_leaves_them_to_the_next_candidate(prog
     for row, other in zip(there.linears, back.linears, strict=True):
         assert min(row.values) > 0
         assert row.values == other.values[::-1]
+
+
+def test_candidates_of_other_dtypes() -> None:
+    """A table's codes and zero points between codes: what they lose and take is what the pass gives and stores."""
+    linear = torch.nn.Linear(64, 24, bias=False)
+    program = gw.trace(linear, torch.randn(2, 64))
+    candidates: list[Any] = [
+        {"dtype": "nf4", "group_size": 32},
+        {"dtype": "fp8_e4m3"},
+        {"bits": 3, "group_size": 32, "symmetric": False, "float_zero_points": True},
+    ]
+    table = gw.sensitivities(program, candidates=candidates, measure="sqnr")
+    assert table.names() == ("NF4 g32", "FP8_E4M3 per channel", "INT3 g32 float zero points")
+    (row,) = table.linears
+    exact = linear.weight.detach()
+    for options, value, stored in zip(candidates, row.values, row.stored, strict=True):
+        small = gw.trace(linear, torch.randn(2, 64))
+        gw.QuantizeLinears(**options)(small)
+        tensors = small.tensors()
+        assert stored == sum(tensor.nbytes for name, tensor in tensors.items() if name != "weight")
+        error = small(torch.eye(64)).T - exact
+        assert value == pytest.approx(float(error.square().sum() / exact.square().sum()), rel=1e-3)
+    smallest = gw.allocate(table, budget_bytes=min(row.stored))
+    assert smallest.overrides["weight"] == candidates[2]
+    assert gw.QuantizeLinears(overrides=smallest.overrides)(program)

@@ -62,6 +62,43 @@ class HeldFloatLinear : public LinearInstruction {
   std::optional<Array<const float>> bias_;
 };
 
+class HeldNarrowLinear : public LinearInstruction {
+ public:
+  HeldNarrowLinear(std::string_view isa, std::size_t outputs, std::size_t columns, bool bfloat16,
+                   Array<const std::uint8_t> values, std::optional<Array<const float>> bias)
+      : kernels_(graphwright::isa(isa).kernels()), bfloat16_(bfloat16), values_(std::move(values)),
+        bias_(std::move(bias)) {
+    expect(outputs > 0 && columns > 0, "there must be outputs and columns");
+    expect(outputs <= kNarrow, "there are too many outputs");
+    expect(values_.shape(0) == outputs * columns * (bfloat16 ? 2 : 4), "values has the wrong size");
+    data_of(bias_, outputs, "bias has the wrong size");
+    weights_ = {values_.data(), outputs, columns};
+  }
+
+  const char* isa() const { return kernels_.float_linear->isa; }
+
+  void run(const Matrix<const float>& x, const Matrix<float>& y, std::size_t threads, std::string_view activation,
+           const std::optional<Rows>& factor, const std::optional<Rows>& residual) const {
+    expect(x.shape(1) == weights_.columns, "x has the wrong number of columns");
+    expect(y.shape(0) == x.shape(0) && y.shape(1) == weights_.outputs, "y has the wrong shape");
+    const LinearOutput output = output_of(y, bias_ ? bias_->data() : nullptr, activation, factor, residual);
+    nb::gil_scoped_release release;
+    run_narrow_linear(kernels_, weights_, bfloat16_, x.data(), x.shape(0), output, threads);
+  }
+
+  void run(const Tensor* operands, std::size_t threads) const override {
+    const LinearOutput output = output_of(operands, bias_ ? bias_->data() : nullptr, activation_);
+    run_narrow_linear(kernels_, weights_, bfloat16_, operands[0].as<const float>(), operands[0].rows(), output, threads);
+  }
+
+ private:
+  KernelTable kernels_;
+  NarrowWeights weights_{};
+  bool bfloat16_;
+  Array<const std::uint8_t> values_;
+  std::optional<Array<const float>> bias_;
+};
+
 using Scales = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 Coding coding_of(std::string_view name) {
@@ -153,6 +190,16 @@ void bind_float_linear(nb::module_& m) {
       .def("run", nb::overload_cast<const Matrix<const float>&, const Matrix<float>&, std::size_t, std::string_view,
                                    const std::optional<Rows>&, const std::optional<Rows>&>(&HeldFloatLinear::run, nb::const_), "x"_a, "y"_a, "threads"_a, "activation"_a = "", "factor"_a = nb::none(),
            "residual"_a = nb::none(), run);
+
+  nb::class_<HeldNarrowLinear, LinearInstruction>(m, "NarrowLinear", "A linear of few outputs on dense weights.")
+      .def(nb::init<std::string_view, std::size_t, std::size_t, bool, Array<const std::uint8_t>,
+                    std::optional<Array<const float>>>(),
+           "isa"_a, "outputs"_a, "columns"_a, "bfloat16"_a, "values"_a, "bias"_a.none())
+      .def_prop_ro("isa", &HeldNarrowLinear::isa, "The instruction set of the kernel that runs.")
+      .def("run", nb::overload_cast<const Matrix<const float>&, const Matrix<float>&, std::size_t, std::string_view,
+                                   const std::optional<Rows>&, const std::optional<Rows>&>(&HeldNarrowLinear::run, nb::const_), "x"_a, "y"_a, "threads"_a, "activation"_a = "", "factor"_a = nb::none(),
+           "residual"_a = nb::none(), run);
+  m.attr("MOST_NARROW") = kNarrow;
 
   nb::class_<HeldNbitsLinear, LinearInstruction>(m, "NbitsLinear", "A linear on packed codes that computes in floats.")
       .def(nb::init<std::string_view, std::size_t, std::size_t, std::string_view, std::size_t, bool,

@@ -102,11 +102,19 @@ class HeldNorm : public Instruction {
   float epsilon_;
 };
 
-// Operands of the instruction: x, other (of x's shape or one row) or absent, y.
+Combine combine_named(std::string_view name) {
+  if (name == "multiply") return Combine::kMultiply;
+  if (name == "add") return Combine::kAdd;
+  if (name == "slope") return Combine::kSlope;
+  throw std::invalid_argument("two values cannot be combined by '" + std::string(name) + "'");
+}
+
+// Operands of the instruction: x, other (of x's shape, one row, or one number) or absent, y. With a number it is the other.
 class HeldPointwise : public Instruction {
  public:
-  HeldPointwise(std::string_view isa, std::string_view activation, bool adds)
-      : kernels_(*graphwright::isa(isa).kernels().rows), activation_(activation_named(activation)), adds_(adds) {}
+  HeldPointwise(std::string_view isa, std::string_view activation, std::string_view combine, std::optional<float> number)
+      : kernels_(*graphwright::isa(isa).kernels().rows), activation_(activation_named(activation)),
+        combine_(combine_named(combine)), number_(number) {}
 
   const char* isa() const { return kernels_.isa; }
 
@@ -114,11 +122,11 @@ class HeldPointwise : public Instruction {
     const std::size_t rows = x.shape(0), columns = x.shape(1);
     Pointwise work{};
     work.x = input_rows(x, rows, columns);
+    expect(!other || !number_, "the other value is a number");
     if (other) work.other = input_rows(*other, rows, columns);
     work.y = output_rows(y, rows, columns);
     work.columns = columns;
-    work.activation = activation_;
-    work.adds = adds_;
+    set(work);
     if (x.size() == 0) return;
     nb::gil_scoped_release release;
     run_pointwise(kernels_, work, rows, threads);
@@ -132,18 +140,27 @@ class HeldPointwise : public Instruction {
     work.x = input_rows(x);
     work.other = input_rows(other);
     if (other.data != nullptr && other.rows() == 1) work.other.stride = 0;
+    work.one = other.data != nullptr && other.size() == 1;
     work.y = output_rows(operands[2]);
     work.columns = x.columns();
-    work.activation = activation_;
-    work.adds = adds_;
+    set(work);
     if (x.size() == 0) return;
     run_pointwise(kernels_, work, x.rows(), threads);
   }
 
  private:
+  void set(Pointwise& work) const {
+    work.activation = activation_;
+    work.combine = combine_;
+    if (!number_) return;
+    work.other = {&*number_, 0};
+    work.one = true;
+  }
+
   RowKernels kernels_;
   Activation activation_;
-  bool adds_;
+  Combine combine_;
+  std::optional<float> number_;
 };
 
 // Operands of the instruction: x [B, H, S, D], cos and sin [B or 1, S, R], y like x and contiguous.
@@ -335,8 +352,9 @@ void bind_rows(nb::module_& m) {
       .def("run",
            nb::overload_cast<const Rows&, const std::optional<Rows>&, const Result&, const std::optional<Result>&, std::size_t>(&HeldNorm::run, nb::const_), "x"_a.noconvert(), "residual"_a.noconvert().none(), "y"_a.noconvert(),
            "sum"_a.noconvert().none(), "threads"_a, "y = norm(x + residual), sum = x + residual.");
-  nb::class_<HeldPointwise, Instruction>(m, "Pointwise", "An activation, a sum or a product, value by value.")
-      .def(nb::init<std::string_view, std::string_view, bool>(), "isa"_a, "activation"_a, "adds"_a = false)
+  nb::class_<HeldPointwise, Instruction>(m, "Pointwise", "An activation, a sum, a product or a slope, value by value.")
+      .def(nb::init<std::string_view, std::string_view, std::string_view, std::optional<float>>(), "isa"_a, "activation"_a,
+           "combine"_a = "multiply", "number"_a = nb::none())
       .def_prop_ro("isa", &HeldPointwise::isa, kIsa)
       .def("run",
            nb::overload_cast<const Rows&, const std::optional<Rows>&, const Result&, std::size_t>(&HeldPointwise::run, nb::const_), "x"_a.noconvert(), "other"_a.noconvert().none(), "y"_a.noconvert(), "threads"_a,

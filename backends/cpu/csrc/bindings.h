@@ -54,6 +54,7 @@ void bind_executor(nb::module_& m);
 void bind_decoder_attention(nb::module_& m);
 void bind_float_linear(nb::module_& m);
 void bind_instruction(nb::module_& m);  // before those whose classes derive from it
+void bind_kron_linear(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_small(nb::module_& m);
 

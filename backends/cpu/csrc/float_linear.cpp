@@ -35,6 +35,9 @@ class Scratch {
 // goes into reading weights.
 constexpr std::size_t kWorthwhile = 20000;
 
+// The same in products of a narrow linear.
+constexpr std::size_t kNarrowWorthwhile = std::size_t{1} << 16;
+
 std::size_t panels_of(std::size_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
 std::uint16_t to_bfloat16(float value) {
@@ -176,6 +179,24 @@ void run_dense_linear(const KernelTable& kernels, const DenseWeights& weights, b
       bfloat16 ? rounded_rows(own, x, rows, weights.columns, threads) : FloatRows{x, weights.columns};
   for_blocks(panels_of(weights.outputs), rows, threads, false, y, [&](const FloatBlock& block) {
     (bfloat16 ? own.bfloat16 : own.float32)(weights, values, y, block);
+  });
+}
+
+void run_narrow_linear(const KernelTable& kernels, const NarrowWeights& weights, bool bfloat16, const float* x,
+                       std::size_t rows, const LinearOutput& y, std::size_t threads) {
+  const FloatLinearKernels& own = *kernels.float_linear;
+  // Rows are shared out; with few of them outputs, eight at a time, where each thread has enough to read.
+  const std::size_t products = rows * weights.outputs * weights.columns;
+  threads = std::min(threads, 1 + products / kNarrowWorthwhile);
+  const bool by_rows = threads == 1 || rows >= 4 * threads;
+  const std::size_t high = by_rows ? std::max<std::size_t>(4, (rows + 8 * threads - 1) / (8 * threads)) : rows;
+  const std::size_t wide = by_rows ? weights.outputs : 8;
+  const std::size_t runs = rows == 0 ? 0 : (rows + high - 1) / high, parts = (weights.outputs + wide - 1) / wide;
+  parallel_for(runs * parts, threads, [&](std::size_t index) {
+    const std::size_t row = index / parts * high, output = index % parts * wide;
+    const NarrowBlock block{row, std::min(rows, row + high), output, std::min(weights.outputs, output + wide)};
+    (bfloat16 ? own.narrow_bfloat16 : own.narrow_float32)(weights, x, y, block);
+    if (y.past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
   });
 }
 

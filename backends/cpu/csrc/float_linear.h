@@ -23,6 +23,10 @@ void pack_dense(const std::uint16_t* stored, std::size_t outputs, std::size_t co
 void run_dense_linear(const KernelTable& kernels, const DenseWeights& weights, bool bfloat16, const float* x,
                       std::size_t rows, const LinearOutput& y, std::size_t threads);
 
+// The same for few outputs; weights are float32, or bfloat16 where `bfloat16` holds.
+void run_narrow_linear(const KernelTable& kernels, const NarrowWeights& weights, bool bfloat16, const float* x,
+                       std::size_t rows, const LinearOutput& y, std::size_t threads);
+
 // The same for codes. Where `bfloat16` holds, and the kernels multiply it by pairs, weights and activations are rounded to
 // it beyond kFewRowsBfloat16 rows.
 void run_coded_linear(const KernelTable& kernels, const CodedWeights& weights, bool bfloat16, const float* x,

@@ -30,6 +30,17 @@ struct CodedWeights {
   const float* table;               // of kTable4
 };
 
+// Few outputs, at most kNarrow, as they are stored: a panel would be read in full, padding and all.
+struct NarrowWeights {
+  const void* values;  // [outputs][columns], float32 or bfloat16
+  std::size_t outputs, columns;
+};
+inline constexpr std::size_t kNarrow = 32;
+
+struct NarrowBlock {
+  std::size_t row_begin, row_end, output_begin, output_end;
+};
+
 // Rows as a kernel reads them: floats; or bfloat16, where FloatLinearKernels::pairs holds and the product is of those.
 struct FloatRows {
   const void* values;
@@ -67,6 +78,9 @@ struct FloatLinearKernels {
   // Where `pairs` holds; elsewhere it would be slower than floats.
   void (*coded_bfloat16)(const CodedWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
   void (*coded_few)(const CodedWeights&, const GroupedRows&, const LinearOutput&, const FloatBlock&);
+  // Of weights that are float32 or bfloat16; activations are floats in both.
+  void (*narrow_float32)(const NarrowWeights&, const float* x, const LinearOutput&, const NarrowBlock&);
+  void (*narrow_bfloat16)(const NarrowWeights&, const float* x, const LinearOutput&, const NarrowBlock&);
   // A row rounded to bfloat16, to nearest, ties to even; the columns from `columns` to `padded` are 0.
   void (*round_row)(const float* x, std::size_t columns, std::size_t padded, void* rounded);
 };

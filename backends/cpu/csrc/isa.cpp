@@ -67,7 +67,7 @@ KernelTable Isa::kernels() const {
   for (const Isa* from = parent; from != nullptr; from = from->parent) {
     if (!from->compiled()) continue;
     take_missing(merged, *from->own, &KernelTable::dot_u8s8, &KernelTable::byte_linear, &KernelTable::byte_rows,
-                 &KernelTable::float_linear, &KernelTable::attention, &KernelTable::rows);
+                 &KernelTable::float_linear, &KernelTable::kron_linear, &KernelTable::attention, &KernelTable::rows);
   }
   return merged;
 }

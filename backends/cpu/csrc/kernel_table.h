@@ -16,6 +16,7 @@ namespace graphwright {
 struct ByteLinear;
 struct ByteRowsKernels;
 struct FloatLinearKernels;
+struct KronKernels;
 struct AttentionKernels;
 struct RowKernels;
 
@@ -25,6 +26,7 @@ struct KernelTable {
   const ByteLinear* byte_linear = nullptr;     // linear_kernels.h
   const ByteRowsKernels* byte_rows = nullptr;
   const FloatLinearKernels* float_linear = nullptr;  // float_linear_kernels.h
+  const KronKernels* kron_linear = nullptr;          // kron_kernels.h
   const AttentionKernels* attention = nullptr;       // attention_kernels.h
   const RowKernels* rows = nullptr;                  // row_kernels.h
 };

@@ -43,9 +43,9 @@ struct LinearOutput {
   std::size_t stride;
   const float* bias;              // [outputs]
   Activation activation;
-  const float* factor;            // [rows][factor_stride]
+  const float* factor;            // [rows][factor_stride]; a stride of 0 is one row for all
   std::size_t factor_stride;
-  const float* residual;          // [rows][residual_stride]
+  const float* residual;          // [rows][residual_stride], likewise
   std::size_t residual_stride;
   bool past_caches;               // store past the caches; values and rows are then aligned to 64 bytes
 };

@@ -41,6 +41,7 @@ NB_MODULE(_native, m) {
   graphwright::bind_byte_linear(m);
   graphwright::bind_decoder_attention(m);
   graphwright::bind_float_linear(m);
+  graphwright::bind_kron_linear(m);
   graphwright::bind_rows(m);
   graphwright::bind_small(m);
   graphwright::bind_executor(m);

@@ -29,13 +29,17 @@ struct Norm {
   float epsilon;
 };
 
-// y = activation(x) * other, or + other. Without `other` it is left out.
+// What becomes of two values; kSlope: the first, times the second unless it is above 0 (a leaky ReLU).
+enum class Combine : std::uint8_t { kMultiply, kAdd, kSlope };
+
+// y = activation(x) * other, or combined otherwise. Without `other` it is left out.
 struct Pointwise {
   InputRows x, other;
   OutputRows y;
   std::size_t columns;
   Activation activation;
-  bool adds;
+  Combine combine;
+  bool one;  // `other` is a single number
 };
 
 // y = x * cos + turned(x) * sin in the first `rotated` features, x in those that follow.

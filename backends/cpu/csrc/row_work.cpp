@@ -54,7 +54,7 @@ void run_norm(void (*kernel)(const Norm&, std::size_t, std::size_t), const Norm&
 void run_pointwise(const RowKernels& kernels, Pointwise work, std::size_t rows, std::size_t threads) {
   const bool two = work.other.data != nullptr;
   if (together(work.x.stride, work.columns) && together(work.y.stride, work.columns) &&
-      (!two || together(work.other.stride, work.columns))) {
+      (!two || work.one || together(work.other.stride, work.columns))) {
     work.columns *= rows;
     rows = 1;
   }
@@ -67,7 +67,7 @@ void run_pointwise(const RowKernels& kernels, Pointwise work, std::size_t rows, 
     Pointwise part = work;
     part.x.data += begin;
     part.y.data += begin;
-    if (two) part.other.data += begin;
+    if (two && !work.one) part.other.data += begin;
     part.columns = end - begin;
     kernels.pointwise(part, 0, 1);
   });

@@ -9,6 +9,7 @@ from graphwright.backends.cpu.kernels import (
     embedding,
     float_linear,
     heads,
+    kron_linear,
     norms,
     pointwise,
     rotary,
@@ -19,7 +20,7 @@ from graphwright.backends.cpu.kernels.float_linear import PackedFloats
 
 __all__ = ["KERNELS", "LOWERINGS", "PACKED", "Kernel", "Lowering", "Site"]
 
-_FAMILIES = (attention, byte_linear, embedding, float_linear, norms, pointwise, rotary)
+_FAMILIES = (attention, byte_linear, embedding, float_linear, kron_linear, norms, pointwise, rotary)
 
 LOWERINGS: dict[str, Lowering] = {op: lower for family in _FAMILIES for op, lower in family.LOWERINGS.items()}
 
@@ -38,11 +39,13 @@ KERNELS: dict[str, type[Kernel]] = {
         float_linear.FloatLinear,
         float_linear.NbitsLinear,
         heads.HeadsAttention,
+        kron_linear.KronLinear,
         norms.LayerNorm,
         norms.RmsNorm,
         pointwise.Activation,
         pointwise.Combination,
         pointwise.GatedActivation,
+        pointwise.LeakyRelu,
         rotary.Rotary,
     )
 }

@@ -82,12 +82,15 @@ def _packed(site: Site, *, rounded: bool) -> Kernel | str:
     refusal = unsuitable(site, ("qweight", "scales", "zero_points", "bias")) or (_too_wide(site) if rounded else "")
     if refusal:
         return refusal
+    zeros = site.maybe_stored("zero_points")
+    if zeros is not None and zeros.is_floating_point():
+        return "its zero points are floats, and kernels multiply whole ones"
     columns, bits, size = int(site.value("x").shape[-1]), site.arguments["bits"], site.arguments["group_size"]
     step = 32 // (4 if bits == 3 else bits)
     if rounded and site.stored("scales").shape[1] > 1 and size % step:
         return f"the kernel rounds activations in groups of whole steps of {step} columns"
     names, bias = ("qweight", "scales", "zero_points"), site.maybe_stored("bias")
-    operands = site.stored("qweight"), site.stored("scales"), site.maybe_stored("zero_points")
+    operands = site.stored("qweight"), site.stored("scales"), zeros
     packed = site.packed_once(names, lambda: pack_nbits(*operands, bits, columns))
     if rounded:
         return ByteLinear(packed, site.isa, "symmetric", bias)

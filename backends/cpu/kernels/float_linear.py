@@ -23,12 +23,15 @@ class PackedFloats:
         outputs, columns: of the matrix.
         bfloat16: whether values are bfloat16, or float32.
         values: uint8, flat, ``[panels, steps, 256]``.
+        narrow: the values are ``[outputs, columns]`` instead: of few outputs a panel would be padding for the most
+            part, and a row's product is as long as its weights take to read.
     """
 
     outputs: int
     columns: int
     bfloat16: bool
     values: torch.Tensor
+    narrow: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -46,6 +49,9 @@ def pack_floats(weight: torch.Tensor, *, bfloat16: bool = False) -> PackedFloats
     from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
     outputs, columns = weight.shape
+    if outputs <= _native.MOST_NARROW:
+        plain = weight.detach().to(torch.bfloat16 if bfloat16 else torch.float32, copy=True).contiguous()
+        return PackedFloats(outputs, columns, bfloat16, plain.reshape(-1).view(torch.uint8), narrow=True)
     panels, steps = -(-outputs // PANEL), -(-columns // 2) if bfloat16 else columns
     values = torch.empty(panels * steps * STEP_BYTES, dtype=torch.uint8)
     stored, threads = weight.detach().contiguous(), torch.get_num_threads()
@@ -60,7 +66,7 @@ class FloatLinear(Linear):
     """``x Wᵀ + b`` on dense weights, with float32 sums.
 
     Args:
-        packed: the weights. Where they are bfloat16, activations are rounded to it.
+        packed: the weights. Where they are bfloat16 and not narrow, activations are rounded to it.
         isa: instruction set of the kernel.
         bias: ``[out]`` or ``None``.
         note: what to say of the weights' rounding.
@@ -71,9 +77,8 @@ class FloatLinear(Linear):
     def __init__(self, packed: PackedFloats, isa: str, bias: torch.Tensor | None = None, note: str = "") -> None:
         from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
-        kernel = _native.FloatLinear(
-            isa, packed.outputs, packed.columns, packed.bfloat16, packed.values.numpy(), stored_floats(bias)
-        )
+        make = _native.NarrowLinear if packed.narrow else _native.FloatLinear
+        kernel = make(isa, packed.outputs, packed.columns, packed.bfloat16, packed.values.numpy(), stored_floats(bias))
         label = f"float_linear {kernel.isa}, {note or ('bfloat16' if packed.bfloat16 else 'float32')}"
         super().__init__(kernel, packed.columns, packed.outputs, label)
         self.packed = packed
@@ -203,6 +208,8 @@ def _packed(site: Site, name: str, bias: torch.Tensor | None, *, transposed: boo
         note = "weights and activations rounded to bfloat16"
     rows = weight.t() if transposed else weight
     packed = site.packed_once((name,), lambda: pack_floats(rows, bfloat16=bool(note)))
+    if packed.narrow:
+        note = note.replace(" and activations", "")
     return FloatLinear(packed, site.isa, bias, note)
 
 

@@ -46,8 +46,8 @@ class Linear(Kernel):
 
         Args:
             x: the input.
-            factor: of the output's shape.
-            residual: of the output's shape.
+            factor: of the output's shape, or of its last dimension alone.
+            residual: likewise.
 
         Raises:
             BackendError: the input is not a floating tensor on the CPU with that many features, or ``factor`` or
@@ -75,12 +75,16 @@ class Linear(Kernel):
     def _rows(self, other: torch.Tensor | None, x: torch.Tensor) -> npt.NDArray[np.float32] | None:
         if other is None:
             return None
-        if other.shape[:-1] != x.shape[:-1] or other.shape[-1] != self.outputs or not other.is_floating_point():
+        is_row = other.shape == (self.outputs,)
+        fits = is_row or (other.shape[:-1] == x.shape[:-1] and other.shape[-1:] == (self.outputs,))
+        if not fits or not other.is_floating_point():
             raise BackendError(
                 f"gives {[*x.shape[:-1], self.outputs]}, which {other.dtype} {list(other.shape)} does not fit",
                 where="linear kernel",
             )
         values = floats(other)
+        if is_row:
+            return np.ascontiguousarray(values).reshape(1, self.outputs)
         rows = values.reshape(-1, self.outputs) if values.size else np.empty((x.shape[:-1].numel(), self.outputs), "f4")
         return rows if rows.strides[-1] == rows.itemsize else np.ascontiguousarray(rows)
 

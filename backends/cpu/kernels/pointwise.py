@@ -71,45 +71,92 @@ class Combination(Kernel):
     Args:
         isa: instruction set of the kernel.
         adds: add, or multiply.
+        number: ``other``, where it is none of the program's tensors.
     """
 
-    inputs = ("self", "other")
+    inputs: tuple[str, ...] = ("self", "other")
 
-    def __init__(self, isa: str, adds: bool) -> None:
+    def __init__(self, isa: str, adds: bool, number: float | None = None) -> None:
         super().__init__()
         from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
-        self._kernel = _native.Pointwise(isa, "", adds)
-        self.label = f"{'add' if adds else 'multiply'} {self._kernel.isa}"
+        combine = "add" if adds else "multiply"
+        self._kernel = _native.Pointwise(isa, "", combine, number)
+        self._number = number
+        self.inputs = ("self", "other") if number is None else ("self",)
+        self.label = f"{combine}{'' if number is None else f' {number:g}'} {self._kernel.isa}"
 
-    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """The sum or product, in the operands' dtype; without gradients.
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        """The combination, in the operands' dtype (that of the larger, where one is a single number); no gradients.
 
         Raises:
-            BackendError: they are not floating tensors on the CPU, or neither has the result's shape.
+            BackendError: the operands are not floating tensors on the CPU, or neither has the result's shape.
         """
         expect_floats(self.label, x, other)
-        shape = x.shape if x.shape == other.shape else torch.broadcast_shapes(x.shape, other.shape)
-        if x.shape != shape:
-            x, other = other, x
-        if x.dtype != other.dtype or x.shape != shape:
-            raise BackendError(f"cannot combine {[*x.shape]} and {[*other.shape]}", where=self.label)
+        if other is not None:
+            shape = x.shape if x.shape == other.shape else torch.broadcast_shapes(x.shape, other.shape)
+            if x.shape != shape:
+                x, other = other, x
+            if (x.dtype != other.dtype and other.dim() > 0) or x.shape != shape:
+                raise BackendError(f"cannot combine {[*x.shape]} and {[*other.shape]}", where=self.label)
+        elif self._number is None:
+            raise BackendError("takes two tensors", where=self.label)
         result, order = result_like(x)
         if result.size > 0:
-            columns, second = _aligned(floats(x), floats(other), order)
+            columns, second = x.shape[-1 if order is None else order[-1]] if x.shape else 1, None
+            if other is not None:
+                columns, second = _aligned(floats(x), floats(other), order)
             rows, target = rows_of(floats(x), columns, order), rows_of(result, columns, order)
             self._kernel.run(rows, second, target, torch.get_num_threads())
         return tensor_like(result, x)
 
     def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
-        """Operands: one of the result's shape, and one of that shape or that is one row of it."""
+        """Operands: one of the result's shape, and one of that shape, one row of it, or a single number."""
+        if self._number is not None:
+            return Step(self._kernel, (0, None))
         for x, other in ((0, 1), (1, 0)):
             shape = inputs[other]
-            if inputs[x] == result and shape is not None and shape:
-                is_row = shape[-1] == result[-1] and all(size == 1 for size in shape[:-1])
-                if shape == result or is_row:
+            if inputs[x] == result and shape is not None and result:
+                is_row = shape[-1:] == result[-1:] and all(size == 1 for size in shape[:-1])
+                if shape == result or is_row or all(size == 1 for size in shape):
                     return Step(self._kernel, (x, other))
         return None
+
+
+class LeakyRelu(Kernel):
+    """What is above 0 stays, the rest is multiplied by a slope.
+
+    Args:
+        isa: instruction set of the kernel.
+        slope: of what is not above 0.
+    """
+
+    inputs = ("self",)
+
+    def __init__(self, isa: str, slope: float) -> None:
+        super().__init__()
+        from graphwright.backends.cpu import _native  # not at the top: it may be absent
+
+        self._kernel = _native.Pointwise(isa, "", "slope", slope)
+        self.label = f"leaky_relu {self._kernel.isa}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of ``x``, in its dtype; without gradients.
+
+        Raises:
+            BackendError: it is no floating tensor on the CPU.
+        """
+        expect_floats(self.label, x)
+        result, order = result_like(x)
+        if result.size > 0:
+            columns = result.shape[-1 if order is None else order[-1]] if result.shape else 1
+            rows, target = rows_of(floats(x), columns, order), rows_of(result, columns, order)
+            self._kernel.run(rows, None, target, torch.get_num_threads())
+        return tensor_like(result, x)
+
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
+        """Operands: the values."""
+        return Step(self._kernel, (0, None))
 
 
 def _aligned(x: Floats, other: Floats, order: tuple[int, ...] | None) -> tuple[int, Floats]:
@@ -125,14 +172,27 @@ def _aligned(x: Floats, other: Floats, order: tuple[int, ...] | None) -> tuple[i
 def _combine(adds: bool) -> Lowering:
     def lower(site: Site) -> Kernel | str | None:
         operands = [site.arguments[name] for name in ("self", "other")]
-        kinds = [site.program.type_of(node) for node in operands if isinstance(node, fx.Node)]
+        nodes = [each for each in operands if isinstance(each, fx.Node)]
+        kinds = [site.program.type_of(node) for node in nodes]
         result = site.program.type_of(site.node)
-        plain = len(kinds) == 2 and result in kinds and site.arguments.get("alpha", 1) == 1
-        if not plain or len({kind.dtype for kind in kinds if isinstance(kind, TensorType)}) != 1:
-            return None  # a number, or both are broadcast, or one is promoted
-        return Combination(site.isa, adds) if not unsuitable(site, "self") else None
+        if result not in kinds or site.arguments.get("alpha", 1) != 1:
+            return None  # both are broadcast, or one is promoted
+        if len(kinds) == 1 and operands[0] is nodes[0] and type(operands[1]) in (int, float):
+            return None if unsuitable(site, "self") else Combination(site.isa, adds, float(operands[1]))
+        # A tensor without dimensions takes the other's dtype, as a number does.
+        dtypes = {kind.dtype for kind in kinds if isinstance(kind, TensorType) and (kind.shape or kind == result)}
+        plain = len(kinds) == 2 and len(dtypes) == 1 and all(_is_floating(kind) for kind in kinds)
+        return Combination(site.isa, adds) if plain and not unsuitable(site, "self") else None
 
     return lower
+
+
+def _is_floating(kind: object) -> bool:
+    return isinstance(kind, TensorType) and kind.dtype.is_floating_point and kind.dtype != torch.float64
+
+
+def _leaky_relu(site: Site) -> Kernel | str:
+    return unsuitable(site, "self") or LeakyRelu(site.isa, float(site.arguments["negative_slope"]))
 
 
 def _plain(function: str) -> Lowering:
@@ -154,6 +214,7 @@ def _gated(site: Site) -> Kernel | str:
 LOWERINGS: dict[str, Lowering] = {
     "aten.add.Tensor": _combine(adds=True),
     "aten.gelu": _gelu,
+    "aten.leaky_relu": _leaky_relu,
     "aten.mul.Tensor": _combine(adds=False),
     **{f"aten.{name}": _plain(name) for name in ("relu", "sigmoid", "silu", "tanh")},
     "graphwright.gated_activation": _gated,

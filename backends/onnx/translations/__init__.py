@@ -74,6 +74,7 @@ TRANSLATIONS: dict[str, str] = {
     **_aten("convolution", "conv1d conv2d conv1d.padding conv2d.padding", "convolution"),
     **_aten("attention", "scaled_dot_product_attention"),
     "graphwright.attention": "attention:attention",
+    "graphwright.kron_linear": "linear:kron_linear",
     "graphwright.cache_append": "cache:cache_append",
     "graphwright.cached_attention": "cache:cached_attention",
     "graphwright.select_rows": "cache:select_rows",

@@ -8,11 +8,12 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from graphwright.backends.onnx.elements import rows_of
+from graphwright.backends.onnx.elements import Elements, rows_of
 from graphwright.backends.onnx.lowering import Lowering
-from graphwright.backends.onnx.sizes import Sizes, sizes_of
+from graphwright.backends.onnx.sizes import Size, Sizes, product, sizes_of
 from graphwright.ir.arguments import argument
 from graphwright.ir.names import op_name
+from graphwright.ir.ops.kronecker import b_first
 from graphwright.ir.provenance import path_of
 from graphwright.ir.types import VAL
 
@@ -120,3 +121,29 @@ def baddbmm(lower: Lowering, node: fx.Node, c: fx.Node, a: fx.Node, b: fx.Node, 
 
     product = scaled(lower.graph.call("MatMul", lower.tensor(a), lower.tensor(b)), alpha)
     lower.set(node, product if beta == 0 else lower.graph.call("Add", product, scaled(lower.tensor(c), beta)))
+
+
+def kron_linear(lower: Lowering, node: fx.Node, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1.0) -> None:
+    """``A X Bᵀ`` on rows as matrices, the cheaper product first; the Kronecker product is never formed."""
+    (a1, a2), (b1, b2) = lower.shape(a), lower.shape(b)
+    count = product(lower.shape(x)[:-1])
+
+    def times_b(elements: Elements, rows: Size) -> Elements:
+        """Every row of every matrix: one Gemm, which takes B as it is stored."""
+        value = lower.graph.call("Gemm", elements.get((rows, b2)), lower.tensor(b), transB=1)
+        return Elements.of(lower.graph, lower.sizes, (rows, b1), value)
+
+    def times_a(elements: Elements, columns: Size) -> Elements:
+        value = lower.graph.call("MatMul", lower.tensor(a), elements.get((count, a2, columns)))
+        return Elements.of(lower.graph, lower.sizes, (count, a1, columns), value)
+
+    if b_first((a1, a2), (b1, b2)):
+        result = times_a(times_b(lower.elements(x), product((count, a2))), b1)
+    else:
+        result = times_b(times_a(lower.elements(x), b2), product((count, a1)))
+    if scale == 1.0:
+        lower.set_elements(node, result)
+        return
+    rows = (count, product((a1, b1)))
+    value = lower.graph.call("Mul", result.get(rows), lower.graph.constant(scale, lower.dtype(node)))
+    lower.set(node, value, rows)

@@ -51,6 +51,12 @@ def linear_nbits(
     for each in (qweight, scales, zero_points):
         if each is not None and each.op != "get_attr":
             raise lower.refuse(node, "quantised weights must be stored, here they are computed")
+    if zero_points is not None and lower.program.tensor(zero_points).is_floating_point():
+        raise lower.refuse(
+            node,
+            "onnxruntime has no kernel for zero points between codes: it would run this linear in float",
+            "quantise without float_zero_points for ONNX",
+        )
     widths = _WIDTHS if lower.options.has_contrib and not _is_looked_up(lower, qweight) else _PORTABLE_WIDTHS
     weights = StoredWeights(lower, (qweight, scales, zero_points), bits, group_size, columns, block, widths)
     emit = _matmul_nbits if lower.options.has_contrib else _dequantize_matmul

@@ -267,7 +267,9 @@ def _weight_only(linear: PlacedLinear, *, whole_words: bool = False, half: bool 
         return f"its {inputs} inputs are no multiple of the group size {size}"
     if whole_words and inputs * bits % 32:
         return f"its {inputs} inputs do not fill whole words"
-    scales = linear.weight.scales
+    scales, zeros = linear.weight.scales, linear.weight.zero_points
+    if zeros is not None and zeros.is_floating_point():
+        return "its zero points lie between codes"
     if half and not torch.equal(scales.to(torch.float16).to(scales.dtype), scales):
         return "its scales are no numbers in half precision"
     return None

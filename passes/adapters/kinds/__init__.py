@@ -14,7 +14,11 @@ from graphwright.passes.adapters.base import AdapterKind
 # name -> module of this package and class
 KINDS: dict[str, tuple[str, str]] = {
     "bitfit": ("bitfit", "BitFit"),
+    "compacter": ("compacter", "Compacter"),
+    "dept": ("prompt", "DePT"),
     "dora": ("dora", "DoRA"),
+    "ether": ("ether", "ETHER"),
+    "ether-plus": ("ether", "ETHERPlus"),
     "houlsby": ("houlsby", "HoulsbyAdapter"),
     "ia3": ("ia3", "IA3"),
     "krona": ("krona", "KronA"),
@@ -23,8 +27,14 @@ KINDS: dict[str, tuple[str, str]] = {
     "loha": ("loha", "LoHa"),
     "lokr": ("lokr", "LoKr"),
     "lora": ("lora", "LoRA"),
-    "lora_fa": ("lora_fa", "LoRAFA"),
+    "lora-fa": ("lora_fa", "LoRAFA"),
+    "lora-xs": ("lora_xs", "LoRAXS"),
+    "nola": ("nola", "NOLA"),
+    "oft": ("oft", "OFT"),
     "parallel": ("parallel", "ParallelAdapter"),
+    "prefix": ("prefix", "PrefixTuning"),
+    "prompt": ("prompt", "PromptTuning"),
+    "sora": ("sora", "SoRA"),
     "vera": ("vera", "VeRA"),
 }
 

@@ -19,7 +19,7 @@ class LoRAFA(LoRA):
     ``x Aᵀ``. ``A`` starts Kaiming-uniform, ``B`` at 0.
     """
 
-    kind: ClassVar[str] = "lora_fa"
+    kind: ClassVar[str] = "lora-fa"
 
     def check(self, site: Site) -> str | None:
         """An embedding has nothing to train if its ``A``, which starts at 0, stays."""

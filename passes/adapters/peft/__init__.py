@@ -28,6 +28,7 @@ LAYOUTS: dict[str, str] = {
     "LOHA": "lycoris",
     "LOKR": "lycoris",
     "LORA": "lora",
+    "OFT": "oft",
     "VERA": "vera",
 }
 
@@ -38,7 +39,8 @@ WRITTEN: dict[str, str] = {
     "loha": "LOHA",
     "lokr": "LOKR",
     "lora": "LORA",
-    "lora_fa": "LORA",
+    "lora-fa": "LORA",
+    "oft": "OFT",
     "vera": "VERA",
 }
 

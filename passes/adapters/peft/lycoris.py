@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+
 from graphwright.ir.errors import InputError
 from graphwright.passes.adapters.base import AdapterKind
 from graphwright.passes.adapters.files import SavedAdapter, SavedSite
@@ -36,6 +40,7 @@ def read(folder: PeftFolder) -> SavedAdapter:
             where=folder.source,
             hint="train with use_effective_conv2d=False, or merge it with PEFT",
         )
+    _check_kernels(folder.source, folder.tensors)
     name = str(folder.config["peft_type"])
     sites: dict[str, SavedSite] = {}
     for path, tensors in folder.by_module({leaf: leaf for leaf in _LEAVES[name]}).items():
@@ -73,4 +78,20 @@ def write(adapter: SavedAdapter) -> PeftFiles:
     tensors = {
         f"{PREFIX}{path}.{key}": tensor for path, site in adapter.sites.items() for key, tensor in site.tensors.items()
     }
+    _check_kernels(adapter.source, tensors)
     return PeftFiles(config, tensors)
+
+
+def _check_kernels(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a whole second factor over one dimension, whose product PEFT takes along other axes than LyCORIS.
+
+    Raises:
+        InputError: there is one.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith(".lokr_w2") and tensor.dim() == 3:
+            raise InputError(
+                f"{name} is a Conv1d's whole factor, whose Kronecker product PEFT takes along the kernel's axis",
+                where=source,
+                hint="use a smaller rank there, which decomposes the factor, or merge it with PEFT",
+            )

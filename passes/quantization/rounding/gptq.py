@@ -30,6 +30,9 @@ _FEW = 32
 _ROWS = 1024
 # Elements worked on at once.
 _SLICE_ELEMENTS = 1 << 22
+# Elements whose errors are carried along at once: rows are rounded independently, and those of the largest weights in
+# pieces. Each piece costs the overhead of going over all columns anew, which is little beside so many elements.
+_CARRIED_ELEMENTS = 1 << 24
 # The damping is the least that a pivot can be: where one is found below this part of it, float32 is not precise enough.
 _TRUSTED = 0.5
 # Epsilons of the largest eigenvalue that a pivot may be off by, and iterations that find that eigenvalue.
@@ -87,8 +90,8 @@ def gptq(
 ) -> Codes:
     """Quantise one weight so that ``X Wᵀ`` changes least.
 
-    Beyond the weight, the moment and the codes this takes a matrix of the weight's size, in float32, and a second one
-    of the moment's unless that may be spent.
+    Beyond the weight, the moment and the codes this takes a matrix of the weight's size, in float32 and at most 64 MiB,
+    and a second one of the moment's unless that may be spent.
 
     Args:
         weight: ``[out, in]``, floating.
@@ -124,11 +127,9 @@ def gptq(
             factor = _factor_in_place(second_moment, mean, options.damping)
         if factor is None:
             factor = _factor(second_moment, mean, options.damping, order.columns)
-        rounder = _Rounder(weight, form, importance, factor, order)
+        found, error = _rounded(weight, form, importance, factor, order, options.damping)
         del factor
-        found, error = rounder.run()
-        error = mean * (error - options.damping * rounder.moved)
-        del rounder
+        error *= mean
         if options.sweeps:
             found = descend(weight, second_moment, found, form, sweeps=options.sweeps, damping=options.damping)
             error = _error(second_moment, weight, found, form)
@@ -139,8 +140,11 @@ def gptq(
 def _size(second_moment: torch.Tensor, weight: torch.Tensor) -> float:
     """``|X Wᵀ|²``; of weights with many rows estimated from some of them, as it costs more than all the rest."""
     step = -(-len(weight) // _ROWS)
-    some = weight[::step].detach().to(torch.float32)
-    found = float(((some @ second_moment.to(torch.float32)) * some).sum())
+    some, moment = weight[::step].detach(), second_moment.to(torch.float32)
+    found = 0.0
+    for piece in some.split(max(1, _SLICE_ELEMENTS // max(1, weight.shape[1]))):
+        part = piece.to(torch.float32)
+        found += float(((part @ moment) * part).sum())
     norms = [float(torch.linalg.vector_norm(each, dtype=torch.float32)) for each in (weight, some)]
     return max(found, 0.0) * (norms[0] / norms[1]) ** 2 if norms[1] > 0 else 0.0
 
@@ -221,32 +225,60 @@ def _factor(second_moment: torch.Tensor, mean: float, damping: float, columns: t
     raise _singular()
 
 
+def _rounded(
+    weight: torch.Tensor, form: Format, importance: torch.Tensor, factor: torch.Tensor, order: Order, damping: float
+) -> tuple[Codes, float]:
+    """Codes, and the squared error in the metric of the moment, of mean diagonal 1."""
+    rows, count = weight.shape
+    groups = -(-count // form.columns_per_group(count))
+    found = Codes(torch.empty(rows, count, dtype=torch.uint8), torch.empty(rows, groups), torch.empty(rows, groups))
+    step = max(1, _CARRIED_ELEMENTS // max(1, count * form.block_rows)) * form.block_rows
+    error = 0.0
+    for start in range(0, rows, step):
+        piece = slice(start, start + step)
+        own = Codes(found.codes[piece], found.scales[piece], found.zeros[piece])
+        rounder = _Rounder(weight[piece], form, importance, factor, order, own)
+        rounder.run()
+        error += rounder.error - damping * rounder.moved
+        del rounder  # before the next one's matrices
+    return found, error
+
+
 class _Rounder:
-    """One weight on its way through the algorithm, with its columns in the arrangement of the factor."""
+    """Rows of a weight on their way through the algorithm, with the columns in the arrangement of the factor.
+
+    Attributes:
+        error: the squared error so far, in the metric of the damped moment.
+        moved: that of the weight itself.
+    """
 
     def __init__(
-        self, weight: torch.Tensor, form: Format, importance: torch.Tensor, factor: torch.Tensor, order: Order
+        self,
+        weight: torch.Tensor,
+        form: Format,
+        importance: torch.Tensor,
+        factor: torch.Tensor,
+        order: Order,
+        found: Codes,
     ) -> None:
+        """Take the rows, and where their codes, scales and zero points are to be written."""
         rows, count = weight.shape
         self.weight, self.form, self.importance = weight.detach(), form, importance
         self.factor, self.order = factor, order
         self.group_size = form.columns_per_group(count)
-        groups = -(-count // self.group_size)
-        self.codes = torch.empty(rows, count, dtype=torch.uint8)
-        self.scales, self.zeros = torch.empty(rows, groups), torch.empty(rows, groups)
+        self.codes, self.scales, self.zeros = found.codes, found.scales, found.zeros
         # (W - Ŵ) L of the columns that are done, for those to come.
         self.pending = torch.zeros(rows, count)
         self.error = self.moved = 0.0
 
-    def run(self) -> tuple[Codes, float]:
-        """Codes, and the squared error in the metric of the damped moment; ``moved`` is that of the weight itself."""
+    def run(self) -> None:
+        """Round all columns."""
         if self.order.places is None:
             for group in range(self.scales.shape[1]):
                 own = slice(group * self.group_size, (group + 1) * self.group_size)
                 self._fit(group, self.weight[:, own].to(torch.float32), self.importance[own])
         for span in self.order.spans:
             self._round(span)
-        return Codes(self.codes, self.scales, self.zeros), self.error
 
     def _fit(self, group: int, weights: torch.Tensor, importance: torch.Tensor) -> None:
         self.scales[:, group], self.zeros[:, group] = self.form.fit(weights, importance)

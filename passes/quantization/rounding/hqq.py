@@ -5,14 +5,17 @@ Badri, Shaji: Half-Quadratic Quantization of Large Machine Learning Models (2023
 error, ``|E|_p + β/2 |E - (W - Ŵ)|²``, each step has a closed form: ``E`` by shrinking ``W - Ŵ`` (their equation 6), and
 the zero point as the mean of ``Ŵ``'s codes less those of ``W - E`` (their equation 8).
 
-The published solver keeps the scale of the full range and stores zero points as floats. A zero point stored here is a
-whole number, so both neighbours of the solver's are tried, and each group gets the one with the least objective,
-``min_E |E|_p + β/2 |E - (W - Ŵ)|²``. ``fit_scale`` fits the scale to ``W - E`` as well: the weights come closer, but
-least squares make them smaller on the whole, which cost a small language model more than it gave.
+The published solver keeps the scale of the full range and stores zero points as floats, and ends when the mean error
+of a weight no longer falls: so it is done for formats with ``float_zeros``. Elsewhere a zero point is a whole number:
+both neighbours of the solver's are tried, and each group gets the one with the least objective,
+``min_E |E|_p + β/2 |E - (W - Ŵ)|²``. Most of what the method gives is lost by that. ``fit_scale`` fits the scale to
+``W - E`` as well: the weights come closer, but least squares make them smaller on the whole, which cost a small
+language model more than it gave.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,6 +45,8 @@ class Hqq(WeightRounding):
         steps: how many there are.
         fit_scale: fit scales too, with those of the clip search among what is tried; symmetric grids change by nothing
             else. ``None``: at two bits, where the full range leaves most weights on one or two codes.
+        whole_start: with zero points between codes, start from whole ones, as hqq does at 4 bits. The ends of the range
+            are then no codes at first, and hardly ever become such.
     """
 
     method: ClassVar[str] = "hqq"
@@ -50,6 +55,7 @@ class Hqq(WeightRounding):
     growth: float = 1.01
     steps: int = 20
     fit_scale: bool | None = None
+    whole_start: bool = False
 
     def __post_init__(self) -> None:
         for option, low, high in (("norm", 0.0, 1.0), ("beta", 0.0, 1e6), ("growth", 0.99, 10.0)):
@@ -88,7 +94,10 @@ class Hqq(WeightRounding):
         """Scale and zero point of groups ``[..., group]``."""
         wide, middle = form.fit(weights, clip_search=False)
         candidates = [(wide, middle)]
-        if not form.symmetric:
+        if form.float_zeros:
+            _, real = self._solve(weights, wide, middle.round() if self.whole_start else middle, form, move_zero=True)
+            candidates = [(wide, form.stored_zeros(real).to(torch.float32))]
+        elif not form.symmetric:
             _, real = self._solve(weights, wide, middle, form, move_zero=True)
             limit = float(2**form.bits - 1)
             candidates += [(wide, near.clamp(0, limit)) for near in (real.floor(), real.ceil())]
@@ -101,13 +110,17 @@ class Hqq(WeightRounding):
         self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, form: Format, *, move_zero: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Half-quadratic steps from a grid: on the scale, or on the zero point (as a real number)."""
-        beta = self.beta
+        beta, least = self.beta, math.inf
         for _ in range(self.steps):
             codes = form.round(weights, scale, zero)
             error = weights - form.values(codes, scale, zero)
             kept = weights - self._shrink(error, beta)
             if move_zero:
                 zero = (codes - kept / scale.unsqueeze(-1)).mean(-1)
+                mean = float(error.abs().mean()) if form.float_zeros else 0.0
+                if form.float_zeros and mean >= least:
+                    break
+                least = mean
             else:
                 units = form.values(codes, torch.ones_like(scale), zero)
                 fitted = (units * kept).sum(-1) / units.square().sum(-1).clamp_min(_TINY)

@@ -9,10 +9,9 @@ import torch
 from graphwright.ir.errors import InputError
 from graphwright.passes.calibration import Observed
 from graphwright.passes.quantization.formats import Format
+from graphwright.passes.quantization.linears import QuantizeLinears, with_options
 from graphwright.passes.quantization.overrides import Override, checked, described
 from graphwright.passes.quantization.rounding.base import BlockRounding, Codes, InputRounding, Rounding, WeightRounding
-
-_BITS = (2, 3, 4, 8)
 
 
 def candidate_list(given: Sequence[Override]) -> tuple[Override, ...]:
@@ -41,16 +40,15 @@ def format_of(options: Override) -> Format | None:
     """The format that options stand for; ``None`` for floating point.
 
     Raises:
-        InputError: bits or group size that no format has.
+        InputError: they do not go together, or are none of a format.
     """
     if options is None:
         return None
-    bits, group = options.get("bits", 8), options.get("group_size")
-    if isinstance(bits, bool) or bits not in _BITS:
-        raise InputError(f"must be one of {', '.join(map(str, _BITS))}, not {bits!r}", where="candidates: bits")
-    if group is not None and (isinstance(group, bool) or not isinstance(group, int) or group < 16 or group % 16):
-        raise InputError(f"must be a multiple of 16, or None, not {group!r}", where="candidates: group_size")
-    return Format(bits, group, bool(options.get("symmetric", True)), bool(options.get("clip_search", True)))
+    try:
+        return with_options(QuantizeLinears(), options).form()
+    except InputError as error:
+        where = str(error.where).replace(QuantizeLinears.name, "candidates")
+        raise InputError(error.what, where=where, hint=error.hint) from error
 
 
 def named(options: Override) -> str:
@@ -92,7 +90,8 @@ def rounded(
     rows, groups = found.scales.shape
     scales = form.stored(found.scales)
     stored = rows * groups * -(-group * form.bits // 8) + scales.numel() * scales.element_size()
-    return values, stored + (0 if form.symmetric else found.zeros.numel())
+    zeros = 0 if form.symmetric else form.stored_zeros(found.zeros).nbytes
+    return values, stored + zeros
 
 
 def check_rounding(rounding: Rounding) -> None:

@@ -48,12 +48,12 @@ def test_of_every_family(family: tuple[str, gw.Program]) -> None:
 @pytest.mark.parametrize("where", ["fused", "quantized", "adapted"])
 def test_as_well_after_other_passes(family: tuple[str, gw.Program], where: str) -> None:
     name, program = family
-    passes: list[gw.Pass] = {
+    tables: dict[str, list[gw.Pass]] = {
         "fused": [gw.Cleanup(), gw.FuseAll()],
         "quantized": [gw.Cleanup(), gw.QuantizeLinears(bits=8, group_size=16)],
         "adapted": [gw.InsertAdapters("lora"), gw.InsertAdapters("krona", adapter_name="second")],
-    }[where]
-    changed = gw.optimize(program, passes, example_inputs=BATCH)
+    }
+    changed = gw.optimize(program, tables[where], example_inputs=BATCH)
     assert [block.last.path for block in found(changed, FEED_FORWARD)] == [WHERE[name][0].format(i) for i in range(2)]
     assert [block.last.path for block in found(changed, ATTENTION)] == [WHERE[name][1].format(i) for i in range(2)]
 

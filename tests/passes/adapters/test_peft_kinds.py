@@ -31,6 +31,11 @@ CONFIGS: dict[str, tuple[str, Any]] = {
         "gpt2",
         peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
     ),
+    "oft": ("llama", peft.OFTConfig(oft_block_size=6, use_cayley_neumann=False, target_modules=LINEARS)),
+    "oft-count": (
+        "bert",
+        peft.OFTConfig(r=3, oft_block_size=0, use_cayley_neumann=False, target_modules=MODELS["bert"][1]),
+    ),
     "vera": ("llama", peft.VeraConfig(r=8, target_modules=LINEARS)),
     "vera-drawn": (
         "bert",
@@ -52,6 +57,7 @@ MADE: dict[str, tuple[gw.AdapterKind, dict[str, Any]]] = {
     "loha": (gw.LoHa(rank=3), {"*.0.*": {"rank": 2}}),
     "lokr": (gw.LoKr(rank=3), {"*q_proj": {"rank": 9, "alpha": 2.5}}),
     "lora-fa": (gw.LoRAFA(rank=3), {}),
+    "oft": (gw.OFT(block=4), {}),
     "vera": (gw.VeRA(rank=8, seed=2), {}),
 }
 
@@ -75,6 +81,12 @@ def test_options_that_peft_has_once(tmp_path: Path) -> None:
     program = ours(llama, gw.VeRA(rank=2, size=(50, 40)), where="*q_proj")
     with pytest.raises(gw.InputError, match=r"widest sides \[24, 24\], not of size=\[50, 40\]"):
         gw.save_adapter(program, tmp_path, layout="peft")
+
+
+def test_oft_in_terms_of_a_series_is_refused(tmp_path: Path) -> None:
+    adapted(llama(), peft.OFTConfig(oft_block_size=6, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(gw.InputError, match="use_cayley_neumann=True is not supported"):
+        load_adapter(tmp_path)
 
 
 def test_a_damaged_file_says_what_it_lacks(tmp_path: Path) -> None:

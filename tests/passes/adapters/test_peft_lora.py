@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.passes.adapters.peft_models import IDS, MODELS, adapted, check_read, check_written, first, llama, ours, peft
+from torch import nn
 
 import graphwright as gw
 from graphwright.passes.adapters.files import load_adapter
@@ -52,6 +53,25 @@ def test_made_here(kind: gw.LoRA, tmp_path: Path) -> None:
     check_written(llama, program, tmp_path)
 
 
+def test_embeddings(tmp_path: Path) -> None:
+    """PEFT saves the table along; ours must be the same one."""
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["embed_tokens", "q_proj"])
+    program = check_read(llama, config, tmp_path)
+    assert {site.kind.options()["ops"] for site in adapters_of(program)["default"].sites.values()} == {
+        ("linear", "embedding")
+    }
+
+    def other() -> torch.nn.Module:
+        model = llama()
+        with torch.no_grad():
+            model.get_parameter("model.embed_tokens.weight").add_(1.0)
+        return model
+
+    with pytest.raises(gw.InputError) as caught:
+        ours(other, tmp_path / "theirs")
+    assert "model.embed_tokens.weight: a weight of the base that was saved along" in str(caught.value)
+
+
 def changed(folder: Path, **options: Any) -> Path:
     """A folder of PEFT's with other options."""
     adapted(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
@@ -88,7 +108,7 @@ def test_another_models_adapter_says_what_differs(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = changed(tmp_path)
-    other = LlamaForCausalLM(
+    other: nn.Module = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64,
             hidden_size=16,
@@ -97,7 +117,8 @@ def test_another_models_adapter_says_what_differs(tmp_path: Path) -> None:
             num_attention_heads=4,
             use_cache=False,
         )
-    ).eval()
+    )
+    other.eval()
     with pytest.raises(gw.InputError) as caught:
         gw.optimize(other, [gw.InsertAdapters(folder)], example_inputs={"input_ids": IDS})
     said = str(caught.value)

@@ -15,6 +15,7 @@ struct V : Codes {
 #include "math.inc"
 #include "epilogue.inc"
 #include "linear_floats.inc"
+#include "linear_narrow.inc"
 #include "linear_codes.inc"
 #include "round_floats.inc"
 
@@ -28,6 +29,8 @@ const FloatLinearKernels float_linear = {.isa = "avx2",
                                          .coded_float32 = coded<Float32>,
                                          .coded_bfloat16 = nullptr,
                                          .coded_few = coded_few,
+                                         .narrow_float32 = narrow<float>,
+                                         .narrow_bfloat16 = narrow<std::uint16_t>,
                                          .round_row = round_row<float>};
 
 }  // namespace graphwright::avx2

@@ -31,6 +31,7 @@ std::int32_t dot_u8s8(const std::uint8_t* a, const std::int8_t* b, std::size_t n
 extern const ByteLinear byte_linear;
 extern const ByteRowsKernels byte_rows;
 extern const FloatLinearKernels float_linear;
+extern const KronKernels kron_linear;
 extern const RowKernels row_kernels;
 extern const AttentionKernels attention;
 
@@ -38,6 +39,7 @@ const KernelTable kernels = {.dot_u8s8 = dot_u8s8,
                              .byte_linear = &byte_linear,
                              .byte_rows = &byte_rows,
                              .float_linear = &float_linear,
+                             .kron_linear = &kron_linear,
                              .attention = &attention,
                              .rows = &row_kernels};
 

@@ -51,6 +51,7 @@ struct Bfloat16 {
   }
 };
 
+#include "linear_narrow.inc"
 #include "linear_codes.inc"
 #include "round_floats.inc"
 
@@ -64,6 +65,8 @@ const FloatLinearKernels float_linear = {.isa = "avx512_bf16",
                                          .coded_float32 = coded<Float32>,
                                          .coded_bfloat16 = coded<Bfloat16>,
                                          .coded_few = coded_few,
+                                         .narrow_float32 = narrow<float>,
+                                         .narrow_bfloat16 = narrow<std::uint16_t>,
                                          .round_row = round_row<std::uint16_t>};
 
 }  // namespace graphwright::avx512_bf16
