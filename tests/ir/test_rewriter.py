@@ -313,7 +313,7 @@ def test_new_names_never_collide(program: Program) -> None:
     verify(restored)
 
 
-def test_values_of_other_shapes_are_put_in_where_that_is_said_and_all_is_typed_anew(program: Program) -> None:
+def test_values_of_other_shapes_are_put_in_where_that_is_said(program: Program) -> None:
     def lengthen(rewriter: Rewriter, *, retyped: bool) -> None:
         source = program.inputs[0]
         new = rewriter.call("aten.constant_pad_nd", source, [0, 0, 2, 0], like=program.output)
