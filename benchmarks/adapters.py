@@ -159,7 +159,7 @@ def report(
     rows = _rows.Rows()
     for task in tasks:
         own = [row for row in found if row["case"] == task.name and not row.get("trial")]
-        full = [row["step_cpu_s"] for row in own if row["system"] == "fine-tuning"]
+        full = [row["step_cpu_s"] for row in found if (row["case"], row["system"]) == (task.name, "fine-tuning")]
         for system in systems:
             runs = [row for row in own if row["system"] == system.name]
             if not runs:

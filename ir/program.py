@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from graphwright.ir.arguments import canonicalize
 from graphwright.ir.conditions import holds
+from graphwright.ir.copying import copy_graph
 from graphwright.ir.errors import InputError, ProgramError
 from graphwright.ir.names import check_weight_name
 from graphwright.ir.signature import Signature
@@ -480,32 +480,6 @@ class Program(nn.Module):
 
     def __reduce__(self) -> Any:
         raise ProgramError("a Program is not pickled", hint="use program.save(folder) and Program.load(folder)")
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy of a graph with the same node names and its own metadata."""
-    copied = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        new = copied.create_node(
-            node.op,
-            node.target,
-            fx.node.map_arg(node.args, mapping.__getitem__),
-            fx.node.map_arg(node.kwargs, mapping.__getitem__),
-            node.name,
-        )
-        if new.name != node.name:
-            # fx reserves python keywords and builtins only for generated names; keep ours as they are.
-            new.name = node.name
-        new.meta = dict(node.meta)
-        mapping[node] = new
-    return copied
-
-
-def canonicalize_graph(graph: fx.Graph) -> None:
-    """Bring every node of a graph into the canonical spelling."""
-    for node in graph.nodes:
-        canonicalize(node)
 
 
 def require_program(value: Any) -> Program:

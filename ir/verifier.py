@@ -10,11 +10,12 @@ from torch import fx
 
 from graphwright.ir.arguments import canonical_call, schema_of
 from graphwright.ir.conditions import names_in
+from graphwright.ir.copying import copy_graph
 from graphwright.ir.errors import GraphwrightError, ProgramError
 from graphwright.ir.memory import is_same_view, shared_memory
 from graphwright.ir.names import target_name
 from graphwright.ir.operands import misfit
-from graphwright.ir.program import Program, copy_graph
+from graphwright.ir.program import Program
 from graphwright.ir.provenance import PATH, SOURCE, TAGS, describe
 from graphwright.ir.text import Printer, lines_around
 from graphwright.ir.types import VAL, SymbolTable, TensorType, ValueType

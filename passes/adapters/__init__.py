@@ -37,6 +37,8 @@ from graphwright.passes.adapters.projections import ReduceProjections
 from graphwright.passes.adapters.unmerging import UnmergeAdapters
 
 __all__ = [
+    "UnmergeAdapters",
+    "adapter_parameters",
     "AdapterKind",
     "AdaptersAsInputs",
     "BitFit",
@@ -70,10 +72,8 @@ __all__ = [
     "ReduceProjections",
     "RemoveAdapters",
     "SoRA",
-    "UnmergeAdapters",
     "VeRA",
     "adapter_inputs",
-    "adapter_parameters",
     "adapter_tensors",
     "adapter_weights",
     "adapters_of",

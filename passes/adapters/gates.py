@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -129,12 +129,13 @@ def _keep(rewriter: Rewriter, name: str, site: InsertedSite, kept: torch.Tensor)
     old = {key: program.tensor(weight).detach() for key, weight in site.tensors.items()}
     weight = site.tensors["sora_A"]
     readers = [user for node in program.nodes if node.op == "get_attr" and node.target == weight for user in node.users]
-    places: list[tuple[str, Site]] = []
+    places: list[tuple[str, Site, list[fx.Node]]] = []
     for exit_, reader in zip(site.exits, sorted(readers), strict=True):
         base, x = base_of(exit_, name), reader.args[0]
         assert isinstance(x, fx.Node)
         features = (int(base.meta[VAL].shape[-1]), int(x.meta[VAL].shape[-1]))
-        places.append((exit_.name, Site(site.path, base, x, "", features, base.meta[VAL].dtype)))
+        place = Site(site.path, base, x, "", features, base.meta[VAL].dtype)
+        places.append((exit_.name, place, list(exit_.users)))
         rewriter.replace(exit_, base, equivalent=False)
     program.drop_unused_tensors()  # the new ones have their names
     if not kept.numel():
@@ -146,13 +147,28 @@ def _keep(rewriter: Rewriter, name: str, site: InsertedSite, kept: torch.Tensor)
     }
     nodes = Builder(rewriter, name, places[0][1]).weights(factors)
     kind = dataclasses.replace(site.kind, rank=kept.numel())  # type: ignore[call-arg]
-    for was, place in places:
-        builder = Builder(rewriter, name, place)
+    for was, place, users in places:
+        builder = _Again(rewriter, name, place, users)
         kind.build(builder, place, nodes)
-        # The old exit's value is what the new one's is compared with, not the bare layer's.
-        program.replacements.pop(place.node.name, None)
         program.replacements[was] = builder.exits[0].name
     return {key: str(node.target) for key, node in nodes.items()}
+
+
+class _Again(Builder):
+    """Puts an adapter where it stood: between what it read, and those who read it, which may be other adapters."""
+
+    def __init__(self, rewriter: Rewriter, name: str, site: Site, users: Collection[fx.Node]) -> None:
+        super().__init__(rewriter, name, site)
+        self._users = users
+
+    def adapt(self, old: fx.Node, new: fx.Node, *, besides: Collection[fx.Node] = (), retyped: bool = False) -> None:
+        """Let the users of before read ``new``; it stands for the old exit, not for ``old``."""
+        others = {user for user in old.users if user not in self._users}
+        self.rewriter.redirect(old, new, besides={*others, *besides}, equivalent=False)
+        self._exit(new)
+
+    def _standing(self, value: fx.Node) -> fx.Node:
+        return value
 
 
 def _gated(adapter: Inserted) -> Inserted:

@@ -57,8 +57,8 @@ class InsertAdapters(Pass):
     another's that the adapter needs the inside of; places whose kind has no site there (each says why).
 
     Attributes:
-        adapter: a kind, such as ``LoRA(rank=8)`` or its name, or a saved adapter: its folder or file, or what
-            :func:`load_adapter` read.
+        adapter: a kind, such as ``LoRA(rank=8)`` or its name, or a saved adapter: its folder or file, a folder of
+            Hugging Face PEFT's, or what :func:`load_adapter` read.
         adapter_name: what it is called in the program; letters, digits, ``_`` and ``-``.
         overrides: options of single sites: ``{"model.layers.0.*": {"rank": 4}}``; the first selection that fits counts.
         seed: of the numbers that new adapters start with.

@@ -47,6 +47,7 @@ class MergedAdapter:
         name: its name.
         weights: by name of the weight, the digests before and after.
         sites: by path, the digests of the adapter's tensors, by the names that the kind gives them.
+        added: names of weights that the merge brought, such as a bias where there was none.
         rounded: weights were packed, and rounded anew.
         kept: what is in memory; ``None`` after a load, or where it was let go of.
     """
@@ -54,6 +55,7 @@ class MergedAdapter:
     name: str
     weights: Mapping[str, tuple[str, str]]
     sites: Mapping[str, Mapping[str, str]]
+    added: tuple[str, ...]
     rounded: bool
     kept: Kept | None
 
@@ -66,6 +68,7 @@ def merged_adapters(program: Program) -> dict[str, MergedAdapter]:
             name,
             {weight: (before, after) for weight, (before, after) in record["weights"].items()},
             {path: site["tensors"] for path, site in record["sites"].items()},
+            tuple(record["added"]),
             record["rounded"],
             kept.get(name),
         )
@@ -97,6 +100,7 @@ def note_merged(
         "kind": described(saved.kind),
         "title": saved.title,
         "rounded": rounded,
+        "added": [name for name in after if name not in before],
         "sites": sites,
         "weights": {name: [digest(before[name]), digest(after[name])] for name in changed},
     }

@@ -120,6 +120,8 @@ class UnmergeAdapters(Pass):
                 _check_present(program, merged)
                 for weight, (before, _) in merged.weights.items():
                     _restore(rewriter, merged, weight, before, source)
+                for weight in merged.added:
+                    _take_out(rewriter, weight)
                 forget_merged(program, merged.name)
         for name, adapter in saved.items():
             InsertAdapters(adapter, adapter_name=name, freeze=False).run(program)
@@ -253,3 +255,11 @@ def _restore(rewriter: Rewriter, merged: MergedAdapter, weight: str, wanted: str
     for user in list(node.users):
         # A node of its own, because the value of the one there, by whose name it is known, is another.
         rewriter.replace(user, rewriter.call(user.target, like=user, **arguments_of(user)))
+
+
+def _take_out(rewriter: Rewriter, weight: str) -> None:
+    """Let layers do without a weight that the merge gave them."""
+    for node in [node for node in rewriter.program.nodes if node.op == "get_attr" and str(node.target) == weight]:
+        for user in list(node.users):
+            given: dict[str, Any] = {key: None if value is node else value for key, value in arguments_of(user).items()}
+            rewriter.replace(user, rewriter.call(user.target, like=user, **given))

@@ -271,15 +271,13 @@ def _linear_behind(value: Any) -> fx.Node | str:
             continue
         seen.add(node)
         name = op_name(node)
-        if "adapter" in tags_of(node):
+        if _ADAPTER in tags_of(node):
             stack.append(node.args[0])
             continue
         if name in _QUANTIZED:
             return f"%{node.name} is quantised already: merge linears before they are quantised"
         if name == _LINEAR:
             linears[node] = None
-        elif _ADAPTER in tags_of(node):
-            stack.extend(node.all_input_nodes[:1])  # by which an adapter leads back to what it is beside
         elif name not in _PRODUCTS and name not in _ATTENTION and len(seen) < _FARTHEST:
             stack.extend(node.all_input_nodes)
     if len(linears) != 1:

@@ -72,7 +72,7 @@ class Branch:
             y: its output.
             like: the node that the new ones take path and source from.
         """
-        names = ("lora_A", "lora_B") if self.tag == "adapter" else ("low_rank_a", "low_rank_b")
+        names = ("lora_A.loftq", "lora_B.loftq") if self.tag == "adapter" else ("low_rank_a", "low_rank_b")
         tags = (self.tag,)
         for name, factor in zip(names, (self.a, self.b), strict=True):
             if not self.int8:
@@ -172,7 +172,8 @@ class LowRank(Compensation):
 class LoftQ(Compensation):
     """LoftQ (Li et al. 2023): a quantised base with LoRA factors that begin where it lost something.
 
-    The factors are parameters, in the linear's dtype; nodes are tagged ``adapter``.
+    The factors are parameters, in the linear's dtype. They are a LoRA adapter of the program, named ``loftq``: trained,
+    saved, merged and taken out like any other.
 
     Attributes:
         rank: of the factors.

@@ -76,7 +76,10 @@ def fit_grid(
     if symmetric:
         zero = torch.full_like(high, half)
         scale = torch.where(high >= -low, high, low) / -half if full_range else torch.maximum(high, -low) / (half - 1)
-        scale = torch.maximum(high, -low) / (half - 0.5) if even_range and not clip_search else scale
+        if even_range and not clip_search:
+            # The largest weights lie in the middle between two codes. A scale that is less by a step of half precision
+            # lets them fall to the outer one, if there is one, as ties do elsewhere, however it is stored.
+            scale = torch.maximum(high, -low) / (half - 0.5) * (1 - 2.0**-10)
         lowest = 0.0 if full_range else 1.0
     else:
         high, low = high.clamp_min(0), low.clamp_max(0)

@@ -29,7 +29,7 @@ from graphwright.passes.quantization.checks import (
     checked_block,
     local_limit,
 )
-from graphwright.passes.quantization.compensation import Compensation
+from graphwright.passes.quantization.compensation import Compensation, LoftQ
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.loss import Loss, report_entries
 from graphwright.passes.quantization.overrides import Override, checked, first_match, mix
@@ -226,6 +226,7 @@ class QuantizeLinears(Pass):
         losses: dict[str, Loss] = {}
         limits: dict[str, float] = {}
         static = 0
+        adapters: list[fx.Node] = []
         with program.edit() as rewriter:
             forms = {name: variant.form() for name, variant in variants.items()}
             schedule = Schedule(
@@ -237,6 +238,12 @@ class QuantizeLinears(Pass):
                 static += found.result.grid is not None
                 new = variants[name]._rewrite(rewriter, found)
                 limits[new.name] = variants[name]._local_limit()
+                if found.result.branch is not None and found.result.branch.tag == "adapter":
+                    adapters.append(new)
+            if adapters:
+                from graphwright.passes.adapters.adoption import adopt_branches  # that package imports this one
+
+                adopt_branches(program, adapters, LoftQ.method)
             program.notes["linears"] = len(targets)
             if self.overrides:
                 program.notes["local_limits"] = limits

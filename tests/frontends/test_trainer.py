@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.passes.adapters.models import classifier, language_model
-from torch import nn
+from tests.passes.adapters.models import classifier, traced
 
 import graphwright as gw
 
@@ -37,13 +36,11 @@ class Data(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": self.labels[index], "number": ids}
 
 
-def program_of(model: nn.Module, data: Data, **options: Any) -> gw.OptimizedModel:
+def program_of(data: Data, **options: Any) -> gw.OptimizedModel:
+    name = "llama" if data.labels.dim() == 2 else "bert"
     batch = {key: torch.stack([data[0][key], data[1][key]]) for key in ("input_ids", "attention_mask", "labels")}
-    if isinstance(model, transformers.LlamaForCausalLM):
-        batch["use_cache"] = False  # type: ignore[assignment]
-    return gw.optimize(
-        model, [gw.InsertAdapters(gw.LoRA(rank=4), ignore="classifier", **options)], example_inputs=batch
-    )
+    adapt = gw.InsertAdapters(gw.LoRA(rank=4), ignore="classifier", **options)
+    return gw.optimize(traced(name), [adapt], example_inputs=batch)
 
 
 def trainer_of(program: gw.Program, data: Data, folder: Path, **options: Any) -> Any:
@@ -71,7 +68,7 @@ def trained(program: gw.Program) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("tokens", [False, True], ids=["bert", "llama"])
 def test_it_trains_the_adapter_and_nothing_else(tokens: bool, tmp_path: Path) -> None:
     data = Data(tokens=tokens)
-    program = program_of(language_model() if tokens else classifier(), data)
+    program = program_of(data)
     before = {name: each.detach().clone() for name, each in program.tensors().items()}
     trainer = trainer_of(program, data, tmp_path)
     start = trainer.evaluate()["eval_loss"]
@@ -88,12 +85,12 @@ def test_it_trains_the_adapter_and_nothing_else(tokens: bool, tmp_path: Path) ->
 
 def test_a_checkpoint_holds_the_adapter_and_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     data = Data(tokens=False)
-    whole = program_of(classifier(), data)
+    whole = program_of(data)
     trainer_of(whole, data, tmp_path / "whole").train()
     saved = load_file(tmp_path / "whole" / f"checkpoint-{STEPS // 2}" / "model.safetensors")
     assert saved.keys() == gw.adapter_tensors(whole, "default").keys()
 
-    again = program_of(classifier(), data, seed=5)  # other values, all of which the checkpoint brings
+    again = program_of(data, seed=5)  # other values, all of which the checkpoint brings
     trainer_of(again, data, tmp_path / "again").train(str(tmp_path / "whole" / f"checkpoint-{STEPS // 2}"))
     wanted = trained(whole)
     assert all(torch.equal(each, wanted[name]) for name, each in trained(again).items())
@@ -103,7 +100,7 @@ def test_a_checkpoint_holds_the_adapter_and_is_resumed_bit_for_bit(tmp_path: Pat
 
 def test_layers_are_computed_again_where_the_arguments_ask_for_it(tmp_path: Path) -> None:
     data = Data(tokens=False)
-    plain, sparing = program_of(classifier(), data), program_of(classifier(), data)
+    plain, sparing = program_of(data), program_of(data)
     trainer_of(plain, data, tmp_path / "plain").train()
     fields = transformers.TrainingArguments.__dataclass_fields__
     option = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
@@ -119,23 +116,23 @@ def test_layers_are_computed_again_where_the_arguments_ask_for_it(tmp_path: Path
 
 def test_the_adapter_is_saved_and_loaded_afterwards(tmp_path: Path) -> None:
     data = Data(tokens=False)
-    program = program_of(classifier(), data)
+    program = program_of(data)
     trainer_of(program, data, tmp_path / "run").train()
     gw.save_adapter(program, tmp_path / "adapter")
     batch = {key: torch.stack([data[4][key], data[5][key]]) for key in ("input_ids", "attention_mask", "labels")}
-    fresh = gw.optimize(classifier(), [gw.InsertAdapters(tmp_path / "adapter")], example_inputs=batch)
+    fresh = gw.optimize(traced("bert"), [gw.InsertAdapters(tmp_path / "adapter")], example_inputs=batch)
     assert torch.equal(fresh(**batch).loss, program(**batch).loss)
 
 
 def test_arguments_are_named() -> None:
-    program = program_of(language_model(), Data(tokens=True))
+    program = program_of(Data(tokens=True))
     found = gw.trainable(program)
     assert list(inspect.signature(found.forward).parameters) == ["input_ids", "attention_mask", "labels"]
     assert type(found).__name__ == "LlamaForCausalLM"
 
 
 def test_states_that_do_not_fit_are_refused() -> None:
-    module = gw.trainable(program_of(classifier(), Data(tokens=False)))
+    module = gw.trainable(program_of(Data(tokens=False)))
     state = module.state_dict()
     first, second = list(state)[:2]
     shorter = {name: each for name, each in state.items() if name != first}
@@ -150,7 +147,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
 
 
 def test_what_cannot_train_is_refused() -> None:
-    program = program_of(classifier(), Data(tokens=False))
+    program = program_of(Data(tokens=False))
     bare = gw.optimize(program, [gw.RemoveAdapters()])
     with pytest.raises(gw.InputError, match="nothing trains") as caught:
         gw.trainable(bare)

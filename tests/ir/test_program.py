@@ -18,9 +18,10 @@ from tests.ir.models import (
 )
 from torch import nn
 
+from graphwright.ir.copying import copy_graph
 from graphwright.ir.errors import InputError, ProgramError
 from graphwright.ir.parser import parse
-from graphwright.ir.program import JournalEntry, Program, copy_graph, require_program
+from graphwright.ir.program import JournalEntry, Program, require_program
 from graphwright.ir.text import print_program
 from graphwright.ir.verifier import verify
 

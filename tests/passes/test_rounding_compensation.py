@@ -124,11 +124,11 @@ def test_loftq_gives_factors_that_train() -> None:
     model = Mlp()
     once, often = (quantised(model, compensation=gw.LoftQ(8, steps=steps)) for steps in (1, 5))
     trained = {name for name, tensor in once.tensors().items() if isinstance(tensor, nn.Parameter)}
-    assert {"up.lora_A", "up.lora_B", "down.lora_A", "down.lora_B"} <= trained
+    assert {f"{each}.loftq" for each in ("up.lora_A", "up.lora_B", "down.lora_A", "down.lora_B")} <= trained
     assert not any("qweight" in name for name in trained)
     assert all("adapter" in gw.tags_of(node) for node in once.nodes if node.name.startswith("up_lora"))
     once(X).square().sum().backward()
-    gradient = once.tensors()["up.lora_B"].grad
+    gradient = once.tensors()["up.lora_B.loftq"].grad
     assert gradient is not None
     assert float(gradient.abs().max()) > 0
     tensors = often.tensors()
@@ -137,7 +137,7 @@ def test_loftq_gives_factors_that_train() -> None:
         return error(program, model)
 
     assert left(often) < left(quantised(model))
-    assert tensors["up.lora_A"].shape == (8, 48)
+    assert tensors["up.lora_A.loftq"].shape == (8, 48)
 
 
 def test_activations_of_eight_bits() -> None:

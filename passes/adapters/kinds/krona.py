@@ -19,10 +19,11 @@ def kronecker_shapes(out: int, into: int) -> list[tuple[tuple[int, int], tuple[i
     """Every pair of shapes ``A [a1, a2]``, ``B [b1, b2]`` with ``a1 b1 = out`` and ``a2 b2 = into``.
 
     Returns:
-        by how many numbers they hold, fewest first; of those that hold as many, the one of less work first.
+        by how many numbers they hold, fewest first; of those that hold as many, by the rank that the product can have,
+        greatest first (a row times a column has 1), then by work.
     """
     found = [((a1, a2), (out // a1, into // a2)) for a1 in _divisors(out) for a2 in _divisors(into)]
-    return sorted(found, key=lambda pair: (_numbers(pair), _work(pair), pair))
+    return sorted(found, key=lambda pair: (_numbers(pair), -_most_rank(pair), _work(pair), pair))
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,12 @@ def _divisors(number: int) -> list[int]:
 def _numbers(pair: tuple[tuple[int, int], tuple[int, int]]) -> int:
     (a1, a2), (b1, b2) = pair
     return a1 * a2 + b1 * b2
+
+
+def _most_rank(pair: tuple[tuple[int, int], tuple[int, int]]) -> int:
+    """The rank of a Kronecker product is the product of the ranks."""
+    a, b = pair
+    return min(a) * min(b)
 
 
 def _work(pair: tuple[tuple[int, int], tuple[int, int]]) -> int:

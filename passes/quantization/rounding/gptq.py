@@ -139,14 +139,16 @@ def gptq(
 
 def _size(second_moment: torch.Tensor, weight: torch.Tensor) -> float:
     """``|X Wᵀ|²``; of weights with many rows estimated from some of them, as it costs more than all the rest."""
-    step = -(-len(weight) // _ROWS)
-    some, moment = weight[::step].detach(), second_moment.to(torch.float32)
-    found = 0.0
-    for piece in some.split(max(1, _SLICE_ELEMENTS // max(1, weight.shape[1]))):
-        part = piece.to(torch.float32)
+    every, moment = -(-len(weight) // _ROWS), second_moment.to(torch.float32)
+    step = max(1, _SLICE_ELEMENTS // max(1, weight.shape[1] * every)) * every
+    found = whole = some = 0.0
+    for start in range(0, len(weight), step):  # a multiple of every, so that each slice begins with one of the rows
+        part = weight[start : start + step].detach().to(torch.float32)
+        whole += float(torch.linalg.vector_norm(part)) ** 2
+        part = part[::every]
+        some += float(torch.linalg.vector_norm(part)) ** 2
         found += float(((part @ moment) * part).sum())
-    norms = [float(torch.linalg.vector_norm(each, dtype=torch.float32)) for each in (weight, some)]
-    return max(found, 0.0) * (norms[0] / norms[1]) ** 2 if norms[1] > 0 else 0.0
+    return max(found, 0.0) * whole / some if some > 0 else 0.0
 
 
 def _error(second_moment: torch.Tensor, weight: torch.Tensor, found: Codes, form: Format) -> float:

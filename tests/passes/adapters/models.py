@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
+
+import graphwright as gw
 
 WORDS = 61
 
@@ -51,3 +54,17 @@ def batch_for(model: nn.Module, rows: int = 4, length: int = 9) -> dict[str, Any
         return {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
     mask[1, length // 2 :] = 0
     return {"input_ids": ids, "attention_mask": mask, "labels": (ids[:, 0] < WORDS // 2).long()}
+
+
+MODELS = {"bert": classifier, "llama": language_model}
+
+
+@functools.cache
+def _traced(name: str) -> gw.Program:
+    model = MODELS[name]()
+    return gw.trace(model, batch_for(model))
+
+
+def traced(name: str) -> gw.Program:
+    """A program that returns the loss, of the model of a name; its weights are not to be written into."""
+    return _traced(name).clone()

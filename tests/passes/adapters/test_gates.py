@@ -66,6 +66,7 @@ def test_all_gates_closed_is_no_adapter() -> None:
 def test_below_another_adapter() -> None:
     program = gated()
     gw.InsertAdapters(gw.LoRA(rank=2), where="blocks.0.q", adapter_name="above")(program)
+    gw.InsertAdapters(gw.IA3(), where="blocks.0.q", adapter_name="scaled")(program)
     stirred(program)
     gw.shrink_gates(program, 0.5)
     small = gw.optimize(program, [gw.DeleteRanks()], example_inputs=X)

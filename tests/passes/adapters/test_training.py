@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tests.passes.adapters.cases import CASES, Net, X, inserted, stirred
-from tests.passes.adapters.models import batch_for, classifier, language_model
+from tests.passes.adapters.models import MODELS, batch_for, language_model
 from torch import nn
 
 import graphwright as gw
@@ -19,8 +19,6 @@ from graphwright.ir.blocks import blocks_of
 from graphwright.passes.adapters.sites import PACKED_LINEARS
 
 pytest.importorskip("transformers")
-
-MODELS = {"bert": classifier, "llama": language_model}
 
 
 def losses(program: gw.Program, batch: dict[str, Any], rate: float, steps: int = 12) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.passes.adapters.cases import Net, X
-from tests.passes.adapters.models import batch_for, classifier, language_model
+from tests.passes.adapters.models import MODELS, batch_for, language_model, traced
 from torch import nn
 
 import graphwright as gw
@@ -16,16 +16,13 @@ from graphwright.passes.training.memory import SavedBytes
 
 pytest.importorskip("transformers")
 
-MODELS = {"bert": classifier, "llama": language_model}
-
 
 def adapted(
     name: str, kind: gw.AdapterKind | None = None, *before: gw.Pass
 ) -> tuple[gw.OptimizedModel, dict[str, Any]]:
-    model = MODELS[name]()
-    batch = batch_for(model)
+    batch = batch_for(MODELS[name]())
     adapt = gw.InsertAdapters(kind or gw.LoRA(rank=4), ignore="classifier")
-    program = gw.optimize(model, [*before, adapt], example_inputs=batch)
+    program = gw.optimize(traced(name), [*before, adapt], example_inputs=batch)
     with torch.no_grad():
         for parameter in program.parameters():
             if parameter.requires_grad:
