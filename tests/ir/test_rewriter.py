@@ -330,9 +330,14 @@ def test_values_of_other_shapes_are_put_in_where_that_is_said(program: Program) 
 
 def test_a_limit_on_a_dimension_is_of_this_program_and_is_undone_with_the_rest(program: Program) -> None:
     other, before = program.clone(), program.dims["n"]
-    with pytest.raises(RuntimeError, match="undo"), program.edit() as rewriter:
-        rewriter.limit("n", 7)
-        raise RuntimeError("undo")
+
+    def undone() -> None:
+        with program.edit() as rewriter:
+            rewriter.limit("n", 7)
+            raise RuntimeError("undo")
+
+    with pytest.raises(RuntimeError, match="undo"):
+        undone()
     assert program.dims["n"] == before
     with program.edit() as rewriter:
         rewriter.limit("n", 7)
