@@ -311,3 +311,40 @@ def test_new_names_never_collide(program: Program) -> None:
         made = rewriter.call("aten.neg", last, like=last, name=names[0])
         rewriter.replace(last, made)
     verify(restored)
+
+
+def test_values_of_other_shapes_are_put_in_where_that_is_said(program: Program) -> None:
+    def lengthen(rewriter: Rewriter, *, retyped: bool) -> None:
+        source = program.inputs[0]
+        new = rewriter.call("aten.constant_pad_nd", source, [0, 0, 2, 0], like=program.output)
+        rewriter.redirect(source, new, besides={new}, retyped=retyped)
+
+    before = str(program)
+    with pytest.raises(TypeMismatch), program.edit() as rewriter:
+        lengthen(rewriter, retyped=False)
+    assert str(program) == before
+    with program.edit() as rewriter:
+        lengthen(rewriter, retyped=True)
+    assert str(program.type_of(program.node("both"))) == "f32[n + 2, 8]"
+
+
+def test_a_limit_on_a_dimension_is_of_this_program_and_is_undone_with_the_rest(program: Program) -> None:
+    other, before = program.clone(), program.dims["n"]
+
+    def undone() -> None:
+        with program.edit() as rewriter:
+            rewriter.limit("n", 7)
+            raise RuntimeError("undo")
+
+    with pytest.raises(RuntimeError, match="undo"):
+        undone()
+    assert program.dims["n"] == before
+    with program.edit() as rewriter:
+        rewriter.limit("n", 7)
+        rewriter.limit("n", 9)  # no wider again
+        rewriter.retype()
+    assert (program.dims["n"].max, other.dims["n"]) == (7, before)
+    with pytest.raises(ProgramError, match="no size left"), program.edit() as rewriter:
+        rewriter.limit("n", 0)
+    with pytest.raises(ProgramError, match="no dimension 'columns'"), program.edit() as rewriter:
+        rewriter.limit("columns", 3)
