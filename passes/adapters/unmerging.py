@@ -261,5 +261,5 @@ def _take_out(rewriter: Rewriter, weight: str) -> None:
     """Let layers do without a weight that the merge gave them."""
     for node in [node for node in rewriter.program.nodes if node.op == "get_attr" and str(node.target) == weight]:
         for user in list(node.users):
-            given = {key: None if value is node else value for key, value in arguments_of(user).items()}
+            given: dict[str, Any] = {key: None if value is node else value for key, value in arguments_of(user).items()}
             rewriter.replace(user, rewriter.call(user.target, like=user, **given))
