@@ -16,6 +16,7 @@ from graphwright.frontends.huggingface.decoders import is_language_model, load_d
 from graphwright.frontends.torch import trace
 from graphwright.frontends.torch.dynamic import DynamicSpec
 from graphwright.frontends.torch.tracing import ExampleInputs, bind_examples
+from graphwright.ir.completion import completed
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import BackendError, InputError
 from graphwright.ir.program import Program
@@ -174,7 +175,7 @@ def optimize(
     if verify is not False:
         all_hooks.insert(0, Verifier(examples, verify if isinstance(verify, Verification) else None))
     report = run_passes(program, list(passes), all_hooks)
-    examples = program.completed(examples)
+    examples = completed(program, examples)
     if DecoderLayout.find(program) is None:
         return OptimizedModel(program, report, backend, examples)
     from graphwright.frontends.generation.optimized import OptimizedDecoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -349,27 +349,6 @@ class Program(nn.Module):
                 if first != size:
                     raise InputError(f"has {size} for {expected!r}, but input {at!r} has {first}", where=where)
         self._check_conditions({name: size for name, (size, _) in sizes.items()})
-
-    def completed(self, flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Flat inputs from before passes added some, with those that make no difference behind them.
-
-        Raises:
-            InputError: what they are is not known, as after a load.
-        """
-        found, sizes = list(flat), dict[str, int]()
-        for node, value in zip(self.inputs, flat, strict=False):
-            kind = self.type_of(node)
-            assert isinstance(kind, TensorType)
-            sizes |= {dim: size for dim, size in zip(kind.shape, value.shape, strict=True) if isinstance(dim, str)}
-        for node in self.inputs[len(found) :]:
-            stand_in, kind = self.kept.get("inputs", {}).get(node.name), self.type_of(node)
-            if stand_in is None or not isinstance(kind, TensorType):
-                raise InputError("is missing", where=f"input {node.target!r}", hint="give it among the inputs")
-            if not isinstance(stand_in, torch.Tensor):
-                shape = [sizes[size] if isinstance(size, str) else size for size in kind.shape]
-                stand_in = torch.full(shape, stand_in, dtype=kind.dtype)
-            found.append(stand_in)
-        return found
 
     def _check_conditions(self, sizes: Mapping[str, int]) -> None:
         for condition in self.symbols.conditions:

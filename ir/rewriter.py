@@ -195,7 +195,7 @@ class Rewriter:
             shape: sizes, or dimensions as other inputs' values have them.
             dtype: of its value.
             stand_in: the value with which the program computes what it did before, or a number to fill it with. It is
-                what example inputs from before are completed with, see :meth:`Program.completed`.
+                what example inputs from before are completed with, see :mod:`graphwright.ir.completion`.
 
         Raises:
             InputError: the program has an argument of that name.

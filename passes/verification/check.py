@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from graphwright.ir.completion import completed
 from graphwright.ir.errors import ContractViolation, InputError
 from graphwright.ir.mapped import give_back_freed, streaming
 from graphwright.ir.program import Program, Snapshot
@@ -174,9 +175,9 @@ class Verifier(Hook):
         if len(self._probe) == len(program.inputs):
             return
         known = len(self._probe)
-        self._probe, self.examples = program.completed(self._probe), program.completed(self.examples)
+        self._probe, self.examples = completed(program, self._probe), completed(program, self.examples)
         for case in self.cases:
-            case.inputs = program.completed(case.inputs)
+            case.inputs = completed(program, case.inputs)
         for node, value in zip(program.inputs[known:], self._probe[known:], strict=True):
             if self._values is not None:
                 self._values[node.name] = precise.wide(value)
