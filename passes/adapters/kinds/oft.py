@@ -61,11 +61,13 @@ class OFT(AdapterKind):
         zero = builder.call("aten.mul.Tensor", builder.call("aten.slice.Tensor", numbers, 1, 0, 1), 0.0)
         row = builder.call("aten.cat", [zero, numbers, builder.call("aten.neg", numbers)], 1)
         picked = builder.call("aten.index_select", row, 1, factors["oft_index"])
-        skew = builder.call("aten.view", picked, [-1, n, n])
-        dtype = site.dtype
-        eye = builder.call("aten.eye", n, dtype=dtype)
+        # Inverses are not computed in half precision.
+        wide = torch.promote_types(site.dtype, torch.float32)
+        skew = builder.cast(builder.call("aten.view", picked, [-1, n, n]), wide)
+        eye = builder.call("aten.eye", n, dtype=wide)
         inverse = builder.call("aten.linalg_inv", builder.call("aten.add.Tensor", eye, skew))
         rotation = builder.call("aten.matmul", builder.call("aten.sub.Tensor", eye, skew), inverse)
+        rotation = builder.cast(rotation, site.dtype)
         blocks = builder.call("aten.unflatten.int", site.x, -1, [site.features[1] // n, 1, n])
         turned = builder.call("aten.matmul", blocks, rotation)
         builder.feed(site.node, site.input_name, builder.call("aten.flatten.using_ints", turned, -3, -1))
