@@ -27,6 +27,10 @@ from graphwright.passes.selection import Predicate
 LOW_RANK, LOW_RANK_INPUT, MASKED = "low-rank", "low-rank-input", "masked"
 
 
+# Of the published fractions (0.6, 0.5, 0.4), the middle one.
+_KEPT = 0.5
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReduceProjections(Pass):
     """Approximate ``W = [Wq; Wk; Wv]`` of each attention as one matrix (Liu et al., "LoDA", R-LoDA and S-LoDA).
@@ -59,7 +63,7 @@ class ReduceProjections(Pass):
 
     Attributes:
         rank: R, less than where the parts take as many products as the whole.
-        keep: s, between 0 and 1. One of the two is given.
+        keep: s, between 0 and 1; 0.5 where there is no rank either.
     """
 
     name: ClassVar[str] = "reduce-projections"
@@ -71,8 +75,10 @@ class ReduceProjections(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.rank is None) == (self.keep is None):
-            raise InputError("needs one of rank= and keep=", where=self.name)
+        if self.rank is not None and self.keep is not None:
+            raise InputError("takes one of rank= and keep=", where=self.name)
+        if self.rank is None and self.keep is None:
+            object.__setattr__(self, "keep", _KEPT)
         if self.rank is not None:
             whole(self.name, "rank", self.rank)
         if self.keep is not None:

@@ -140,8 +140,7 @@ def test_weights_that_others_read_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "needs one of rank= and keep="),
-        ({"rank": 3, "keep": 0.5}, "needs one of rank= and keep="),
+        ({"rank": 3, "keep": 0.5}, "takes one of rank= and keep="),
         ({"rank": 0}, "must be an integer, 1 or more"),
         ({"keep": 1.0}, "must be less than 1"),
         ({"keep": 0.0}, "must be a positive number"),
