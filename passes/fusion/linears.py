@@ -271,7 +271,7 @@ def _linear_behind(value: Any) -> fx.Node | str:
             continue
         seen.add(node)
         name = op_name(node)
-        if _ADAPTER in tags_of(node):
+        if _ADAPTER in tags_of(node) and name != _LINEAR:
             stack.append(node.args[0])
             continue
         if name in _QUANTIZED:

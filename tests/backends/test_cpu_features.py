@@ -200,8 +200,9 @@ def test_dot_u8s8_refuses_what_it_cannot_compute() -> None:
 def test_the_stub_declares_what_the_extension_has(repository: Path) -> None:
     from graphwright.backends.cpu import _native
 
-    tree = ast.parse((repository / "backends" / "cpu" / "_native.pyi").read_text())
-    declared = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    stubs = [repository / "backends" / "cpu" / name for name in ("_native.pyi", "_native_executor.pyi")]
+    nodes = [node for stub in stubs for node in ast.parse(stub.read_text()).body]
+    declared = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     assert declared == {name for name in dir(_native) if not name.startswith("_")}
 
 

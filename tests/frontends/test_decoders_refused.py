@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = {
 }
 OLD = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+NEO = {"vocab_size": 97, "hidden_size": 32, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]}
 
 # name -> (configuration class, options, part of the reason)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -71,7 +72,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         r"rotary positions \(longrope\) depend on the length",
     ),
     "another attention": ("OpenAIGPTConfig", OLD, r"layers \[0\] do not attend through"),
-    "a mask of its own": ("GPTJConfig", {**OLD, "rotary_dim": 4}, "cannot run with a cache of its own"),
+    "a mask of its own": ("GPTNeoConfig", NEO, "cannot run with a cache of its own"),
     "two attentions": ("DiffLlamaConfig", SMALL, "attends twice"),
     "no positions": ("XLNetConfig", {"vocab_size": 97, "d_model": 32, "n_layer": 1, "n_head": 4}, "no position_ids"),
 }
