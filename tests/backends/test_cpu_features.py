@@ -203,6 +203,7 @@ def test_the_stub_declares_what_the_extension_has(repository: Path) -> None:
     stubs = [repository / "backends" / "cpu" / name for name in ("_native.pyi", "_native_executor.pyi")]
     nodes = [node for stub in stubs for node in ast.parse(stub.read_text()).body]
     declared = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    declared |= {ast.unparse(node.target) for node in nodes if isinstance(node, ast.AnnAssign)}
     assert declared == {name for name in dir(_native) if not name.startswith("_")}
 
 
