@@ -140,8 +140,8 @@ class _Fold:
                     self._into_linear(value, factor, node)
             elif ADAPTER not in tags_of(value):
                 self.refused[node] = (
-                    "it is a factor of what the base computes, whose weights are left alone; MergeAdapters takes it in "
-                    "where its kind can be merged"
+                    "it is a factor of what the base computes, whose weights are left alone; MergeAdapters, in place of "
+                    "folding, takes it in where its kind can be merged"
                 )
 
     def products(self) -> None:
@@ -222,7 +222,7 @@ class _Fold:
         for weight in weights:
             leaves |= {each for each in self._cones.get(weight, {weight}) if each.op == "get_attr"}
         own = [leaf for leaf in leaves if len({path_of(user) for user in leaf.users}) == 1 and ADAPTER in tags_of(leaf)]
-        growth = size - sum(bytes_of(self.program.type_of(leaf)) or 0 for leaf in own)
+        growth: int = size - sum(bytes_of(self.program.type_of(leaf)) or 0 for leaf in own)
         if growth > self.max_growth:
             self.refused[node] = (
                 f"a weight that several places share would be copied: it grows by {growth} bytes; max_growth is "
