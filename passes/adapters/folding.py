@@ -140,8 +140,8 @@ class _Fold:
                     self._into_linear(value, factor, node)
             elif ADAPTER not in tags_of(value):
                 self.refused[node] = (
-                    "it is a factor of what the base computes, whose weights are left alone; MergeAdapters, in place of "
-                    "folding, takes it in where its kind can be merged"
+                    "it is a factor of what the base computes, whose weights are left alone; MergeAdapters, in place "
+                    "of folding, takes it in where its kind can be merged"
                 )
 
     def products(self) -> None:
