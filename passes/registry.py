@@ -51,6 +51,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "delete-ranks": ("adapters", "DeleteRanks"),
     "remove-adapters": ("adapters", "RemoveAdapters"),
     "unmerge-adapters": ("adapters", "UnmergeAdapters"),
+    "fold-adapters": ("adapters", "FoldAdapters"),
     "gate-adapters": ("adapters", "GateAdapters"),
     "adapters-as-inputs": ("adapters", "AdaptersAsInputs"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),

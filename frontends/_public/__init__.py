@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import DePT as DePT
     from graphwright.passes.adapters import DoRA as DoRA
     from graphwright.passes.adapters import ETHERPlus as ETHERPlus
+    from graphwright.passes.adapters import FoldAdapters as FoldAdapters
     from graphwright.passes.adapters import GateAdapters as GateAdapters
     from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
@@ -225,6 +226,7 @@ _EXPORTS: dict[str, str] = {
     "EliminateCommonSubexpressions": "graphwright.passes.cleanup",
     "Exact": "graphwright.passes.contract",
     "ExportError": "graphwright.ir.errors",
+    "FoldAdapters": "graphwright.passes.adapters",
     "FoldConstants": "graphwright.passes.cleanup",
     "FuseAll": "graphwright.passes.fusion",
     "FuseAttention": "graphwright.passes.fusion",

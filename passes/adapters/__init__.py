@@ -5,6 +5,7 @@
 
 from graphwright.passes.adapters.base import AdapterKind, Dense, Draw, Factor
 from graphwright.passes.adapters.files import load_adapter, save_adapter
+from graphwright.passes.adapters.folding import FoldAdapters
 from graphwright.passes.adapters.gates import DeleteRanks, shrink_gates
 from graphwright.passes.adapters.gating import GateAdapters, adapter_weights
 from graphwright.passes.adapters.inputs import AdaptersAsInputs, adapter_inputs
@@ -51,6 +52,7 @@ __all__ = [
     "ETHER",
     "ETHERPlus",
     "Factor",
+    "FoldAdapters",
     "GateAdapters",
     "HoulsbyAdapter",
     "IA3",

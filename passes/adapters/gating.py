@@ -19,7 +19,7 @@ from graphwright.ir.provenance import tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import VAL, TensorType
 from graphwright.passes.adapters.builder import exit_tag, fed_tag, tag_of
-from graphwright.passes.adapters.inserted import GATED, INPUTS, adapter_of, adapters_of, base_of
+from graphwright.passes.adapters.inserted import FOLDED, GATED, INPUTS, adapter_of, adapters_of, base_of
 from graphwright.passes.adapters.sites import ADAPTER
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact
@@ -187,7 +187,7 @@ def adapter_weights(program: Program, rows: Sequence[str | Mapping[str, float] |
         raise InputError(
             "its adapters are not switched by calls", where=f"program {program.title!r}", hint="run GateAdapters on it"
         )
-    present = {*adapters_of(program), *program.records.get(INPUTS, {})}
+    present = {*adapters_of(program), *program.records.get(INPUTS, {}), *program.records.get(FOLDED, {})}
     found = torch.zeros(len(rows), len(names))
     for index, row in enumerate(rows):
         given = {} if row is None else {row: 1.0} if isinstance(row, str) else row

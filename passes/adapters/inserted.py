@@ -22,6 +22,8 @@ RECORD = "adapters"
 MERGED = "merged_adapters"
 # Where they have those whose tensors are inputs of the program, as they stood under ``RECORD``.
 INPUTS = "input_adapters"
+# Where they have those that were folded for inference, as they stood under ``RECORD``.
+FOLDED = "folded_adapters"
 # Where they have the names of those that calls switch and mix, in the order of their weights.
 GATED = "gated_adapters"
 
@@ -89,7 +91,7 @@ def adapter_of(program: Program, name: str) -> Inserted:
     """One adapter of a program.
 
     Raises:
-        InputError: there is none of that name, it has been merged, or its tensors are inputs.
+        InputError: there is none of that name, it has been merged or folded, or its tensors are inputs.
     """
     found = adapters_of(program)
     if name not in found and name in program.records.get(MERGED, {}):
@@ -97,6 +99,13 @@ def adapter_of(program: Program, name: str) -> Inserted:
             f"adapter {name!r} has been merged: it is part of the weights and has no tensors of its own",
             where=f"program {program.title!r}",
             hint="take it out of them again with UnmergeAdapters",
+        )
+    if name not in found and name in program.records.get(FOLDED, {}):
+        raise InputError(
+            f"adapter {name!r} has been folded: its tensors are combined for inference, and no longer those it was "
+            "trained as",
+            where=f"program {program.title!r}",
+            hint="use the program from before FoldAdapters",
         )
     if name not in found and name in program.records.get(INPUTS, {}):
         raise InputError(

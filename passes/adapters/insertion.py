@@ -22,7 +22,7 @@ from graphwright.passes import selection
 from graphwright.passes.adapters.base import AdapterKind, Draw, Factor
 from graphwright.passes.adapters.builder import Builder
 from graphwright.passes.adapters.files import SavedAdapter, SavedSite, load_adapter
-from graphwright.passes.adapters.inserted import INPUTS, MERGED, RECORD, described, note_inserted
+from graphwright.passes.adapters.inserted import FOLDED, INPUTS, MERGED, RECORD, described, note_inserted
 from graphwright.passes.adapters.kinds import KINDS, kind_of
 from graphwright.passes.adapters.sites import ADAPTER, Site, refusal
 from graphwright.passes.base import Pass
@@ -133,6 +133,7 @@ class InsertAdapters(Pass):
         for record, words, remedy in (
             (RECORD, "there is", "RemoveAdapters"),
             (MERGED, "the weights have taken in", "UnmergeAdapters"),
+            (FOLDED, "there is, folded,", "the program from before FoldAdapters"),
             (INPUTS, "calls bring", "the program from before AdaptersAsInputs"),
         ):
             if self.adapter_name in program.records.get(record, {}):

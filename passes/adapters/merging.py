@@ -12,7 +12,16 @@ from torch import fx
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.ir.rewriter import Rewriter
-from graphwright.passes.adapters.inserted import GATED, MERGED, Inserted, adapter_of, adapters_of, base_of, forget
+from graphwright.passes.adapters.inserted import (
+    FOLDED,
+    GATED,
+    MERGED,
+    Inserted,
+    adapter_of,
+    adapters_of,
+    base_of,
+    forget,
+)
 from graphwright.passes.adapters.merged import note_merged
 from graphwright.passes.adapters.places import Place, Rounded, called_anew, check_readers, place_of, write_merged
 from graphwright.passes.base import Pass
@@ -144,11 +153,12 @@ def _chosen(program: Program, names: tuple[str, ...] | None) -> list[Inserted]:
     """The adapters of these names, in the order in which they were put in; all of them by default.
 
     Raises:
-        InputError: there is none of a name, or it has been merged; without names: all there were have been merged.
+        InputError: there is none of a name, or it has been merged or folded; without names: all there were have been.
     """
     present = adapters_of(program)
     if names is None:
-        for name in program.records.get(MERGED, {}) if not present else ():
+        gone = (*program.records.get(MERGED, {}), *program.records.get(FOLDED, {}))
+        for name in gone if not present else ():
             adapter_of(program, name)
         return list(present.values())
     wanted = {adapter_of(program, name).name for name in names}

@@ -6,7 +6,7 @@ from torch import nn
 
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
-from graphwright.passes.adapters.inserted import MERGED, adapter_of, adapter_tensors, adapters_of
+from graphwright.passes.adapters.inserted import FOLDED, MERGED, adapter_of, adapter_tensors, adapters_of
 
 
 def adapter_parameters(program: Program, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
@@ -20,13 +20,13 @@ def adapter_parameters(program: Program, name: str | None = None) -> list[tuple[
         sorted by name, those that several sites share once.
 
     Raises:
-        InputError: there is no such adapter, there is none at all, it has been merged into the weights, or nothing of
-            it trains.
+        InputError: there is no such adapter, there is none at all, it has been merged into the weights or folded, or
+            nothing of it trains.
     """
     names = list(adapters_of(program)) if name is None else [adapter_of(program, name).name]
     if not names:
-        for merged in program.records.get(MERGED, {}):
-            adapter_of(program, merged)  # says so
+        for gone in (*program.records.get(MERGED, {}), *program.records.get(FOLDED, {})):
+            adapter_of(program, gone)  # says so
         raise InputError(
             "there is no adapter to train", where=f"program {program.title!r}", hint="insert one with InsertAdapters"
         )

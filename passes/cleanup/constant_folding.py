@@ -81,7 +81,7 @@ class FoldConstants(Pass):
                 if isinstance(kind, ScalarType):
                     folded += _inline(rewriter, node, int(kind.expression))
                 else:
-                    _store(rewriter, node, _evaluate(program, node, values))
+                    _store(rewriter, node, constant_value(program, node, values, _natively))
                     folded += 1
         program.notes["rewrites"] = program.notes.get("rewrites", 0) + folded
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
@@ -91,22 +91,12 @@ class FoldConstants(Pass):
         self, program: Program, selected: Callable[[fx.Node], bool], refusals: list[Refusal]
     ) -> dict[fx.Node, set[fx.Node]]:
         """The nodes that no input influences, each with everything it is computed from."""
-        cones: dict[fx.Node, set[fx.Node]] = {}
-        for node in program.nodes:
-            if node.op != "call_function" or not is_pure(node):
-                continue
-            if _is_known_size(program, node):
-                cones[node] = {node}
-                continue
-            sources = node.all_input_nodes
-            if not all(source.op == "get_attr" or source in cones for source in sources):
-                continue
-            cone = {node}.union(*(cones.get(source, {source}) for source in sources))
-            reason = "not selected by where= / ignore=" if not selected(node) else self._objection(program, node, cone)
-            if reason is None:
-                cones[node] = cone
-            else:
-                refusals.append(self._refusal(node, reason, cone))
+
+        def objection(node: fx.Node, cone: set[fx.Node]) -> str | None:
+            return self._objection(program, node, cone) if selected(node) else "not selected by where= / ignore="
+
+        cones, refused = constant_cones(program, objection)
+        refusals += [self._refusal(node, reason, cone) for node, reason, cone in refused]
         return cones
 
     def _objection(self, program: Program, node: fx.Node, cone: set[fx.Node]) -> str | None:
@@ -140,19 +130,52 @@ class FoldConstants(Pass):
         return chosen
 
     def _too_large(self, program: Program, kind: Any, cone: set[fx.Node]) -> str | None:
-        size = _bytes_of(kind)
+        size = bytes_of(kind)
         if size is None:
             return (
                 "its size varies" if isinstance(kind, TensorType) else "it is several values; each is looked at alone"
             )
         weights = [item for item in cone if item.op == "get_attr" and all(user in cone for user in item.users)]
-        freed = sum(_bytes_of(program.type_of(item)) or 0 for item in weights)
+        freed = sum(bytes_of(program.type_of(item)) or 0 for item in weights)
         if size - freed > self.max_growth:
             return f"its value has {size} bytes and frees {freed}; max_growth is {self.max_growth}"
         return None
 
     def _refusal(self, node: fx.Node, reason: str, cone: set[fx.Node]) -> Refusal:
         return Refusal(self.name, node.name, path_of(node), reason, len(cone))
+
+
+def constant_cones(
+    program: Program, objection: Callable[[fx.Node, set[fx.Node]], str | None]
+) -> tuple[dict[fx.Node, set[fx.Node]], list[tuple[fx.Node, str, set[fx.Node]]]]:
+    """The nodes that weights and numbers alone determine.
+
+    Args:
+        program: where.
+        objection: why a node must not be taken for one, given all it is computed from; ``None`` where it may. Sizes
+            that are known numbers always may.
+
+    Returns:
+        each of them with everything it is computed from, itself too; and those that were objected to, with the reason.
+    """
+    cones: dict[fx.Node, set[fx.Node]] = {}
+    refused: list[tuple[fx.Node, str, set[fx.Node]]] = []
+    for node in program.nodes:
+        if node.op != "call_function" or not is_pure(node):
+            continue
+        if _is_known_size(program, node):
+            cones[node] = {node}
+            continue
+        sources = node.all_input_nodes
+        if not all(source.op == "get_attr" or source in cones for source in sources):
+            continue
+        cone = {node}.union(*(cones.get(source, {source}) for source in sources))
+        reason = objection(node, cone)
+        if reason is None:
+            cones[node] = cone
+        else:
+            refused.append((node, reason, cone))
+    return cones, refused
 
 
 def _is_trainable(program: Program, node: fx.Node) -> bool:
@@ -165,7 +188,7 @@ def _is_known_size(program: Program, node: fx.Node) -> bool:
     return isinstance(kind, ScalarType) and kind.kind == "int" and kind.expression.lstrip("-").isdigit()
 
 
-def _bytes_of(kind: Any) -> int | None:
+def bytes_of(kind: Any) -> int | None:
     """Bytes of a tensor; ``None`` when a size varies, or for anything else."""
     if not isinstance(kind, TensorType):
         return None
@@ -173,8 +196,23 @@ def _bytes_of(kind: Any) -> int | None:
     return math.prod(sizes) * kind.dtype.itemsize if len(sizes) == len(kind.shape) else None
 
 
-def _evaluate(program: Program, node: fx.Node, values: dict[fx.Node, Any]) -> torch.Tensor:
-    """The value of a constant node, computed as the program would."""
+def constant_value(
+    program: Program,
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    run: Callable[[fx.Node, Callable[[fx.Node], Any]], Any],
+) -> torch.Tensor:
+    """The value of a constant node.
+
+    Args:
+        program: that has the weights.
+        node: see :func:`constant_cones`.
+        values: of other nodes, which are not computed again; new ones are entered.
+        run: gives the value of a call from those of its operands.
+
+    Returns:
+        a contiguous tensor of its own.
+    """
 
     def value_of(source: fx.Node) -> Any:
         if source.op == "get_attr":
@@ -184,14 +222,19 @@ def _evaluate(program: Program, node: fx.Node, values: dict[fx.Node, Any]) -> to
             if isinstance(kind, ScalarType) and kind.kind == "int":
                 values[source] = int(kind.expression)
             else:
-                args, kwargs = fx.node.map_arg((source.args, source.kwargs), value_of)
-                values[source] = cast(Callable[..., Any], source.target)(*args, **kwargs)
+                values[source] = run(source, value_of)
         return values[source]
 
     with torch.no_grad():
         value: torch.Tensor = value_of(node)
         # A copy: the value may be a view of a weight.
         return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _natively(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """As the program would."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
 def _store(rewriter: Rewriter, node: fx.Node, value: torch.Tensor) -> None:
