@@ -91,9 +91,9 @@ def lengthen(builder: Builder, found: TokenInputs, count: int, longest: int | No
     limits = [limit for limit in (longest, None if most is None else most - count) if limit is not None]
     before = {item: program.type_of(item) for item in _outputs(program)}
     if limits:
-        old = program.dims[found.dim]
+        bare = program.dims[found.dim]
         rewriter.limit(found.dim, min(limits))
-        said = {"set": program.dims[found.dim].max, "max": old.max, "hint": old.hint}
+        said = {"set": program.dims[found.dim].max, "max": bare.max, "hint": bare.hint}
         program.records.setdefault(LIMITS, {})[builder.name] = {found.dim: said}
     for node in (found.ids, *found.others):
         value = 1 if "mask" in str(node.target) else 0

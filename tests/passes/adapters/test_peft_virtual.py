@@ -128,7 +128,7 @@ def test_a_projected_prefix_is_read_as_the_refusal_says(tmp_path: Path) -> None:
 def test_how_a_prompt_started_does_not_matter(tmp_path: Path) -> None:
     theirs("prompt", "gpt2", tmp_path)
     configured(tmp_path, prompt_tuning_init="TEXT", prompt_tuning_init_text="a", tokenizer_name_or_path="nowhere")
-    assert inserted("gpt2", tmp_path)
+    assert load_adapter(tmp_path).kind == gw.PromptTuning(tokens=TOKENS, init="normal")
 
 
 def refitted(folder: Path, columns: int, **options: Any) -> None:
@@ -184,6 +184,17 @@ def test_a_prefix_at_some_attentions_is_nothing_that_peft_has(tmp_path: Path) ->
     theirs("prefix", "llama", tmp_path)
     with pytest.raises(gw.InputError, match="for 2 attentions, the program has a place for them at 1"):
         gw.InsertAdapters(tmp_path, where="*layers.0*")(traced("llama"))
+
+
+def test_layers_that_are_one_module_have_one_prefix(tmp_path: Path) -> None:
+    from transformers import AlbertConfig, AlbertModel
+
+    sizes = {"hidden_size": 16, "embedding_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    made: Any = AlbertModel
+    program = gw.trace(made(AlbertConfig(**sizes, num_hidden_layers=2, vocab_size=50)).eval(), BATCH)
+    gw.InsertAdapters(gw.PrefixTuning(tokens=TOKENS))(program)
+    with pytest.raises(gw.InputError, match=r"a prefix for every layer, and encoder.* is 2 of them"):
+        gw.save_adapter(program, tmp_path, layout="peft")
 
 
 def test_dept_is_not_written_as_a_prompt(tmp_path: Path) -> None:
