@@ -15,7 +15,7 @@ from graphwright.ir.arguments import canonical_call
 from graphwright.ir.errors import ProgramError, TypeMismatch
 from graphwright.ir.names import resolve_target
 from graphwright.ir.program import Program, Snapshot
-from graphwright.ir.types import VAL, SymbolTable, TensorType
+from graphwright.ir.types import VAL, Dim, SymbolTable, TensorType
 
 
 class Rewriter:
@@ -227,10 +227,29 @@ class Rewriter:
             return
         if most < old.min:
             raise ProgramError(f"the dimension {dim!r} would have no size left: {old.min}..{most}")
+        self._resize(dataclasses.replace(old, max=most, hint=min(old.hint, most)))
+
+    def lift(self, dim: str, most: int | None, hint: int) -> None:
+        """Take a limit back that :meth:`limit` set; every type is computed anew by :meth:`retype`.
+
+        Args:
+            dim: its name.
+            most: the limit before, ``None`` where there was none.
+            hint: the size when the model was traced.
+
+        Raises:
+            ProgramError: there is no such dimension.
+        """
+        table = self.program.symbols
+        if dim not in table.dims:
+            raise ProgramError(f"the program has no dimension {dim!r}")
+        self._resize(dataclasses.replace(table.dims[dim], max=most, hint=hint))
+
+    def _resize(self, new: Dim) -> None:
         # The table may be that of other programs too, so it is another one, with types of its own.
-        new = dataclasses.replace(old, max=most, hint=min(old.hint, most))
+        table = self.program.symbols
         kinds = {node: self.program.type_of(node) for node in self.program.inputs}
-        self.program.symbols = SymbolTable({**table.dims, dim: new}, table.conditions)
+        self.program.symbols = SymbolTable({**table.dims, new.name: new}, table.conditions)
         for node, kind in kinds.items():
             if isinstance(kind, TensorType):
                 node.meta[VAL] = self.program.symbols.fake(kind)

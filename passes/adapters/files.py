@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from graphwright.passes.adapters.base import AdapterKind
 from graphwright.passes.adapters.inserted import Inserted, adapter_of, described
 from graphwright.passes.adapters.kinds import kind_of
 from graphwright.passes.adapters.peft import CONFIG_FILE, TENSORS_FILE, is_peft, peft_files, read_peft
+from graphwright.passes.adapters.sites import Site
 
 FORMAT = "graphwright adapter"
 VERSION = 1
@@ -54,8 +55,9 @@ class SavedAdapter:
         source: where it was read, for messages.
         title: of the program it was trained in.
         kind: with the options that hold where no site has others.
-        sites: by module path.
+        sites: by module path; none yet where ``place`` gives them.
         base: weights of the base that were saved along, by name; the program must have the same.
+        place: for files that name no modules: what is at the sites that a program has for the kind, in their order.
     """
 
     source: str
@@ -63,6 +65,18 @@ class SavedAdapter:
     kind: AdapterKind
     sites: Mapping[str, SavedSite]
     base: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    place: Callable[[Sequence[Site]], Mapping[str, SavedSite]] | None = None
+
+    def placed(self, sites: Sequence[Site]) -> SavedAdapter:
+        """The adapter with the sites that it has in a program.
+
+        Args:
+            sites: all that the program has for the kind, in order, each path once.
+
+        Raises:
+            InputError: they are more or fewer than the adapter is for.
+        """
+        return self if self.place is None else replace(self, sites=self.place(sites), place=None)
 
 
 def save_adapter(
@@ -84,7 +98,7 @@ def save_adapter(
         raise InputError(f"must be 'graphwright' or 'peft', not {layout!r}", where="save_adapter: layout")
     saved = captured(program, adapter_of(program, name))
     if layout == "peft":
-        files = peft_files(saved)
+        files = peft_files(saved, program)
         write_adapter(Path(folder), files.tensors, files.config, header={})
         return
     sites: dict[str, Any] = {}

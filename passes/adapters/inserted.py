@@ -26,6 +26,8 @@ INPUTS = "input_adapters"
 FOLDED = "folded_adapters"
 # Where they have the names of those that calls switch and mix, in the order of their weights.
 GATED = "gated_adapters"
+# Where they have what dimensions were before adapters limited them: name -> dimension -> {"set", "max", "hint"}.
+LIMITS = "adapter_limits"
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ class InsertAdapters(Pass):
         kind = saved.kind if saved is not None else self.adapter
         assert isinstance(kind, AdapterKind)
         sites, refusals = self._sites(program, kind, saved)
+        if saved is not None:
+            saved = saved.placed([places[0] for places in sites.values()])
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
         kinds = self._kinds(program, kind, saved, sites)
         if saved is not None:
@@ -194,7 +196,7 @@ class InsertAdapters(Pass):
             if isinstance(site, Refusal):
                 refusals.append(site)
                 continue
-            if saved is not None and site.path not in saved.sites:
+            if saved is not None and saved.place is None and site.path not in saved.sites:
                 continue
             reason = kind.check(site) if saved is None and not self.overrides else None
             if reason is not None:

@@ -24,6 +24,7 @@ from graphwright.passes.adapters.inserted import (
 )
 from graphwright.passes.adapters.merged import note_merged
 from graphwright.passes.adapters.places import Place, Rounded, called_anew, check_readers, place_of, write_merged
+from graphwright.passes.adapters.virtual import shorten
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract, Exact, Retrain
 from graphwright.passes.quantization.loss import report_entries
@@ -139,6 +140,7 @@ class RemoveAdapters(Pass):
                 for site in adapter.sites.values():
                     for exit_ in site.exits:
                         rewriter.replace(exit_, base_of(exit_, adapter.name), equivalent=False, retyped=True)
+                shorten(rewriter, adapter.name)
                 forget(program, adapter.name)
         return bool(chosen)
 

@@ -14,8 +14,10 @@ from torch import fx
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import tags_of
+from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import TensorType
 from graphwright.passes.adapters.builder import Builder
+from graphwright.passes.adapters.inserted import LIMITS
 from graphwright.passes.adapters.layers import layer_site
 from graphwright.passes.adapters.sites import ADAPTER, Site
 
@@ -89,7 +91,10 @@ def lengthen(builder: Builder, found: TokenInputs, count: int, longest: int | No
     limits = [limit for limit in (longest, None if most is None else most - count) if limit is not None]
     before = {item: program.type_of(item) for item in _outputs(program)}
     if limits:
+        bare = program.dims[found.dim]
         rewriter.limit(found.dim, min(limits))
+        said = {"set": program.dims[found.dim].max, "max": bare.max, "hint": bare.hint}
+        program.records.setdefault(LIMITS, {})[builder.name] = {found.dim: said}
     for node in (found.ids, *found.others):
         value = 1 if "mask" in str(node.target) else 0
         builder.adapt(node, builder.call("aten.constant_pad_nd", node, [count, 0], value), retyped=True)
@@ -105,6 +110,23 @@ def lengthen(builder: Builder, found: TokenInputs, count: int, longest: int | No
         if cut is not item:
             users = {user for user in item.users if user.op != "output"}
             builder.adapt(item, cut, besides=users, retyped=True)
+
+
+def shorten(rewriter: Rewriter, name: str) -> None:
+    """Let a program take sequences as long as it did before :func:`lengthen`, if nothing else has limited them since.
+
+    Args:
+        rewriter: of a program whose nodes of the adapter are gone.
+        name: of the adapter; one that set no limits changes nothing.
+    """
+    program = rewriter.program
+    limits = program.records.get(LIMITS, {})
+    for dim, said in limits.pop(name, {}).items():
+        if dim in program.dims and program.dims[dim].max == said["set"]:
+            rewriter.lift(dim, said["max"], said["hint"])
+            rewriter.retype()
+    if not limits:
+        program.records.pop(LIMITS, None)
 
 
 def in_front(builder: Builder, value: fx.Node, tensor: fx.Node, axis: int, count: int) -> fx.Node:

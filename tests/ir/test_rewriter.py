@@ -344,7 +344,13 @@ def test_a_limit_on_a_dimension_is_of_this_program_and_is_undone_with_the_rest(p
         rewriter.limit("n", 9)  # no wider again
         rewriter.retype()
     assert (program.dims["n"].max, other.dims["n"]) == (7, before)
+    with program.edit() as rewriter:
+        rewriter.lift("n", before.max, before.hint)
+        rewriter.retype()
+    assert program.dims["n"] == before
     with pytest.raises(ProgramError, match="no size left"), program.edit() as rewriter:
         rewriter.limit("n", 0)
     with pytest.raises(ProgramError, match="no dimension 'columns'"), program.edit() as rewriter:
         rewriter.limit("columns", 3)
+    with pytest.raises(ProgramError, match="no dimension 'columns'"), program.edit() as rewriter:
+        rewriter.lift("columns", None, 3)

@@ -62,9 +62,7 @@ class PrefixTuning(AdapterKind):
             yield refusal(program.output, found)
             return
         places: list[Site] = []
-        for node in program.nodes:
-            if op_name(node) not in _ATTENTIONS or ADAPTER in tags_of(node):
-                continue
+        for node in attentions(program):
             key, value = (_unrepeated(argument(node, name)) for name in ("key", "value"))
             if not selected(node):
                 yield refusal(node, "not selected by where= / ignore=")
@@ -101,6 +99,13 @@ class PrefixTuning(AdapterKind):
         for (_, node), name in zip(site.extra, ("prefix_keys", "prefix_values"), strict=True):
             prefix = builder.call("aten.unsqueeze", factors[name], 0)
             builder.adapt(node, in_front(builder, node, prefix, 2, self.tokens))
+
+
+def attentions(program: Program) -> Iterator[fx.Node]:
+    """Every attention of a program that is one operator, in order, whatever it attends to."""
+    for node in program.nodes:
+        if op_name(node) in _ATTENTIONS and ADAPTER not in tags_of(node):
+            yield node
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:

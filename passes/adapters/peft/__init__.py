@@ -1,7 +1,8 @@
 """Adapters in the layout of Hugging Face PEFT: one module here for each ``peft_type``.
 
-A module has ``read(folder: PeftFolder) -> SavedAdapter`` and ``write(adapter: SavedAdapter) -> PeftFiles``. PEFT itself
-is not needed: its folders are JSON and safetensors.
+A module has ``read(folder: PeftFolder) -> SavedAdapter`` and ``write(adapter: SavedAdapter) -> PeftFiles``; where the
+files name no modules (:data:`UNNAMED`), ``write`` is given the program too, and what ``read`` gives finds its places
+only when it is put in. PEFT itself is not needed: its folders are JSON and safetensors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from graphwright.ir.weights_file import WeightsFile
 from graphwright.passes.adapters.peft.folder import PeftFiles, PeftFolder
 
 if TYPE_CHECKING:
+    from graphwright.ir.program import Program
     from graphwright.passes.adapters.files import SavedAdapter
 
 CONFIG_FILE = "adapter_config.json"
@@ -29,8 +31,13 @@ LAYOUTS: dict[str, str] = {
     "LOKR": "lycoris",
     "LORA": "lora",
     "OFT": "oft",
+    "PREFIX_TUNING": "virtual",
+    "PROMPT_TUNING": "virtual",
     "VERA": "vera",
 }
+
+# the modules of those whose files name no modules of the model
+UNNAMED = frozenset({"virtual"})
 
 # kind of adapter -> the peft_type as which it is written
 WRITTEN: dict[str, str] = {
@@ -41,6 +48,8 @@ WRITTEN: dict[str, str] = {
     "lora": "LORA",
     "lora-fa": "LORA",
     "oft": "OFT",
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",
     "vera": "VERA",
 }
 
@@ -89,8 +98,8 @@ def read_peft(folder: Path) -> SavedAdapter:
     return adapter
 
 
-def peft_files(adapter: SavedAdapter) -> PeftFiles:
-    """Configuration and tensors of an adapter as PEFT's ``from_pretrained`` reads them.
+def peft_files(adapter: SavedAdapter, program: Program) -> PeftFiles:
+    """Configuration and tensors of an adapter of a program as PEFT's ``from_pretrained`` reads them.
 
     Raises:
         InputError: PEFT has nothing of its kind, or not with these options.
@@ -104,6 +113,6 @@ def peft_files(adapter: SavedAdapter) -> PeftFiles:
         )
     name = WRITTEN[adapter.kind.kind]
     module = importlib.import_module(f"{__name__}.{LAYOUTS[name]}")
-    files: PeftFiles = module.write(adapter)
+    files: PeftFiles = module.write(adapter, program) if LAYOUTS[name] in UNNAMED else module.write(adapter)
     config = {"peft_type": name, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
     return PeftFiles({**config, **files.config}, files.tensors)

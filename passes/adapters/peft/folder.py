@@ -85,11 +85,16 @@ class PeftFolder:
                 hint = "these modules are copies of the base's; save them into the base model and the adapter without"
             elif name == "bias":
                 hint = "biases of the base were trained with it; train with bias='none', or merge it with PEFT"
-            raise InputError(
-                f"PEFT's option {name}={value!r} is not supported for peft_type {self.config.get('peft_type')}",
-                where=self.source,
-                hint=hint,
-            )
+            raise self.refused(name, hint)
+
+    def refused(self, name: str, hint: str) -> InputError:
+        """The error for an option whose value is not supported."""
+        return InputError(
+            f"PEFT's option {name}={self.config.get(name)!r} is not supported for peft_type "
+            f"{self.config.get('peft_type')}",
+            where=self.source,
+            hint=hint,
+        )
 
     def by_module(self, leaves: Mapping[str, str]) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors by module path and our name.

@@ -141,6 +141,36 @@ def test_trained_saved_put_in_again_and_taken_out(kind: gw.AdapterKind, trained:
     assert traced("bert").dims["sequence"].max == 32  # other programs of the model keep theirs
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"),  # with a longest sequence and without
+    [("bert", gw.PromptTuning(tokens=TOKENS)), ("bert", gw.PrefixTuning(tokens=4)), ("llama", gw.DePT(max_length=9))],
+)
+def test_taken_out_the_sequence_is_as_long_as_before(family: str, kind: gw.AdapterKind, tmp_path: Path) -> None:
+    program, before = traced(family), traced(family)
+    gw.InsertAdapters(kind)(program)
+    program.save(tmp_path / "program")
+    program = gw.Program.load(tmp_path / "program")
+    assert program.dims != before.dims
+    gw.RemoveAdapters()(program)
+    assert program.dims == before.dims
+    assert [str(program.type_of(node)) for node in program.inputs] == [str(before.type_of(n)) for n in before.inputs]
+    assert not program.records
+    longest = torch.ones(1, 32, dtype=torch.long)
+    with torch.no_grad():
+        found, wanted = (each(input_ids=longest, attention_mask=longest)[0] for each in (program, before))
+    assert close(found, wanted)
+
+
+def test_a_limit_that_something_else_set_since_stays() -> None:
+    program = traced("bert")
+    gw.InsertAdapters(gw.PromptTuning(tokens=TOKENS))(program)
+    with program.edit() as rewriter:
+        rewriter.limit("sequence", 20)
+        rewriter.retype()
+    gw.RemoveAdapters()(program)
+    assert program.dims["sequence"].max == 20
+
+
 def refused(program: gw.Program, words: str, kind: gw.AdapterKind | None = None) -> None:
     before = str(program)
     with pytest.raises(gw.SelectionError, match="there is no place for") as caught:
