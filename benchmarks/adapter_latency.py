@@ -3,7 +3,7 @@
 TinyLlama's shape and random weights, a session of the executor for each kind of adapter, all in this process. They take
 turns with every token, and what counts is the median of the ratios of neighbouring steps, to the faster of two sessions
 without an adapter; the ratio of the slower one shows what such a ratio is worth. Targets are those of the issue
-"Adapters"; the paper's ratios (Edalati et al. 2022, table of inference latency, adapters merged where they can be) stand
+"Adapters"; the paper's ratios (Edalati et al. 2022, table of inference latency, merged where they can be) stand
 beside ours. Also: the time to insert adapters into the traced model's q and v, 3 seconds allowed. Exit code 1 when a
 target is missed.
 
