@@ -255,3 +255,14 @@ def test_a_decoding_step_stays_in_the_executor(kind: gw.AdapterKind) -> None:
     sessions = small.session(slots=1, capacity=16), ReferenceSession(program, slots=1, capacity=16)
     found, wanted = (each.step(tokens, zero, zero, rows) for each in sessions)
     assert close(found, wanted, 2e-5)
+
+
+def test_a_factor_that_is_only_seen_otherwise_stays_what_it_is() -> None:
+    """IA3 on a convolution: its factors are viewed as ``[channels, 1, 1]``, of which nothing can be saved."""
+    model, x = torch.nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+    model.eval()
+    insert = gw.InsertAdapters(gw.IA3(ops=("conv",)))
+    program = stirred(gw.optimize(torch.nn.Sequential(model), [insert], example_inputs=x, verify=False))
+    assert not gw.FoldAdapters()(program)
+    assert set(program.records["adapters"]) == {"default"}
+    assert "folded_adapters" not in program.records
