@@ -127,14 +127,14 @@ def test_starts_and_biases_need_the_layer_they_were_trained_with(tmp_path: Path)
             self.bert = build()
             for name, module in self.bert.named_modules():
                 if isinstance(module, nn.Linear) and name.endswith(tuple(targets)):
-                    module.bias = None
+                    module.register_parameter("bias", None)
 
         def forward(self, input_ids: torch.Tensor) -> Any:
             return self.bert(input_ids=input_ids)
 
     saved = load_adapter(tmp_path / "biased")
     moved = {f"bert.{path}": site for path, site in saved.sites.items()}
-    finish = dataclasses.replace(saved.finish, biases={f"bert.{k}": v for k, v in saved.finish.biases.items()})  # type: ignore[union-attr,type-var,attr-defined]
+    finish = dataclasses.replace(saved.finish, biases={f"bert.{k}": v for k, v in saved.finish.biases.items()})
     with pytest.raises(gw.InputError, match=r"has a trained bias \[24\] for bert.encoder.* the program's is none"):
         ours(Bare, dataclasses.replace(saved, sites=moved, finish=finish))
     start = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
