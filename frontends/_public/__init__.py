@@ -81,7 +81,10 @@ if TYPE_CHECKING:
     from graphwright.ir.program import Program as Program
     from graphwright.ir.provenance import path_of as path_of
     from graphwright.ir.provenance import tags_of as tags_of
+    from graphwright.ir.pruned import PrunedWeight as PrunedWeight
+    from graphwright.ir.pruned import pruned_weights as pruned_weights
     from graphwright.ir.rewriter import Rewriter as Rewriter
+    from graphwright.ir.sparsity import SparsityPattern as SparsityPattern
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
@@ -185,6 +188,18 @@ if TYPE_CHECKING:
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.sparsity import HoldMasks as HoldMasks
+    from graphwright.passes.sparsity import LinearSparsity as LinearSparsity
+    from graphwright.passes.sparsity import LossDriven as LossDriven
+    from graphwright.passes.sparsity import Magnitude as Magnitude
+    from graphwright.passes.sparsity import PruneByMasks as PruneByMasks
+    from graphwright.passes.sparsity import PruneLinears as PruneLinears
+    from graphwright.passes.sparsity import PruningMethod as PruningMethod
+    from graphwright.passes.sparsity import ReleaseMasks as ReleaseMasks
+    from graphwright.passes.sparsity import SparseGpt as SparseGpt
+    from graphwright.passes.sparsity import SparsityDescription as SparsityDescription
+    from graphwright.passes.sparsity import Wanda as Wanda
+    from graphwright.passes.sparsity import describe_sparsity as describe_sparsity
     from graphwright.passes.training import TrainingMemory as TrainingMemory
     from graphwright.passes.training import training_memory as training_memory
     from graphwright.passes.verification import Verification as Verification
@@ -243,6 +258,7 @@ _EXPORTS: dict[str, str] = {
     "Gptq": "graphwright.passes.quantization",
     "GraphwrightError": "graphwright.ir.errors",
     "HoistRowSelection": "graphwright.passes.decoding",
+    "HoldMasks": "graphwright.passes.sparsity",
     "Hook": "graphwright.passes.hooks",
     "HoulsbyAdapter": "graphwright.passes.adapters",
     "Hqq": "graphwright.passes.quantization",
@@ -254,6 +270,7 @@ _EXPORTS: dict[str, str] = {
     "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LinearSparsity": "graphwright.passes.sparsity",
     "LoDA": "graphwright.passes.adapters",
     "LoHa": "graphwright.passes.adapters",
     "LoKr": "graphwright.passes.adapters",
@@ -261,7 +278,9 @@ _EXPORTS: dict[str, str] = {
     "LoRAFA": "graphwright.passes.adapters",
     "LoRAXS": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
+    "LossDriven": "graphwright.passes.sparsity",
     "LowRank": "graphwright.passes.quantization",
+    "Magnitude": "graphwright.passes.sparsity",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "MergeAdapters": "graphwright.passes.adapters",
@@ -287,6 +306,10 @@ _EXPORTS: dict[str, str] = {
     "PromptTuning": "graphwright.passes.adapters",
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
+    "PruneByMasks": "graphwright.passes.sparsity",
+    "PruneLinears": "graphwright.passes.sparsity",
+    "PrunedWeight": "graphwright.ir.pruned",
+    "PruningMethod": "graphwright.passes.sparsity",
     "QuantizeAttention": "graphwright.passes.quantization",
     "QuantizeEmbeddings": "graphwright.passes.quantization",
     "QuantizeLinears": "graphwright.passes.quantization",
@@ -294,6 +317,7 @@ _EXPORTS: dict[str, str] = {
     "ReduceProjections": "graphwright.passes.adapters",
     "Refusal": "graphwright.ir.pattern",
     "Relative": "graphwright.frontends.autoquantize",
+    "ReleaseMasks": "graphwright.passes.sparsity",
     "RemoveAdapters": "graphwright.passes.adapters",
     "RemoveDeadCode": "graphwright.passes.cleanup",
     "RemoveNoOps": "graphwright.passes.cleanup",
@@ -313,6 +337,9 @@ _EXPORTS: dict[str, str] = {
     "SerializationError": "graphwright.ir.errors",
     "SmoothActivations": "graphwright.passes.quantization",
     "SoRA": "graphwright.passes.adapters",
+    "SparseGpt": "graphwright.passes.sparsity",
+    "SparsityDescription": "graphwright.passes.sparsity",
+    "SparsityPattern": "graphwright.ir.sparsity",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "Stream": "graphwright.frontends.generation.stream",
@@ -329,6 +356,7 @@ _EXPORTS: dict[str, str] = {
     "VeRA": "graphwright.passes.adapters",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
+    "Wanda": "graphwright.passes.sparsity",
     "Wanted": "graphwright.frontends.generation.drafts",
     "adapter_inputs": "graphwright.passes.adapters",
     "adapter_parameters": "graphwright.passes.adapters",
@@ -342,6 +370,7 @@ _EXPORTS: dict[str, str] = {
     "checkpoint_blocks": "graphwright.ir.checkpointing",
     "const": "graphwright.ir.pattern",
     "cost_of": "graphwright.ir.cost",
+    "describe_sparsity": "graphwright.passes.sparsity",
     "diff": "graphwright.ir.diff",
     "either": "graphwright.ir.pattern",
     "export_genai": "graphwright.backends.onnx",
@@ -358,6 +387,7 @@ _EXPORTS: dict[str, str] = {
     "optimize": "graphwright.frontends.api",
     "parse": "graphwright.ir.parser",
     "path_of": "graphwright.ir.provenance",
+    "pruned_weights": "graphwright.ir.pruned",
     "run_passes": "graphwright.passes.pipeline",
     "save_adapter": "graphwright.passes.adapters",
     "save_quantized": "graphwright.frontends.huggingface.quantized",
