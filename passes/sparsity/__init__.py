@@ -1,0 +1,1 @@
+"""Sparsity: weights that are zero, and storing them so that they cost nothing."""
