@@ -1,4 +1,4 @@
-# What `_native` has of sparse linears. There is no module of this name as the program runs: import these from `_native`.
+# What `_native` has of sparse linears. There is no module of this name as the program runs: import from `_native`.
 import numpy as np
 import numpy.typing as npt
 

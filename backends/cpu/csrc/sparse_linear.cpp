@@ -10,13 +10,18 @@
 namespace graphwright {
 namespace {
 
-std::size_t bytes_of(SparseValues kind, std::uint64_t mask) {
-  const auto count = static_cast<std::size_t>(std::popcount(mask));
+std::size_t count_of(std::uint64_t mask) { return static_cast<std::size_t>(std::popcount(mask)); }
+
+// Words whose values lie together: two of 4-bit codes share bytes.
+std::size_t words_together(SparseValues kind) { return kind == SparseValues::kInt4 ? 2 : 1; }
+
+// Bytes of their values.
+std::size_t bytes_of(SparseValues kind, const std::uint64_t* masks) {
   switch (kind) {
-    case SparseValues::kFloat32: return 4 * count;
-    case SparseValues::kBfloat16: return 2 * count;
-    case SparseValues::kInt8: return count;
-    case SparseValues::kInt4: return (count + 1) / 2;
+    case SparseValues::kFloat32: return 4 * count_of(*masks);
+    case SparseValues::kBfloat16: return 2 * count_of(*masks);
+    case SparseValues::kInt8: return count_of(*masks);
+    case SparseValues::kInt4: return std::max(count_of(masks[0]), count_of(masks[1]));
   }
   return 0;
 }
@@ -35,6 +40,7 @@ void pack_sparse_masks(const SparseShape& shape, const std::uint8_t* stored, std
                        std::size_t threads) {
   const std::size_t row_bytes = (shape.columns + 7) / 8, steps = shape.steps(), words = shape.words();
   const std::size_t each = shape.coded() ? 4 : 1;  // places of an output in a step
+  const std::size_t together = words_together(shape.kind);
   parallel_for(shape.panels(), threads, [&](std::size_t panel) {
     std::uint64_t* own = masks + panel * steps * words;
     std::fill_n(own, steps * words, std::uint64_t{0});
@@ -52,7 +58,9 @@ void pack_sparse_masks(const SparseShape& shape, const std::uint8_t* stored, std
     for (std::size_t block = 0; block < shape.blocks(); ++block) {
       const std::size_t begin = block * kSparseSteps, end = std::min(begin + kSparseSteps, steps);
       std::uint64_t bytes = 0;
-      for (std::size_t word = begin * words; word < end * words; ++word) bytes += bytes_of(shape.kind, own[word]);
+      for (std::size_t word = begin * words; word < end * words; word += together) {
+        bytes += bytes_of(shape.kind, own + word);
+      }
       offsets[panel * shape.blocks() + block + 1] = bytes;
     }
   });
@@ -71,21 +79,23 @@ void pack_sparse_values(const SparseShape& shape, const std::uint8_t* stored, co
     }
     const std::uint64_t* own = masks + panel * shape.steps() * shape.words();
     std::uint8_t* to = values + offsets[panel * shape.blocks()];
-    for (std::size_t word = 0; word < shape.steps() * shape.words(); ++word) {
-      const std::size_t bytes = bytes_of(shape.kind, own[word]);
+    for (std::size_t word = 0; word < shape.steps() * shape.words(); word += words_together(shape.kind)) {
+      const std::size_t bytes = bytes_of(shape.kind, own + word);
       if (shape.kind == SparseValues::kInt4) std::fill_n(to, bytes, std::uint8_t{0});
-      std::size_t count = 0;
-      for (std::uint64_t left = own[word]; left != 0; left &= left - 1, ++count) {
-        const std::size_t bit = word % shape.words() * 64 + static_cast<std::size_t>(std::countr_zero(left));
-        const std::size_t value = next[bit / each]++;
-        switch (shape.kind) {
-          case SparseValues::kFloat32: std::memcpy(to + 4 * count, stored + 4 * value, 4); break;
-          case SparseValues::kBfloat16: std::memcpy(to + 2 * count, stored + 2 * value, 2); break;
-          case SparseValues::kInt8: to[count] = stored[value]; break;
-          case SparseValues::kInt4: {
-            const unsigned code = (stored[value / 2] >> (4 * (value % 2))) & 15U;
-            to[count / 2] = static_cast<std::uint8_t>(to[count / 2] | (code << (4 * (count % 2))));
-            break;
+      for (std::size_t part = 0; part < words_together(shape.kind); ++part) {
+        std::size_t count = 0;
+        for (std::uint64_t left = own[word + part]; left != 0; left &= left - 1, ++count) {
+          const std::size_t bit = (word + part) % shape.words() * 64 + static_cast<std::size_t>(std::countr_zero(left));
+          const std::size_t value = next[bit / each]++;
+          switch (shape.kind) {
+            case SparseValues::kFloat32: std::memcpy(to + 4 * count, stored + 4 * value, 4); break;
+            case SparseValues::kBfloat16: std::memcpy(to + 2 * count, stored + 2 * value, 2); break;
+            case SparseValues::kInt8: to[count] = stored[value]; break;
+            case SparseValues::kInt4: {
+              const unsigned code = (stored[value / 2] >> (4 * (value % 2))) & 15U;
+              to[count] = static_cast<std::uint8_t>(to[count] | (code << (4 * part)));
+              break;
+            }
           }
         }
       }

@@ -5,9 +5,10 @@
 // kernel makes dense weights of them, in registers or in a cache, and multiplies those: sums are the dense kernels', to the
 // last bit.
 //
-// With codes a step is four columns, 256 codes, and has four words of 64 bits, a bit for each code; 4-bit codes become bytes
-// in it. The values of a word begin with a byte: of two 4-bit codes in a byte the earlier is in the low half. With floats a
-// step is one column and has one word, a bit for each output.
+// With codes a step is four columns, 256 codes, and has four words of 64 bits, a bit for each code. 4-bit codes become bytes
+// in it; those of two words share bytes, the first's in the low halves and the second's in the high ones, as many bytes as
+// the fuller of them needs: to part them takes half the instructions that neighbours would. With floats a step is one column
+// and has one word, a bit for each output.
 #pragma once
 
 #include "float_linear_kernels.h"

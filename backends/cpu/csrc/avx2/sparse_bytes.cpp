@@ -22,34 +22,41 @@ struct Places {
 constexpr Places kPlaces;
 
 struct S {
-  template <bool kInt4>
-  static std::size_t expand(const std::uint8_t* values, std::uint64_t mask, const std::uint8_t* fill, std::uint8_t raise,
+  // Eight bytes are read at a time, up to seven beyond the last value.
+  static std::size_t spread(const std::uint8_t* values, std::uint64_t mask, const std::uint8_t* fill, std::uint8_t raise,
                             std::uint8_t* to) {
-    alignas(32) std::uint8_t bytes[64 + 8];
-    const std::uint8_t* from = values;
-    if constexpr (kInt4) {
-      const __m256i low = _mm256_set1_epi8(15);
-      const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-      const __m256i even = _mm256_and_si256(four, low), odd = _mm256_and_si256(_mm256_srli_epi16(four, 4), low);
-      const __m256i first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpackhi_epi8(even, odd);
-      auto* target = reinterpret_cast<__m256i*>(bytes);
-      _mm256_store_si256(target, _mm256_permute2x128_si256(first, second, 0x20));
-      _mm256_store_si256(target + 1, _mm256_permute2x128_si256(first, second, 0x31));
-      from = bytes;
-    }
     const __m128i raised = _mm_set1_epi8(static_cast<char>(raise));
+    const std::uint8_t* from = values;
     for (unsigned i = 0; i < 64; i += 8) {
       const auto eight = static_cast<unsigned>(mask >> i) & 255U;
       const __m128i places = _mm_cvtsi64_si128(static_cast<long long>(kPlaces.of[eight]));
       const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-      const __m128i spread = _mm_add_epi8(_mm_shuffle_epi8(codes, places), raised);
+      const __m128i moved = _mm_add_epi8(_mm_shuffle_epi8(codes, places), raised);
       const __m128i zeros = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(fill + i));
       // The sign of a place says that there is no value.
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), _mm_blendv_epi8(spread, zeros, places));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), _mm_blendv_epi8(moved, zeros, places));
       from += __builtin_popcount(eight);
     }
-    const auto count = static_cast<std::size_t>(__builtin_popcountll(mask));
-    return kInt4 ? (count + 1) / 2 : count;
+    return static_cast<std::size_t>(from - values);
+  }
+
+  template <bool kInt4>
+  static std::size_t expand(const std::uint8_t* values, const std::uint64_t* masks, const std::uint8_t* fill,
+                            std::uint8_t raise, std::uint8_t* to) {
+    if constexpr (!kInt4) {
+      const std::size_t first = spread(values, masks[0], fill, raise, to);
+      return first + spread(values + first, masks[1], fill + 64, raise, to + 64);
+    }
+    alignas(32) std::uint8_t low[64 + 8], high[64 + 8];
+    const __m256i four = _mm256_set1_epi8(15);
+    for (int half = 0; half < 64; half += 32) {
+      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + half));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(low + half), _mm256_and_si256(both, four));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(high + half), _mm256_and_si256(_mm256_srli_epi16(both, 4), four));
+    }
+    const std::size_t first = spread(low, masks[0], fill, raise, to);
+    const std::size_t second = spread(high, masks[1], fill + 64, raise, to + 64);
+    return first > second ? first : second;
   }
 };
 

@@ -30,22 +30,17 @@ struct Places {
 constexpr Places kPlaces;
 
 struct S {
+  static constexpr int kFewRows = 1;
+
   template <bool kBfloat16>
-  static std::size_t expand(const std::uint8_t* values, std::uint64_t mask, float* to) {
+  static V::Float vector(const std::uint8_t* values, unsigned mask) {
     const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), seven = _mm256_set1_epi32(7);
-    std::size_t taken = 0;
-    for (unsigned lane = 0; lane < 64; lane += 8) {
-      const auto eight = static_cast<unsigned>(mask >> lane) & 255U;
-      const __m256i packed = _mm256_set1_epi32(static_cast<int>(kPlaces.of[eight]));
-      const __m256i places = _mm256_and_si256(_mm256_srlv_epi32(packed, shifts), _mm256_set1_epi32(15));
-      const std::uint8_t* from = values + taken;
-      const V::Float found = kBfloat16 ? V::load_bf16(reinterpret_cast<const std::uint16_t*>(from))
-                                       : V::load_float(reinterpret_cast<const float*>(from));
-      const __m256 spread = _mm256_permutevar8x32_ps(found, places);
-      V::store(to + lane, _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(places, seven)), spread));
-      taken += static_cast<std::size_t>(__builtin_popcount(eight)) * (kBfloat16 ? 2 : 4);
-    }
-    return taken;
+    const __m256i packed = _mm256_set1_epi32(static_cast<int>(kPlaces.of[mask]));
+    const __m256i places = _mm256_and_si256(_mm256_srlv_epi32(packed, shifts), _mm256_set1_epi32(15));
+    const V::Float found = kBfloat16 ? V::load_bf16(reinterpret_cast<const std::uint16_t*>(values))
+                                     : V::load_float(reinterpret_cast<const float*>(values));
+    const __m256 spread = _mm256_permutevar8x32_ps(found, places);
+    return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(places, seven)), spread);
   }
 };
 

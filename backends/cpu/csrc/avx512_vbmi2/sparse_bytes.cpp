@@ -25,25 +25,31 @@ struct V : Vectors {
 #include "epilogue.inc"
 
 struct S {
-  // Codes as they are stored, from the lowest byte on; 4-bit ones as bytes.
+  // The codes of two words as they are stored, from the lowest byte on, and how many bytes of values that took.
   template <bool kInt4>
-  static __m512i load(const std::uint8_t* values) {
-    if constexpr (!kInt4) return _mm512_loadu_si512(values);
-    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-    // (wide | wide << 4) & 15 of every byte.
-    return _mm512_ternarylogic_epi32(wide, _mm512_slli_epi16(wide, 4), _mm512_set1_epi8(15), 0xA8);
+  static std::size_t load(const std::uint8_t* values, const std::uint64_t* masks, __m512i (&codes)[2]) {
+    const auto first = static_cast<std::size_t>(_mm_popcnt_u64(masks[0]));
+    const auto second = static_cast<std::size_t>(_mm_popcnt_u64(masks[1]));
+    codes[0] = _mm512_loadu_si512(values);
+    if constexpr (!kInt4) {
+      codes[1] = _mm512_loadu_si512(values + first);
+      return first + second;
+    }
+    codes[1] = V::high4(codes[0]);
+    codes[0] = V::low4(codes[0]);
+    return first > second ? first : second;
   }
+
   template <bool kInt4>
-  static std::size_t taken(std::uint64_t mask) {
-    const auto count = static_cast<std::size_t>(_mm_popcnt_u64(mask));
-    return kInt4 ? (count + 1) / 2 : count;
-  }
-  template <bool kInt4>
-  static std::size_t expand(const std::uint8_t* values, std::uint64_t mask, const std::uint8_t* fill, std::uint8_t raise,
-                            std::uint8_t* to) {
-    const __m512i codes = _mm512_add_epi8(load<kInt4>(values), _mm512_set1_epi8(static_cast<char>(raise)));
-    _mm512_storeu_si512(to, V::expand(_mm512_loadu_si512(fill), mask, codes));
-    return taken<kInt4>(mask);
+  static std::size_t expand(const std::uint8_t* values, const std::uint64_t* masks, const std::uint8_t* fill,
+                            std::uint8_t raise, std::uint8_t* to) {
+    __m512i codes[2];
+    const std::size_t taken = load<kInt4>(values, masks, codes);
+    for (int word = 0; word < 2; ++word) {
+      const __m512i raised = _mm512_add_epi8(codes[word], _mm512_set1_epi8(static_cast<char>(raise)));
+      _mm512_storeu_si512(to + word * 64, V::expand(_mm512_loadu_si512(fill + word * 64), masks[word], raised));
+    }
+    return taken;
   }
 };
 

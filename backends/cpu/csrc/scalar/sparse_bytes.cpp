@@ -6,17 +6,19 @@ namespace {
 
 struct S {
   template <bool kInt4>
-  static std::size_t expand(const std::uint8_t* values, std::uint64_t mask, const std::uint8_t* fill, std::uint8_t raise,
-                            std::uint8_t* to) {
-    std::size_t count = 0;
-    for (unsigned i = 0; i < 64; ++i) {
+  static std::size_t expand(const std::uint8_t* values, const std::uint64_t* masks, const std::uint8_t* fill,
+                            std::uint8_t raise, std::uint8_t* to) {
+    std::size_t counts[2] = {0, 0};
+    for (unsigned i = 0; i < 128; ++i) {
       to[i] = fill[i];
-      if (((mask >> i) & 1U) == 0) continue;
-      const unsigned code = kInt4 ? (values[count / 2] >> (4 * (count % 2))) & 15U : values[count];
-      to[i] = static_cast<std::uint8_t>(code + raise);
-      ++count;
+      const unsigned word = i / 64;
+      if (((masks[word] >> (i % 64)) & 1U) == 0) continue;
+      const std::uint8_t byte = values[kInt4 ? counts[word] : counts[0] + counts[1]];
+      to[i] = static_cast<std::uint8_t>((kInt4 ? (byte >> (4 * word)) & 15U : byte) + raise);
+      ++counts[word];
     }
-    return kInt4 ? (count + 1) / 2 : count;
+    if (!kInt4) return counts[0] + counts[1];
+    return counts[0] > counts[1] ? counts[0] : counts[1];
   }
 };
 

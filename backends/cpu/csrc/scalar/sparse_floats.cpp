@@ -15,19 +15,13 @@ struct V : Codes {
 #include "linear_floats.inc"
 
 struct S {
+  static constexpr int kFewRows = 0;
+
   template <bool kBfloat16>
-  static std::size_t expand(const std::uint8_t* values, std::uint64_t mask, float* to) {
-    constexpr std::size_t kBytes = kBfloat16 ? 2 : 4;
-    std::size_t taken = 0;
-    for (unsigned i = 0; i < 64; ++i) {
-      std::uint32_t bits = 0;
-      if (((mask >> i) & 1U) != 0) {
-        __builtin_memcpy(&bits, values + taken, kBytes);
-        taken += kBytes;
-      }
-      to[i] = V::from_bits(kBfloat16 ? bits << 16U : bits);
-    }
-    return taken;
+  static V::Float vector(const std::uint8_t* values, unsigned mask) {
+    std::uint32_t bits = 0;
+    if (mask != 0) __builtin_memcpy(&bits, values, kBfloat16 ? 2 : 4);
+    return V::from_bits(kBfloat16 ? bits << 16U : bits);
   }
 };
 
