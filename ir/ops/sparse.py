@@ -118,6 +118,23 @@ def decompress(
     return weight * scales[rows].to(dtype)[:, groups]
 
 
+def dense_codes(
+    mask: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    zeros: torch.Tensor | None,
+    format: str,
+    group: int,
+    columns: int,
+) -> torch.Tensor:
+    """All codes of a sparse weight, uint8 ``[out, columns]``; zero points where nothing is stored."""
+    stored = unpack_mask(mask, columns)
+    middle = torch.full(stored.shape, 2 ** (bits_of(format) - 1), dtype=torch.uint8)
+    groups = torch.arange(columns) // group
+    fill = middle if zeros is None else zeros[:, groups].contiguous()
+    return fill.masked_scatter(stored, unpack_codes(values, format, int(offsets[-1])))
+
+
 def linear_sparse(
     x: torch.Tensor,
     mask: torch.Tensor,

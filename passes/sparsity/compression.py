@@ -13,7 +13,7 @@ from graphwright.ir.arguments import arguments_of
 from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.ops.quantization import pack, unpack
-from graphwright.ir.ops.sparse import bits_of, compress, decompress, pack_codes, unpack_codes, unpack_mask
+from graphwright.ir.ops.sparse import bits_of, compress, decompress, dense_codes, pack_codes
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import TAGS, path_of, tags_of
@@ -48,7 +48,7 @@ class CompressLinears(Pass):
 
     Nothing is rounded: every weight, and every code with its scale, is the same as before; ``-0.0`` becomes ``0.0``.
     A quantised weight is zero where its code is the zero point. :class:`DecompressLinears` is the exact inverse.
-    New weights are named after the old one: ``….q_proj.weight`` becomes ``….q_proj.weight_mask``, ``….weight_values`` and
+    New weights are named after the old: ``….q_proj.weight`` becomes ``….q_proj.weight_mask``, ``….weight_values`` and
     ``….weight_row_offsets``. Values stay trainable where the weight was; the zeros then stay zeros.
 
     It does not fire on: linears outside ``where``; nodes with a protected tag; weights with fewer zeros than
@@ -265,20 +265,3 @@ def _decompress(program: Program, rewriter: Rewriter, node: fx.Node, dense: dict
     for made in (weight, new):
         made.meta[TAGS] = tags_of(made) - {SPARSE}
     rewriter.replace(node, new)
-
-
-def dense_codes(
-    mask: torch.Tensor,
-    values: torch.Tensor,
-    offsets: torch.Tensor,
-    zeros: torch.Tensor | None,
-    format: str,
-    group: int,
-    columns: int,
-) -> torch.Tensor:
-    """All codes of a sparse weight, uint8 ``[out, columns]``; zero points where nothing is stored."""
-    stored = unpack_mask(mask, columns)
-    middle = torch.full(stored.shape, 2 ** (bits_of(format) - 1), dtype=torch.uint8)
-    groups = torch.arange(columns) // group
-    fill = middle if zeros is None else zeros[:, groups].contiguous()
-    return fill.masked_scatter(stored, unpack_codes(values, format, int(offsets[-1])))
