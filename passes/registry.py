@@ -45,6 +45,8 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "quantize-attention": ("quantization", "QuantizeAttention"),
     "split-outlier-columns": ("quantization", "SplitOutlierColumns"),
     "split-outlier-weights": ("quantization", "SplitOutlierWeights"),
+    "compress-linears": ("sparsity.compression", "CompressLinears"),
+    "decompress-linears": ("sparsity.compression", "DecompressLinears"),
     "reduce-projections": ("adapters", "ReduceProjections"),
     "insert-adapters": ("adapters", "InsertAdapters"),
     "merge-adapters": ("adapters", "MergeAdapters"),

@@ -200,6 +200,8 @@ if TYPE_CHECKING:
     from graphwright.passes.sparsity import SparsityDescription as SparsityDescription
     from graphwright.passes.sparsity import Wanda as Wanda
     from graphwright.passes.sparsity import describe_sparsity as describe_sparsity
+    from graphwright.passes.sparsity.compression import CompressLinears as CompressLinears
+    from graphwright.passes.sparsity.compression import DecompressLinears as DecompressLinears
     from graphwright.passes.training import TrainingMemory as TrainingMemory
     from graphwright.passes.training import training_memory as training_memory
     from graphwright.passes.verification import Verification as Verification
@@ -224,6 +226,7 @@ _EXPORTS: dict[str, str] = {
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
     "Compacter": "graphwright.passes.adapters",
+    "CompressLinears": "graphwright.passes.sparsity.compression",
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
@@ -231,6 +234,7 @@ _EXPORTS: dict[str, str] = {
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
+    "DecompressLinears": "graphwright.passes.sparsity.compression",
     "DeleteRanks": "graphwright.passes.adapters",
     "Dim": "graphwright.ir.types",
     "DoRA": "graphwright.passes.adapters",
