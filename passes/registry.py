@@ -55,6 +55,8 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "gate-adapters": ("adapters", "GateAdapters"),
     "adapters-as-inputs": ("adapters", "AdaptersAsInputs"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
+    "tap-features": ("distillation", "TapFeatures"),
+    "remove-taps": ("distillation", "RemoveTaps"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }
 
