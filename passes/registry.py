@@ -61,6 +61,8 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "hold-masks": ("sparsity", "HoldMasks"),
     "release-masks": ("sparsity", "ReleaseMasks"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
+    "tap-features": ("distillation", "TapFeatures"),
+    "remove-taps": ("distillation", "RemoveTaps"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }
 
