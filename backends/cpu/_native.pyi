@@ -119,11 +119,11 @@ class Norm(Instruction):
         """``y = norm(x + residual)`` and ``sum = x + residual``, each ``[rows, columns]`` with contiguous rows."""
 
 class Pointwise(Instruction):
-    """An activation, a sum, a product or a slope, value by value.
+    """An activation, a sum, a difference, a product or a slope, value by value.
 
     Args:
-        combine: ``multiply``, ``add``, or ``slope``: the activation's value where it is above 0, elsewhere its product
-            with the other.
+        combine: ``multiply``, ``add``, ``subtract``, or ``slope``: the activation's value where it is above 0,
+            elsewhere its product with the other.
         number: the other value, instead of an array.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphwright.frontends.generation.adapters import UNSAID, Adapters, read_choices
 from graphwright.frontends.generation.drafts import Draft, PromptLookup
 from graphwright.frontends.generation.prompt_cache import PromptCache
 from graphwright.frontends.generation.prompts import Prompts, check_prompts, read_prompts
@@ -43,6 +44,7 @@ class Options:
     draft_tokens: int | None = None
     tokenizer: Any = None
     batch_size: int = 16
+    adapters: Adapters | Sequence[Adapters] = UNSAID
 
     @staticmethod
     def read(given: Mapping[str, Any]) -> Options:
@@ -80,14 +82,16 @@ class Options:
             limits.append(self.cache.session.capacity)
         room = min(limits) if limits else max(map(len, tokens)) + self.max_new_tokens
         check_prompts(tokens, vocabulary, room)
+        choices = read_choices(decoder, self.adapters, len(tokens))
         cache = self._cache(decoder, tokens, room, draft)
         seed = int(torch.randint(2**62, ())) if self.seed is None else int(self.seed)
-        equal: Counter[tuple[int, ...]] = Counter()
+        equal: Counter[tuple[tuple[int, ...], tuple[float, ...]]] = Counter()
         sequences = []
         for row, prompt in enumerate(map(tuple, tokens)):
-            generator = generator_for(seed, prompt, equal[prompt])
-            equal[prompt] += 1
-            sequence = Growing(row, prompt, self.max_new_tokens, room, ends, generator)
+            choice = choices[row]
+            generator = generator_for(seed, prompt, equal[prompt, choice.weights])
+            equal[prompt, choice.weights] += 1
+            sequence = Growing(row, prompt, self.max_new_tokens, room, ends, generator, choice)
             sequence.seen = sampling.seen(prompt, vocabulary)
             sequence.tail = None if tokenizer is None else TextTail(tokenizer, prompt, stop)
             sequences.append(sequence)
