@@ -73,7 +73,15 @@ class Session(ABC):
     ) -> torch.Tensor:
         """The step, of inputs that fit."""
 
-    def _check(self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> None:
+    def _check(
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        rows: torch.Tensor,
+        count: int | None = None,
+    ) -> None:
+        count = self.slots if count is None else count
         batch, length = tokens.shape
         if slots.shape != (batch,) or starts.shape != (batch,) or rows.dim() != 2 or len(rows) != batch:
             raise InputError(
@@ -90,8 +98,8 @@ class Session(ABC):
                     raise InputError(
                         f"token {token} is not in the vocabulary of {self.layout.vocabulary}", where="decoding step"
                     )
-        if len(set(at)) != batch or not all(0 <= slot < self.slots for slot in at):
-            raise InputError(f"slots {at} are not distinct ones of {self.slots}", where="decoding step")
+        if len(set(at)) != batch or not all(0 <= slot < count for slot in at):
+            raise InputError(f"slots {at} are not distinct ones of {count}", where="decoding step")
         for start in begin:
             if start < 0 or start + length > self.capacity:
                 raise InputError(

@@ -10,6 +10,7 @@ from graphwright.backends.cpu._native_executor import LinearInstruction as Linea
 from graphwright.backends.cpu._native_executor import PythonCall as PythonCall
 from graphwright.backends.cpu._native_executor import Runner as Runner
 from graphwright.backends.cpu._native_executor import SelectRows as SelectRows
+from graphwright.backends.cpu._native_executor import Where as Where
 
 class Isa:
     """An instruction set that kernels are written for."""
