@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from graphwright.backends.triton.kernels import norms
+from graphwright.backends.triton.kernels.epilogue import Epilogue
+from graphwright.backends.triton.kernels.linear_nbits import fused_linear_nbits, input_gradient
+from graphwright.backends.triton.kernels.nbits_weight import NbitsWeight, repack
 
 _HALF = torch.bfloat16
 _META = torch.device("meta")
@@ -52,7 +55,41 @@ def _norm_gradients() -> None:
     norms.layer_norm(x, weight, weight, 1e-5).sum().backward()
 
 
+def _nbits(bits: int, group: int, *, asymmetric: bool, outputs: int = 4096, columns: int = 4096) -> NbitsWeight:
+    groups = columns // group
+    qweight = tensor(outputs, groups, group * bits // 8, dtype=torch.uint8)
+    zeros = tensor(outputs, groups, dtype=torch.uint8) if asymmetric else None
+    return repack(qweight, tensor(outputs, groups, dtype=torch.float16), zeros, bits, group, columns)
+
+
+def _nbits_case(rows: int, bits: int = 4, group: int = 128, *, asymmetric: bool = False, fused: bool = False) -> Case:
+    kind = "few" if rows <= 16 else "many"
+    name = f"linear_nbits {rows} rows, {bits} bits, {group}{', asymmetric' * asymmetric}{', fused' * fused}"
+
+    def run() -> None:
+        weight, x = _nbits(bits, group, asymmetric=asymmetric), tensor(rows, 4096)
+        epilogue = Epilogue()
+        if fused:
+            y = tensor(rows, 4096)
+            epilogue = Epilogue(tensor(4096), "silu", y, y, tensor(rows, 16), tensor(4096, 16))
+        fused_linear_nbits(x, weight, epilogue)
+
+    return Case(name, run, f"linear_nbits {kind}")
+
+
+def _nbits_gradient() -> None:
+    for bits in (4, 8):
+        input_gradient(tensor(512, 4096), _nbits(bits, 128, asymmetric=True))
+
+
 CASES: tuple[Case, ...] = (
     Case("norms", _norms),
     Case("gradients of norms", _norm_gradients),
+    _nbits_case(1),
+    _nbits_case(4096),
+    _nbits_case(1, asymmetric=True, fused=True),
+    _nbits_case(4096, asymmetric=True, fused=True),
+    *(_nbits_case(rows, 4, group, asymmetric=True) for rows in (1, 4096) for group in (32, 64)),
+    *(_nbits_case(rows, 8, asymmetric=asymmetric) for rows in (1, 4096) for asymmetric in (False, True)),
+    Case("linear_nbits input gradient", _nbits_gradient, "linear_nbits input gradient"),
 )
