@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from graphwright.backends.triton.cases import CASES, Case
 from graphwright.backends.triton.configurations import candidates, take_tuned
 from graphwright.backends.triton.launching import Launch, recorded
-from graphwright.backends.triton.status import STAND_IN, triton_status
+from graphwright.backends.triton.status import AMD, triton_status
 from graphwright.ir.errors import BackendError
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
@@ -110,7 +110,7 @@ def compiled(launch: Launch, case: str, target: str) -> Compiled:
 
 def launches_of(case: Case, target: str, *, every: bool) -> Iterator[Launch]:
     """What a case launches on a target, in its first configuration or in all."""
-    arch = int(target[3:]) if target.startswith("sm_") else STAND_IN
+    arch = int(target[3:]) if target.startswith("sm_") else AMD
     seen: set[str] = set()
     choices = candidates(case.table, arch) if case.table is not None and every else (None,)
     for choice in choices:

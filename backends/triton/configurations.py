@@ -44,12 +44,20 @@ TABLE: dict[str, dict[int, tuple[Config, ...]]] = {
     # Few rows: bytes of weights in flight are what counts. Splits along the input fill the GPU (linear_nbits.py).
     "linear_nbits few": {
         80: _linear((64, 16, 4, 4), (32, 16, 4, 5), (128, 16, 4, 3)),
-        90: _linear((64, 16, 4, 5), (32, 16, 2, 6), (128, 16, 4, 4), (64, 16, 8, 4)),
+        90: _linear((64, 16, 4, 5), (32, 16, 4, 6), (128, 16, 4, 4), (64, 16, 8, 4)),
+        942: _linear((64, 16, 4, 2)),
     },
     # Many rows: outputs are the rows of the tensor cores' left operand, which is unpacked in registers.
     "linear_nbits many": {
         80: _linear((64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3)),
-        90: _linear((128, 128, 8, 3), (128, 64, 4, 4), (64, 128, 4, 3)),
+        90: _linear((128, 128, 8, 3), (128, 64, 4, 4)),
+        942: _linear((64, 64, 4, 2)),
+    },
+    # With more to do before the result is stored.
+    "linear_nbits many fused": {
+        80: _linear((64, 64, 4, 3)),
+        90: _linear((128, 64, 4, 4)),
+        942: _linear((64, 64, 4, 2)),
     },
     "linear_nbits input gradient": {
         80: tuple(Config({"BN": 32, "BM": bm}, 4, 2) for bm in (64, 32)),

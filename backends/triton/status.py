@@ -17,6 +17,8 @@ from graphwright.ir.errors import BackendError
 
 # The oldest GPU whose tensor cores take bfloat16 and asynchronous copies, which the kernels are written for.
 OLDEST = 80
+# AMD's Instinct MI300, whose numbers are not NVIDIA's, in the tables of configurations.
+AMD = 942
 # Kernels under the interpreter, and those that are only compiled, take the choices of this architecture.
 STAND_IN = 90
 
@@ -50,6 +52,8 @@ def architecture(device: torch.device) -> int:
     """Compute capability as one number, such as 90; that of :data:`STAND_IN` where no GPU is meant."""
     if device.type != "cuda":
         return STAND_IN
+    if torch.version.hip is not None:
+        return AMD
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -31,6 +31,11 @@ class Epilogue:
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it reads more than a bias, and so needs registers beside those of the sums."""
+        return any(each is not None for each in (self.factor, self.residual, self.up))
+
     def check(self, rows: int, outputs: int) -> None:
         """Check every part against the result ``[rows, outputs]``.
 

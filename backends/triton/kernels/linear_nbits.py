@@ -284,7 +284,8 @@ def fused_linear_nbits(
     epilogue.check(rows, outputs)
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     is_few = rows <= FEW_ROWS
-    config = choose(f"linear_nbits {'few' if is_few else 'many'}", chosen_architecture(x.device))
+    kind = "few" if is_few else "many fused" if epilogue.is_long else "many"
+    config = choose(f"linear_nbits {kind}", chosen_architecture(x.device))
     if x.dtype == torch.float32 and not is_few:  # operands are twice as wide
         config = Config({"BN": 64, "BM": 32}, 4, 2)
     grid = blocks_of(outputs, config.blocks["BN"]), blocks_of(rows, config.blocks["BM"])
