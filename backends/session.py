@@ -104,7 +104,15 @@ class Session(ABC):
         """What was chosen for the slots of a step, float32 ``[B, adapters]``, where adapters are switched."""
         return [torch.tensor([self._chosen[slot] for slot in slots.tolist()])] if self.layout.adapters else []
 
-    def _check(self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> None:
+    def _check(
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        rows: torch.Tensor,
+        count: int | None = None,
+    ) -> None:
+        count = self.slots if count is None else count
         batch, length = tokens.shape
         if slots.shape != (batch,) or starts.shape != (batch,) or rows.dim() != 2 or len(rows) != batch:
             raise InputError(
@@ -121,8 +129,8 @@ class Session(ABC):
                     raise InputError(
                         f"token {token} is not in the vocabulary of {self.layout.vocabulary}", where="decoding step"
                     )
-        if len(set(at)) != batch or not all(0 <= slot < self.slots for slot in at):
-            raise InputError(f"slots {at} are not distinct ones of {self.slots}", where="decoding step")
+        if len(set(at)) != batch or not all(0 <= slot < count for slot in at):
+            raise InputError(f"slots {at} are not distinct ones of {count}", where="decoding step")
         silent = [slot for slot in at if slot not in self._chosen] if self.layout.adapters else []
         if silent:
             raise InputError(

@@ -179,7 +179,12 @@ def load_packed(path: str | os.PathLike[str]) -> PackedModel:
         # The instruction set, which labels name, may be another than when the file was written.
         labels = {entry["label"]: calls[nodes[entry["node"]]].kernel.label for entry in document["calls"]}
         uses = tuple(_renamed(KernelUse(*use), labels) for use in document["uses"])
-        return PackedModel(CpuExecutable(program, Lowered(calls, absorbed, uses)))
+        no_stage = ProgramError(
+            "has whole steps only, no stages",
+            where=str(path),
+            hint="optimize the saved Program with target='cpu', or decode without pipeline=True",
+        )
+        return PackedModel(CpuExecutable(program, Lowered(calls, absorbed, uses), stage=no_stage))
 
 
 def _renamed(use: KernelUse, labels: Mapping[str, str]) -> KernelUse:
