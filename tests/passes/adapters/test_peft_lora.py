@@ -15,6 +15,7 @@ from torch import nn
 import graphwright as gw
 from graphwright.passes.adapters.files import load_adapter
 from graphwright.passes.adapters.inserted import adapters_of
+from graphwright.passes.adapters.peft.lora_base import Beside
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -134,7 +135,9 @@ def test_starts_and_biases_need_the_layer_they_were_trained_with(tmp_path: Path)
 
     saved = load_adapter(tmp_path / "biased")
     moved = {f"bert.{path}": site for path, site in saved.sites.items()}
-    finish = dataclasses.replace(saved.finish, biases={f"bert.{k}": v for k, v in saved.finish.biases.items()})
+    assert isinstance(saved.finish, Beside)
+    biases = {f"bert.{path}": bias for path, bias in saved.finish.biases.items()}
+    finish = dataclasses.replace(saved.finish, biases=biases)
     with pytest.raises(gw.InputError, match=r"has a trained bias \[24\] for bert.encoder.* the program's is none"):
         ours(Bare, dataclasses.replace(saved, sites=moved, finish=finish))
     start = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
