@@ -9,26 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.frontends.decoders import FAMILIES, generate, greedy, make
+from tests.frontends.decoders import FAMILIES, generate, greedy, traced
 
 import graphwright as gw
 from graphwright.backends.reference.session import ReferenceSession
 from graphwright.backends.session import StepCancelled
-from graphwright.frontends.huggingface import load_decoder
 from graphwright.ir.errors import InputError
-from graphwright.ir.program import Program
 
 pytest.importorskip("transformers")
 native = pytest.importorskip("graphwright.backends.cpu._native")
 
 PROMPTS = [[5, 17, 30, 44, 3, 61, 80, 12, 9], [22, 71, 8, 90], [33, 2, 64, 19, 77, 50]]
 COUNT = 9
-
-
-@functools.cache
-def traced(name: str) -> tuple[Any, Program]:
-    model = make(name)
-    return model, load_decoder(model, check=False)  # tests/frontends/test_decoders.py has it checked
 
 
 @functools.cache

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.frontends.decoders import make
+from tests.frontends.decoders import traced as traced_decoder
 from tests.passes.adapters.cases import CASES, Case, Net, X, stirred
 
 import graphwright as gw
 from graphwright.backends.reference.session import ReferenceSession
-from graphwright.frontends.huggingface import load_decoder
 
 # kinds of which nothing can be computed before the input is there
 NOTHING = {
@@ -35,8 +34,7 @@ NOTHING = {
 
 @lru_cache
 def decoder() -> gw.Program:
-    program: gw.Program = load_decoder(make("llama"))
-    return program
+    return traced_decoder("llama")[1]
 
 
 @lru_cache
