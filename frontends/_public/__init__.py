@@ -188,16 +188,20 @@ if TYPE_CHECKING:
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.sparsity import CubicSchedule as CubicSchedule
     from graphwright.passes.sparsity import HoldMasks as HoldMasks
+    from graphwright.passes.sparsity import LadderSchedule as LadderSchedule
     from graphwright.passes.sparsity import LinearSparsity as LinearSparsity
     from graphwright.passes.sparsity import LossDriven as LossDriven
     from graphwright.passes.sparsity import Magnitude as Magnitude
     from graphwright.passes.sparsity import PruneByMasks as PruneByMasks
+    from graphwright.passes.sparsity import PruneGradually as PruneGradually
     from graphwright.passes.sparsity import PruneLinears as PruneLinears
     from graphwright.passes.sparsity import PruningMethod as PruningMethod
     from graphwright.passes.sparsity import ReleaseMasks as ReleaseMasks
     from graphwright.passes.sparsity import SparseGpt as SparseGpt
     from graphwright.passes.sparsity import SparsityDescription as SparsityDescription
+    from graphwright.passes.sparsity import SparsitySchedule as SparsitySchedule
     from graphwright.passes.sparsity import Wanda as Wanda
     from graphwright.passes.sparsity import describe_sparsity as describe_sparsity
     from graphwright.passes.training import TrainingMemory as TrainingMemory
@@ -227,6 +231,7 @@ _EXPORTS: dict[str, str] = {
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
+    "CubicSchedule": "graphwright.passes.sparsity",
     "DePT": "graphwright.passes.adapters",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
@@ -268,6 +273,7 @@ _EXPORTS: dict[str, str] = {
     "InsertFakeQuantize": "graphwright.passes.quantization",
     "KronA": "graphwright.passes.adapters",
     "KronABlock": "graphwright.passes.adapters",
+    "LadderSchedule": "graphwright.passes.sparsity",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
     "LinearSparsity": "graphwright.passes.sparsity",
@@ -307,6 +313,7 @@ _EXPORTS: dict[str, str] = {
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
     "PruneByMasks": "graphwright.passes.sparsity",
+    "PruneGradually": "graphwright.passes.sparsity",
     "PruneLinears": "graphwright.passes.sparsity",
     "PrunedWeight": "graphwright.ir.pruned",
     "PruningMethod": "graphwright.passes.sparsity",
@@ -340,6 +347,7 @@ _EXPORTS: dict[str, str] = {
     "SparseGpt": "graphwright.passes.sparsity",
     "SparsityDescription": "graphwright.passes.sparsity",
     "SparsityPattern": "graphwright.ir.sparsity",
+    "SparsitySchedule": "graphwright.passes.sparsity",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "Stream": "graphwright.frontends.generation.stream",
