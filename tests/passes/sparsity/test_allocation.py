@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,6 @@ def test_sparsities_by_what_they_cost(measure: str) -> None:
         ({"levels": 4}, "must be an odd number from 3 on"),
     ],
 )
-def test_options_that_do_not_serve(options: dict[str, object], words: str) -> None:
+def test_options_that_do_not_serve(options: dict[str, Any], words: str) -> None:
     with pytest.raises(gw.InputError, match=words):
-        gw.LossDriven(**options)  # type: ignore[arg-type]
+        gw.LossDriven(**options)

@@ -75,7 +75,8 @@ def test_masks_grow_while_the_optimiser_goes_on(method: str) -> None:
     data = batches(6) if method == "sparsegpt" else None
     item = gw.PruneLinears(method=method, calibration=data)
     pruning = gw.PruneGradually(program, gw.LadderSchedule(every=2, levels=(0.5, 0.67, 0.8), start=1), item)
-    pruned_at, before = [], {}
+    pruned_at: list[int] = []
+    before: dict[str, torch.Tensor] = {}
     for step in range(7):
         if pruning.step(step):
             pruned_at.append(step)
