@@ -58,16 +58,18 @@ def main() -> int:
         rows.write(options.json)
         return found
 
-    for percent in (50,) if options.quick else (50, 70):
+    levels = (50,) if options.quick else (50, 70)
+    for percent in levels:
         sparsity = percent / 100
         data: dict[str, Any] = {"sparsity": sparsity, "calibration": calibration}
-        judge(f"{percent} % magnitude", gw.PruneLinears(sparsity=sparsity))
-        judge(f"{percent} % Wanda", gw.PruneLinears(method="wanda", **data))
         ours = judge(f"{percent} % SparseGPT", gw.PruneLinears(method="sparsegpt", **data))
         theirs = oracle(f"{percent} % SparseGPT", sparsity)
         rows.require(ours <= _NOISE * theirs, f"{percent} %: SparseGPT {ours:.1f}, the oracle {theirs:.1f}")
-        if options.quick:
-            continue
+        judge(f"{percent} % magnitude", gw.PruneLinears(sparsity=sparsity))
+        judge(f"{percent} % Wanda", gw.PruneLinears(method="wanda", **data))
+    for percent in () if options.quick else levels:
+        sparsity = percent / 100
+        data = {"sparsity": sparsity, "calibration": calibration}
         judge(f"{percent} % magnitude, global", gw.PruneLinears(sparsity=sparsity, allocation="global"))
         judge(f"{percent} % SparseGPT, ERK", gw.PruneLinears(method="sparsegpt", allocation="erk", **data))
         judge(f"{percent} % SparseGPT, loss-driven", gw.PruneLinears(method="sparsegpt", allocation="loss", **data))
