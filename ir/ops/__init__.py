@@ -32,6 +32,7 @@ DIALECT: dict[str, str] = {
     "linear_nbits": "quantization",
     "linear_nbits_dynamic": "rounded_activations",
     "linear_outliers": "outliers",
+    "linear_sparse": "sparse",
     "rms_norm": "normalization",
     "rotary_embedding": "position",
     "select_rows": "cache",

@@ -24,7 +24,8 @@ from graphwright.passes.fusion.heads import given_back
 
 _LINEAR = "aten.linear"
 _QUANTIZED = frozenset(
-    f"graphwright.{name}" for name in ("linear_codebook", "linear_int8_dynamic", "linear_int8_static", "linear_nbits")
+    f"graphwright.{name}"
+    for name in ("linear_codebook", "linear_int8_dynamic", "linear_int8_static", "linear_nbits", "linear_sparse")
 )
 _CACHED = "graphwright.cached_attention"
 _ATTENTION = frozenset({"graphwright.attention", "aten.scaled_dot_product_attention", _CACHED})
@@ -276,7 +277,7 @@ def _linear_behind(value: Any) -> fx.Node | str:
             stack.append(node.args[0])
             continue
         if name in _QUANTIZED:
-            return f"%{node.name} is quantised already: merge linears before they are quantised"
+            return f"%{node.name} is quantised or compressed already: merge linears before that"
         if name == _LINEAR:
             linears[node] = None
         elif name not in _PRODUCTS and name not in _ATTENTION and len(seen) < _FARTHEST:

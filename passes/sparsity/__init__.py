@@ -1,4 +1,4 @@
-"""Sparsity: weights that are exactly 0, and stay so."""
+"""Sparsity: weights that are exactly 0, stay so, and are stored so that they cost nothing."""
 
 from graphwright.passes.sparsity.allocation import LossDriven
 from graphwright.passes.sparsity.description import LinearSparsity, SparsityDescription, describe_sparsity
