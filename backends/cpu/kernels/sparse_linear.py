@@ -93,7 +93,7 @@ def _sparse(site: Site) -> Kernel | str:
 
 
 def _rows(site: Site) -> int:
-    """Rows of the input: of a decoder one, as its steps have few; elsewhere those of the examples that were traced."""
+    """Rows of the input: of a decoder one, as its steps have few; elsewhere those of the examples it was traced on."""
     if DecoderLayout.find(site.program) is not None:
         return 1
     rows = 1
