@@ -114,10 +114,11 @@ def systems(weights: Weights, count: int, deepsparse: Callable[[], Any]) -> list
     x = np.random.default_rng(0).standard_normal((count, columns)).astype(np.float32)
     packed = weights.sparse()
     compute = "float32" if weights.codes is None else "int8"
-    made = [ours("graphwright sparse", packed.nbytes, x, lambda: SparseLinear(weights.sparse(), isa(), compute))]
+    made = [ours("graphwright sparse", packed.nbytes, x, lambda: SparseLinear(_copy(packed), isa(), compute))]
     if weights.codes is None:
         plain = weights.meant.float()
-        made.append(ours("graphwright dense fp32", plain.nbytes, x, lambda: FloatLinear(pack_floats(plain), isa())))
+        floats = pack_floats(plain)
+        made.append(ours("graphwright dense fp32", plain.nbytes, x, lambda: FloatLinear(_copy(floats), isa())))
         sparse = plain.to_sparse_csr()
         made.append(here(f"{TORCH} CSR", packed.nbytes, x, [lambda rows: (sparse @ torch.from_numpy(rows).t()).t()]))
     else:

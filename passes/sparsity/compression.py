@@ -77,7 +77,9 @@ class CompressLinears(Pass):
 
     def run(self, program: Program) -> bool:
         """Compress every linear that is selected and has enough zeros."""
-        chosen, groups, reasons = self.selected(program), {}, {}
+        chosen = self.selected(program)
+        groups: dict[str, list[fx.Node]] = {}
+        reasons: dict[fx.Node, str] = {}
         for node in program.nodes:
             if node.op != "call_function" or op_name(node) not in _LINEARS:
                 continue
@@ -206,8 +208,9 @@ class DecompressLinears(Pass):
 
     def run(self, program: Program) -> bool:
         """Decompress every sparse linear that is selected; those that share a weight share the dense one."""
-        chosen, reasons, dense = self.selected(program), {}, dict[str, torch.Tensor]()
-        count = 0
+        chosen, count = self.selected(program), 0
+        reasons: dict[fx.Node, str] = {}
+        dense: dict[str, torch.Tensor] = {}
         with program.edit() as rewriter:
             for node in program.nodes:
                 if node.op != "call_function" or op_name(node) != "graphwright.linear_sparse":

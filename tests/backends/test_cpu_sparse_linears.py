@@ -13,12 +13,14 @@ from torch import nn
 import graphwright as gw
 from graphwright.backends.cpu import CpuBackend, features, native_status
 from graphwright.backends.cpu.features import ISA_VARIABLE
+from graphwright.backends.cpu.kernels import sparse_linear
 from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
 from graphwright.backends.cpu.kernels.byte_packing import pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
 from graphwright.backends.cpu.kernels.sparse_cost import _FEW_ROWS, _TABLE, least_sparsity
 from graphwright.backends.cpu.kernels.sparse_linear import SparseLinear
 from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
+from graphwright.frontends.huggingface import load_decoder
 from graphwright.ir import ops
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops.quantization import pack
@@ -354,3 +356,35 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         pack_sparse(mask, values[:-1], offsets, None, None, "float", 0, 40)
     with pytest.raises(ValueError, match="other values than its offsets"):
         pack_sparse(mask ^ 1, values, offsets, None, None, "float", 0, 40)
+
+
+@pytest.mark.parametrize("compute", ["float32", "int8"])
+def test_decoders_run_them_without_python(compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v are merged before they are compressed; what is merged afterwards is refused."""
+    pytest.importorskip("transformers")
+    decoders = pytest.importorskip("tests.frontends.decoders")
+    model = decoders.make("llama")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight *= random(*weight.shape).abs() > 1.2
+    program = load_decoder(model)
+    if compute == "int8":
+        monkeypatch.setattr(sparse_linear, "least_sparsity", lambda *_: 0.5)  # whatever this CPU has
+    passes = [gw.Cleanup(), gw.FuseAll(), *([gw.QuantizeLinears(bits=8, group_size=32)] if compute == "int8" else [])]
+    backend = CpuBackend(compute=compute)
+    dense = gw.optimize(program, passes, target=backend, verify=False)
+    small = gw.optimize(program, [*passes, gw.CompressLinears()], target=backend, verify=False)
+    uses = small.explain()
+    assert not [use for use in uses if "linear" in use.op and use.kernel in ("torch", "reference")]
+    kernels = [use.kernel for use in uses if use.op == "graphwright.linear_sparse"]
+    if compute == "int8" or least_sparsity(str(features().selected), "float32", 1) is not None:
+        assert kernels
+        assert all(kernel.startswith("sparse_linear ") for kernel in kernels)
+    tokens = [[5, 17, 30, 44, 3]]
+    found, wanted = (
+        decoders.greedy(each._executable.session(slots=1, capacity=20), tokens, [0], 6) for each in (small, dense)
+    )
+    assert found == wanted
+    late = gw.FuseQKV().refusals(gw.optimize(program, [gw.Cleanup(), gw.CompressLinears()], verify=False).program)
+    assert any("merge linears before that" in refusal.reason for refusal in late)
