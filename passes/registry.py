@@ -56,7 +56,13 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "fold-adapters": ("adapters", "FoldAdapters"),
     "gate-adapters": ("adapters", "GateAdapters"),
     "adapters-as-inputs": ("adapters", "AdaptersAsInputs"),
+    "prune-linears": ("sparsity", "PruneLinears"),
+    "prune-by-masks": ("sparsity", "PruneByMasks"),
+    "hold-masks": ("sparsity", "HoldMasks"),
+    "release-masks": ("sparsity", "ReleaseMasks"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
+    "tap-features": ("distillation", "TapFeatures"),
+    "remove-taps": ("distillation", "RemoveTaps"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }
 

@@ -17,6 +17,7 @@ __all__ = ["DIALECT", "Cost", "OpDefinition", "definition_of", "get", "is_dialec
 
 # operator -> module under graphwright.ir.ops that holds its definition, as an upper-case constant of the same name
 DIALECT: dict[str, str] = {
+    "apply_mask": "masking",
     "attention": "attention",
     "attention_int8": "attention_int8",
     "cache_append": "cache",

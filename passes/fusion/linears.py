@@ -15,6 +15,7 @@ from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import PATH, path_of, tags_of
+from graphwright.ir.pruned import follow
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.scratch import stack
 from graphwright.ir.types import fake_of
@@ -350,6 +351,7 @@ def _merge(rewriter: Rewriter, bucket: Sequence[Group]) -> int:
     modules = [f"{parent}.{name}" if parent else name for parent in parents]
     sizes = [int(fake_of(node).shape[0]) for node in weights]
     weight = _store(rewriter, modules, "weight", _stacked(program, weights, sizes), first[0])
+    follow(program, [str(node.target) for node in weights], str(weight.target), program.tensor(weight).detach() != 0)
     bias = None
     if any(item is not None for item in biases):
         bias = _store(rewriter, modules, "bias", _stacked(program, biases, sizes), first[0])

@@ -46,6 +46,7 @@ KERNELS: dict[str, type[Kernel]] = {
         norms.RmsNorm,
         pointwise.Activation,
         pointwise.Combination,
+        pointwise.Difference,
         pointwise.GatedActivation,
         pointwise.LeakyRelu,
         rotary.Rotary,
