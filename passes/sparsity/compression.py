@@ -61,7 +61,10 @@ class CompressLinears(Pass):
 
     name: ClassVar[str] = "compress-linears"
     contract: ClassVar[Contract] = Exact()
-    after: ClassVar[tuple[str, ...]] = ("quantize-linears", "merge-adapters", "fuse-qkv", "fuse-gate-up")
+    after: ClassVar[tuple[str, ...]] = (
+        *("prune-linears", "prune-by-masks", "release-masks", "quantize-linears"),
+        *("merge-adapters", "fuse-qkv", "fuse-gate-up"),
+    )
 
     min_sparsity: float = 0.5
 
