@@ -358,33 +358,42 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         pack_sparse(mask ^ 1, values, offsets, None, None, "float", 0, 40)
 
 
-@pytest.mark.parametrize("compute", ["float32", "int8"])
-def test_decoders_run_them_without_python(compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """q, k and v are merged before they are compressed; what is merged afterwards is refused."""
+def test_decoders_run_them_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v are merged before they are compressed; merging afterwards is refused."""
     pytest.importorskip("transformers")
     decoders = pytest.importorskip("tests.frontends.decoders")
+    monkeypatch.setattr(sparse_linear, "least_sparsity", lambda *_: 0.5)  # whatever this CPU has
     model = decoders.make("llama")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "proj" in name:
                 weight *= random(*weight.shape).abs() > 1.2
     program = load_decoder(model)
-    if compute == "int8":
-        monkeypatch.setattr(sparse_linear, "least_sparsity", lambda *_: 0.5)  # whatever this CPU has
-    passes = [gw.Cleanup(), gw.FuseAll(), *([gw.QuantizeLinears(bits=8, group_size=32)] if compute == "int8" else [])]
-    backend = CpuBackend(compute=compute)
-    dense = gw.optimize(program, passes, target=backend, verify=False)
-    small = gw.optimize(program, [*passes, gw.CompressLinears()], target=backend, verify=False)
-    uses = small.explain()
-    assert not [use for use in uses if "linear" in use.op and use.kernel in ("torch", "reference")]
-    kernels = [use.kernel for use in uses if use.op == "graphwright.linear_sparse"]
-    if compute == "int8" or least_sparsity(str(features().selected), "float32", 1) is not None:
-        assert kernels
-        assert all(kernel.startswith("sparse_linear ") for kernel in kernels)
+    for item in (gw.Cleanup(), gw.FuseAll(), gw.QuantizeLinears(bits=8, group_size=32)):
+        item(program)
+    sparse, backend = program.clone(), CpuBackend(compute="int8")
+    assert gw.CompressLinears()(sparse)
+    dense, small = (backend.lower(each) for each in (program, sparse))
+    kernels = [use.kernel for use in small.explain() if use.op == "graphwright.linear_sparse"]
+    assert len(kernels) >= 4
+    assert all(kernel.startswith("sparse_linear ") for kernel in kernels)
     tokens = [[5, 17, 30, 44, 3]]
-    found, wanted = (
-        decoders.greedy(each._executable.session(slots=1, capacity=20), tokens, [0], 6) for each in (small, dense)
-    )
+    found, wanted = (decoders.greedy(each.session(slots=1, capacity=20), tokens, [0], 6) for each in (small, dense))
     assert found == wanted
-    late = gw.FuseQKV().refusals(gw.optimize(program, [gw.Cleanup(), gw.CompressLinears()], verify=False).program)
-    assert any("merge linears before that" in refusal.reason for refusal in late)
+
+
+def test_linears_are_merged_before_they_are_compressed() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(8, 8, bias=False) for _ in range(3))
+            for linear in (self.query, self.key, self.value):
+                nn.init.zeros_(linear.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.query, self.key, self.value))
+            return nn.functional.scaled_dot_product_attention(*parts)
+
+    program = gw.trace(Attention(), random(2, 3, 8))
+    assert gw.CompressLinears()(program)
+    assert any("merge linears before that" in refusal.reason for refusal in gw.FuseQKV().refusals(program))
