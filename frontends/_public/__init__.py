@@ -82,7 +82,10 @@ if TYPE_CHECKING:
     from graphwright.ir.program import Program as Program
     from graphwright.ir.provenance import path_of as path_of
     from graphwright.ir.provenance import tags_of as tags_of
+    from graphwright.ir.pruned import PrunedWeight as PrunedWeight
+    from graphwright.ir.pruned import pruned_weights as pruned_weights
     from graphwright.ir.rewriter import Rewriter as Rewriter
+    from graphwright.ir.sparsity import SparsityPattern as SparsityPattern
     from graphwright.ir.taps import Tapped as Tapped
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
@@ -208,6 +211,20 @@ if TYPE_CHECKING:
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.sparsity import HoldMasks as HoldMasks
+    from graphwright.passes.sparsity import LinearSparsity as LinearSparsity
+    from graphwright.passes.sparsity import LossDriven as LossDriven
+    from graphwright.passes.sparsity import Magnitude as Magnitude
+    from graphwright.passes.sparsity import PruneByMasks as PruneByMasks
+    from graphwright.passes.sparsity import PruneLinears as PruneLinears
+    from graphwright.passes.sparsity import PruningMethod as PruningMethod
+    from graphwright.passes.sparsity import ReleaseMasks as ReleaseMasks
+    from graphwright.passes.sparsity import SparseGpt as SparseGpt
+    from graphwright.passes.sparsity import SparsityDescription as SparsityDescription
+    from graphwright.passes.sparsity import Wanda as Wanda
+    from graphwright.passes.sparsity import describe_sparsity as describe_sparsity
+    from graphwright.passes.sparsity.compression import CompressLinears as CompressLinears
+    from graphwright.passes.sparsity.compression import DecompressLinears as DecompressLinears
     from graphwright.passes.training import TrainingMemory as TrainingMemory
     from graphwright.passes.training import training_memory as training_memory
     from graphwright.passes.verification import Verification as Verification
@@ -232,6 +249,7 @@ _EXPORTS: dict[str, str] = {
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
     "Compacter": "graphwright.passes.adapters",
+    "CompressLinears": "graphwright.passes.sparsity.compression",
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
@@ -240,6 +258,7 @@ _EXPORTS: dict[str, str] = {
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
+    "DecompressLinears": "graphwright.passes.sparsity.compression",
     "DeleteRanks": "graphwright.passes.adapters",
     "Dim": "graphwright.ir.types",
     "Distilled": "graphwright.passes.distillation",
@@ -269,6 +288,7 @@ _EXPORTS: dict[str, str] = {
     "GraphwrightError": "graphwright.ir.errors",
     "HiddenCosine": "graphwright.passes.distillation",
     "HoistRowSelection": "graphwright.passes.decoding",
+    "HoldMasks": "graphwright.passes.sparsity",
     "Hook": "graphwright.passes.hooks",
     "HoulsbyAdapter": "graphwright.passes.adapters",
     "Hqq": "graphwright.passes.quantization",
@@ -281,6 +301,7 @@ _EXPORTS: dict[str, str] = {
     "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LinearSparsity": "graphwright.passes.sparsity",
     "LoDA": "graphwright.passes.adapters",
     "LoHa": "graphwright.passes.adapters",
     "LoKr": "graphwright.passes.adapters",
@@ -288,7 +309,9 @@ _EXPORTS: dict[str, str] = {
     "LoRAFA": "graphwright.passes.adapters",
     "LoRAXS": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
+    "LossDriven": "graphwright.passes.sparsity",
     "LowRank": "graphwright.passes.quantization",
+    "Magnitude": "graphwright.passes.sparsity",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "MergeAdapters": "graphwright.passes.adapters",
@@ -315,6 +338,10 @@ _EXPORTS: dict[str, str] = {
     "PromptTuning": "graphwright.passes.adapters",
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
+    "PruneByMasks": "graphwright.passes.sparsity",
+    "PruneLinears": "graphwright.passes.sparsity",
+    "PrunedWeight": "graphwright.ir.pruned",
+    "PruningMethod": "graphwright.passes.sparsity",
     "QuantizeAttention": "graphwright.passes.quantization",
     "QuantizeEmbeddings": "graphwright.passes.quantization",
     "QuantizeLinears": "graphwright.passes.quantization",
@@ -322,6 +349,7 @@ _EXPORTS: dict[str, str] = {
     "ReduceProjections": "graphwright.passes.adapters",
     "Refusal": "graphwright.ir.pattern",
     "Relative": "graphwright.frontends.autoquantize",
+    "ReleaseMasks": "graphwright.passes.sparsity",
     "RemoveAdapters": "graphwright.passes.adapters",
     "RemoveChannels": "graphwright.passes.removal",
     "RemoveDeadCode": "graphwright.passes.cleanup",
@@ -345,6 +373,9 @@ _EXPORTS: dict[str, str] = {
     "SerializationError": "graphwright.ir.errors",
     "SmoothActivations": "graphwright.passes.quantization",
     "SoRA": "graphwright.passes.adapters",
+    "SparseGpt": "graphwright.passes.sparsity",
+    "SparsityDescription": "graphwright.passes.sparsity",
+    "SparsityPattern": "graphwright.ir.sparsity",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "SquareHead": "graphwright.passes.distillation",
@@ -366,6 +397,7 @@ _EXPORTS: dict[str, str] = {
     "VeRA": "graphwright.passes.adapters",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
+    "Wanda": "graphwright.passes.sparsity",
     "Wanted": "graphwright.frontends.generation.drafts",
     "adapter_inputs": "graphwright.passes.adapters",
     "adapter_parameters": "graphwright.passes.adapters",
@@ -381,6 +413,7 @@ _EXPORTS: dict[str, str] = {
     "const": "graphwright.ir.pattern",
     "cost_of": "graphwright.ir.cost",
     "cross_entropy": "graphwright.passes.distillation",
+    "describe_sparsity": "graphwright.passes.sparsity",
     "diff": "graphwright.ir.diff",
     "distill": "graphwright.passes.distillation",
     "distilling": "graphwright.frontends.huggingface.distillation",
@@ -402,6 +435,7 @@ _EXPORTS: dict[str, str] = {
     "optimize": "graphwright.frontends.api",
     "parse": "graphwright.ir.parser",
     "path_of": "graphwright.ir.provenance",
+    "pruned_weights": "graphwright.ir.pruned",
     "run_passes": "graphwright.passes.pipeline",
     "save_adapter": "graphwright.passes.adapters",
     "save_quantized": "graphwright.frontends.huggingface.quantized",
