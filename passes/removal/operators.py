@@ -130,7 +130,7 @@ def _embedding(units: Units, node: fx.Node) -> set[Axis]:
 
 def _norm(units: Units, node: fx.Node) -> set[Axis]:
     given = arguments_of(node)
-    x = given.get("input", given.get("x"))
+    x: fx.Node = given["input"] if "input" in given else given["x"]
     if len(given.get("normalized_shape", [0])) != 1:
         return set()
     pairs = _alike(units, x, node, [(place, place) for place in range(len(units.shape(x)))])

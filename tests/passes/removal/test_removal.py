@@ -181,7 +181,7 @@ def test_scores_by_their_formulas() -> None:
         (read.square() + (up.detach().square() * inputs).sum(1)).sqrt().tolist(), rel=1e-9
     )
     loss = sum(model(each).square().mean() for each in batches) / 2
-    grads = torch.autograd.grad(loss, (up, bias, down))  # type: ignore[arg-type]
+    grads = torch.autograd.grad(loss, (up, bias, down))
     first = (grads[0] * up).sum(1) + grads[1] * bias + (grads[2] * down).sum(0)
     found = of("taylor", loss=lambda outputs, batch: outputs.square().mean())
     assert found == pytest.approx(first.abs().tolist(), rel=1e-9)
