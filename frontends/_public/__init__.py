@@ -205,6 +205,9 @@ if TYPE_CHECKING:
     from graphwright.passes.quantization import allocate as allocate
     from graphwright.passes.quantization import sensitivities as sensitivities
     from graphwright.passes.quantization import skip_by_kurtosis as skip_by_kurtosis
+    from graphwright.passes.removal import RemoveChannels as RemoveChannels
+    from graphwright.passes.removal import RemoveHeads as RemoveHeads
+    from graphwright.passes.removal import RemoveHiddenDims as RemoveHiddenDims
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
@@ -355,7 +358,10 @@ _EXPORTS: dict[str, str] = {
     "Relative": "graphwright.frontends.autoquantize",
     "ReleaseMasks": "graphwright.passes.sparsity",
     "RemoveAdapters": "graphwright.passes.adapters",
+    "RemoveChannels": "graphwright.passes.removal",
     "RemoveDeadCode": "graphwright.passes.cleanup",
+    "RemoveHeads": "graphwright.passes.removal",
+    "RemoveHiddenDims": "graphwright.passes.removal",
     "RemoveNoOps": "graphwright.passes.cleanup",
     "RemoveTaps": "graphwright.passes.distillation",
     "Report": "graphwright.passes.report",
