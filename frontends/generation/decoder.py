@@ -10,6 +10,7 @@ import torch
 
 from graphwright.backends.executable import Executable
 from graphwright.backends.session import Session
+from graphwright.frontends.generation.adapters import UNSAID, Adapters
 from graphwright.frontends.generation.drafts import Draft
 from graphwright.frontends.generation.facts import DecoderFacts
 from graphwright.frontends.generation.options import Options
@@ -20,6 +21,8 @@ from graphwright.frontends.generation.stream import Stream
 from graphwright.frontends.generation.tokenizer import check_tokenizer, has_tokenizer, load_tokenizer
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import InputError
+from graphwright.ir.program import Program
+from graphwright.passes.adapters.gating import switched_adapters
 
 if TYPE_CHECKING:
     from graphwright.frontends.generation.chat import Chat
@@ -43,6 +46,16 @@ class Decoder(ABC):
     @abstractmethod
     def _lowered(self) -> Executable:
         """What runs the steps."""
+
+    @property
+    def step(self) -> Program | None:
+        """The program that the steps are, where there is one at hand."""
+        return None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that every call chooses from, see :class:`~graphwright.passes.GateAdapters`."""
+        return () if self.step is None else tuple(switched_adapters(self.step))
 
     @property
     def tokenizer(self) -> Any:
@@ -131,6 +144,7 @@ class Decoder(ABC):
         draft_tokens: int | None = None,
         tokenizer: Any = None,
         batch_size: int = 16,
+        adapters: Adapters | Sequence[Adapters] = UNSAID,
         pipeline: bool = False,
         exit_confidence: float | None = None,
     ) -> Generation:
@@ -158,6 +172,8 @@ class Decoder(ABC):
             draft_tokens: guessed at a time.
             tokenizer: instead of :attr:`tokenizer`.
             batch_size: sequences that run together at most; ``cache`` decides when it is a prompt cache.
+            adapters: which of :attr:`adapters` answer: a name, several with their weights as ``{"a": 0.5, "b": 0.5}``,
+                ``None`` for the base alone, or a list of one of these for each prompt. Required where there are any.
             pipeline: start each token on what the first repetition of the decoder's layers guesses before it, see
                 :mod:`graphwright.frontends.generation.pipelined`. For decoders that repeat a group of layers; answers
                 stay what they are without it (up to how kernels round rows that run together), and the result says how
@@ -186,6 +202,7 @@ class Decoder(ABC):
             draft_tokens=draft_tokens,
             tokenizer=tokenizer,
             batch_size=batch_size,
+            adapters=adapters,
             pipeline=pipeline,
             exit_confidence=exit_confidence,
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphwright.frontends.generation.adapters import UNSAID, Adapters, read_choices
 from graphwright.frontends.generation.drafts import Draft, PromptLookup
 from graphwright.frontends.generation.pipelined import PipelinedRun
 from graphwright.frontends.generation.prompt_cache import PromptCache
@@ -44,6 +45,7 @@ class Options:
     draft_tokens: int | None = None
     tokenizer: Any = None
     batch_size: int = 16
+    adapters: Adapters | Sequence[Adapters] = UNSAID
     pipeline: bool = False
     exit_confidence: float | None = None
 
@@ -70,7 +72,7 @@ class Options:
         """
         _check_count("max_new_tokens", self.max_new_tokens)
         _check_count("batch_size", self.batch_size)
-        self._check_pipeline()
+        self._check_pipeline(decoder)
         sampling = Sampling(
             float(self.temperature), self.top_k, float(self.top_p), float(self.min_p), float(self.repetition_penalty)
         )
@@ -84,14 +86,16 @@ class Options:
             limits.append(self.cache.session.capacity)
         room = min(limits) if limits else max(map(len, tokens)) + self.max_new_tokens
         check_prompts(tokens, vocabulary, room)
+        choices = read_choices(decoder, self.adapters, len(tokens))
         cache = self._cache(decoder, tokens, room, draft)
         seed = int(torch.randint(2**62, ())) if self.seed is None else int(self.seed)
-        equal: Counter[tuple[int, ...]] = Counter()
+        equal: Counter[tuple[tuple[int, ...], tuple[float, ...]]] = Counter()
         sequences = []
         for row, prompt in enumerate(map(tuple, tokens)):
-            generator = generator_for(seed, prompt, equal[prompt])
-            equal[prompt] += 1
-            sequence = Growing(row, prompt, self.max_new_tokens, room, ends, generator)
+            choice = choices[row]
+            generator = generator_for(seed, prompt, equal[prompt, choice.weights])
+            equal[prompt, choice.weights] += 1
+            sequence = Growing(row, prompt, self.max_new_tokens, room, ends, generator, choice)
             sequence.seen = sampling.seen(prompt, vocabulary)
             sequence.tail = None if tokenizer is None else TextTail(tokenizer, prompt, stop)
             sequences.append(sequence)
@@ -99,8 +103,14 @@ class Options:
             return PipelinedRun(cache, sequences, sampling, seed=seed, exit_confidence=self.exit_confidence)
         return Run(cache, sequences, sampling, draft=draft, seed=seed)
 
-    def _check_pipeline(self) -> None:
+    def _check_pipeline(self, decoder: Decoder) -> None:
         where, confidence = "argument 'exit_confidence'", self.exit_confidence
+        if self.pipeline and decoder.adapters:
+            raise InputError(
+                f"stages cannot choose between the adapters {', '.join(decoder.adapters)}",
+                where="argument 'pipeline'",
+                hint="a decoder with one adapter, not gated, can be pipelined",
+            )
         if self.pipeline and self.draft is not None:
             raise InputError(
                 "cannot be had with pipeline=True, which guesses by itself",

@@ -10,7 +10,7 @@ import torch
 from graphwright.backends.cpu.executor.assembly import Assembled
 from graphwright.backends.cpu.executor.python_calls import set_sizes
 from graphwright.backends.session import CACHES, Session, StepCancelled
-from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.decoder import ADAPTER_WEIGHTS, DecoderLayout
 from graphwright.ir.errors import InputError
 
 
@@ -84,6 +84,7 @@ class CpuSession(Session):
         self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
     ) -> list[np.ndarray]:
         given = {"input_ids": tokens, "slots": slots, "starts": starts, "rows": rows}
+        given |= dict(zip([ADAPTER_WEIGHTS], self._weights(slots), strict=False))
         sizes = {"batch": len(tokens), "tokens": tokens.shape[1], "selected": rows.shape[1]}
         set_sizes({**sizes, "slots": self.slots, "capacity": self.capacity})
         return [contiguous(given[name]) for name in self._assembled.inputs]
