@@ -13,7 +13,7 @@ from graphwright.backends.pipeline import PipelineSession
 
 
 def repeated_model(groups: int, repeats: int, *, vocabulary: int, hidden: int, feed_forward: int, heads: int) -> Any:
-    """A Llama of ``groups`` different layers, each ``repeats`` times, and tied embeddings. Shared weights exist once."""
+    """A Llama of ``groups`` layers, each ``repeats`` times, and tied embeddings. Shared weights exist once."""
     torch.manual_seed(0)
     config: Any = transformers.LlamaConfig(
         vocab_size=vocabulary,

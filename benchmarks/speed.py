@@ -153,7 +153,7 @@ def stages(rows: Rows, quick: bool) -> None:
 
 
 def _stage_costs(rows: Rows, title: str, decoder: Any, count: int) -> None:
-    session = decoder.session(slots=1, capacity=64, pipeline=True)
+    session = decoder.pipeline_session(slots=1, capacity=64)
 
     def run(number: int) -> float:
         given = (
@@ -189,7 +189,7 @@ def _replayed(rows: Rows, title: str, decoder: Any, flips: float, until: int, pa
     tokens, prompt = 64, [5, 6, 7, 8]
     ordinary, pipelined, made = list[float](), list[float](), None
     plain = decoder.prompt_cache(capacity=80)
-    inner = decoder.session(slots=1, capacity=80, pipeline=True)
+    inner = decoder.pipeline_session(slots=1, capacity=80)
     replayed = PromptCache(ReplayedPredictions(inner, flips, until), decoder)
     given: dict[str, Any] = {"max_new_tokens": tokens, "stop_tokens": []}
     for pair in range(-1, pairs):
