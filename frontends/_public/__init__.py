@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from graphwright.frontends.generation.packed import load_packed as load_packed
     from graphwright.frontends.generation.prompt_cache import PromptCache as PromptCache
     from graphwright.frontends.generation.result import Generation as Generation
+    from graphwright.frontends.generation.result import Pipelining as Pipelining
     from graphwright.frontends.generation.sampling import Sampling as Sampling
     from graphwright.frontends.generation.stream import Stream as Stream
     from graphwright.frontends.huggingface import load_decoder as load_decoder
@@ -335,6 +336,7 @@ _EXPORTS: dict[str, str] = {
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "Pipelining": "graphwright.frontends.generation.result",
     "PrefixTuning": "graphwright.passes.adapters",
     "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
