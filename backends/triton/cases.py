@@ -12,8 +12,12 @@ from graphwright.backends.triton.kernels.attention import attention
 from graphwright.backends.triton.kernels.cached_attention import append, cached_attention
 from graphwright.backends.triton.kernels.epilogue import Epilogue
 from graphwright.backends.triton.kernels.kron_linear import kron_linear
+from graphwright.backends.triton.kernels.linear_fp8 import OLDEST as OLDEST_FP8
+from graphwright.backends.triton.kernels.linear_fp8 import linear_fp8
+from graphwright.backends.triton.kernels.linear_int8 import Codes, multiply_codes, round_rows
 from graphwright.backends.triton.kernels.linear_nbits import fused_linear_nbits, input_gradient
 from graphwright.backends.triton.kernels.nbits_weight import NbitsWeight, repack
+from graphwright.backends.triton.kernels.sparse_linear import BlockWeight, linear_blocks
 
 _HALF = torch.bfloat16
 _META = torch.device("meta")
@@ -131,6 +135,35 @@ def _cached_case(length: int, dtype: torch.dtype = _HALF, cache: torch.dtype = _
     return Case(f"{kind} {length} tokens, {str(cache).removeprefix('torch.')} cache", run, kind)
 
 
+def _int8() -> None:
+    x, weight, scales = tensor(4096, 4096), tensor(4096, 4096, dtype=torch.int8), tensor(4096, dtype=torch.float32)
+    sums, steps = tensor(4096, dtype=torch.int32), tensor(4096, dtype=torch.float32)
+    for codes in (round_rows(x), round_rows(x, steps=steps, zero_point=128)):
+        multiply_codes(codes, weight, scales, sums, Epilogue(tensor(4096)), _HALF)
+    multiply_codes(round_rows(x), weight, scales, sums, Epilogue(None, "silu", x, x), _HALF)
+
+
+def _int8_groups() -> None:
+    x, weight = tensor(4096, 4096), tensor(4096, 4096, dtype=torch.int8)
+    for size in (64, 128):
+        codes: Codes = round_rows(x, group_size=size)
+        scales = tensor(4096, 4096 // size, dtype=torch.float32)
+        multiply_codes(codes, weight, scales, tensor(4096, dtype=torch.int32), Epilogue(), _HALF)
+
+
+def _fp8() -> None:
+    x, weight = tensor(4096, 4096), tensor(4096, 4096, dtype=torch.float8_e4m3fn)
+    linear_fp8(x, weight, tensor(4096, dtype=torch.float32))
+    linear_fp8(x, weight, tensor(4096, 32, dtype=torch.float32), Epilogue(None, "silu", x, x))
+
+
+def _blocks() -> None:
+    for size in (16, 32, 64):
+        places = tensor(4096 // size + 1, dtype=torch.int32)
+        weight = BlockWeight(tensor(1000, size, size), places, tensor(1000, dtype=torch.int32), (4096, 4096))
+        linear_blocks(tensor(512, 4096), weight, Epilogue(tensor(4096)))
+
+
 CASES: tuple[Case, ...] = (
     Case("norms", _norms),
     Case("gradients of norms", _norm_gradients),
@@ -147,4 +180,8 @@ CASES: tuple[Case, ...] = (
     _attention_case(128, torch.float32),
     *(_cached_case(length, _HALF, cache) for length in (1, 512) for cache in (_HALF, torch.int8)),
     _cached_case(1, torch.float32, torch.float32),
+    Case("linear_int8", _int8, "linear_int8"),
+    Case("linear_int8 of groups", _int8_groups, "linear_int8 groups"),
+    Case("linear_fp8", _fp8, "linear_fp8", OLDEST_FP8),
+    Case("linear_blocks", _blocks, "linear_blocks"),
 )
