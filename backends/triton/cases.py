@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,8 @@ from graphwright.backends.triton.kernels.nbits_weight import NbitsWeight, repack
 from graphwright.backends.triton.kernels.sparse_linear import BlockWeight, linear_blocks
 
 _HALF = torch.bfloat16
-_META = torch.device("meta")
+
+_DEVICE: ContextVar[str] = ContextVar("device of the cases", default="meta")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Case:
 
     Attributes:
         name: what it is.
-        run: on the ``meta`` device.
+        run: on the device of :func:`on`; by default ``meta``, where nothing can be launched.
         table: the entry of :data:`graphwright.backends.triton.configurations.TABLE` that it takes, if any.
         oldest: architecture that it needs, as of NVIDIA.
     """
@@ -44,9 +47,26 @@ class Case:
         return int(target[3:]) >= self.oldest if target.startswith("sm_") else self.oldest <= 80
 
 
-def tensor(*shape: int, dtype: torch.dtype = _HALF, grad: bool = False) -> torch.Tensor:
-    """Without values."""
-    return torch.empty(shape, dtype=dtype, device=_META, requires_grad=grad)
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Run the cases of the block on a device, with random values."""
+    token = _DEVICE.set(str(device))
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
+
+
+def tensor(*shape: int, dtype: torch.dtype = _HALF, grad: bool = False, fill: int = 0) -> torch.Tensor:
+    """Of random numbers, and of ``fill`` where they are places; without values on ``meta``."""
+    device = _DEVICE.get()
+    if dtype in (torch.int32, torch.int64):
+        return torch.full(shape, fill, dtype=dtype, device=device)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 2 if dtype == torch.bool else 127, shape, device=device).to(dtype)
+    if dtype.itemsize == 1:
+        return torch.zeros(shape, dtype=torch.float16, device=device).to(dtype)
+    return torch.randn(shape, dtype=dtype, device=device, requires_grad=grad)
 
 
 def _norms() -> None:
@@ -121,13 +141,14 @@ def _cached_case(length: int, dtype: torch.dtype = _HALF, cache: torch.dtype = _
 
     def run() -> None:
         query, new = tensor(1, 32, length, 128, dtype=dtype), tensor(1, 8, length, 128, dtype=dtype)
-        keys, places = tensor(1, 8, 32768, 128, dtype=cache), tensor(1, dtype=torch.int64)
+        keys, slots = tensor(1, 8, 32768, 128, dtype=cache), tensor(1, dtype=torch.int64)
+        starts = tensor(1, dtype=torch.int64, fill=32768 - length)
         scales = tensor(1, 8, 32768, dtype=torch.float32) if cache == torch.int8 else None
-        append(keys, scales, new, places, places)
+        append(keys, scales, new, slots, starts)
         slopes = tensor(32, dtype=torch.float32)
         for window, softcap, biased in ((0, 0.0, None), (1024, 50.0, None), (0, 0.0, slopes)):
             cached_attention(
-                *(query, keys, keys, places, places, biased, 0.1, window, softcap),
+                *(query, keys, keys, slots, starts, biased, 0.1, window, softcap),
                 key_scales=scales,
                 value_scales=scales,
             )

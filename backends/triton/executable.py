@@ -84,7 +84,8 @@ class TritonBackend(Backend):
         """Choose kernels, and move packed weights to the GPU; the program keeps its own.
 
         Raises:
-            BackendError: triton is not installed; there is no GPU, or it is too old; the weights do not fit.
+            BackendError: triton is not installed; there is no GPU, or it is too old; the weights do not fit; the
+                file with what tuning has found is damaged.
         """
         status = need_triton()
         if self.device.type == "cuda":
@@ -97,7 +98,9 @@ class TritonBackend(Backend):
                 hint="use device='cuda' without TRITON_INTERPRET; target='cpu' has kernels for the CPU",
             )
         from graphwright.backends.triton.lowering import lower
+        from graphwright.backends.triton.tuning import load_choices
 
+        load_choices(self.device)
         with room_for(program, self.device):
             return TritonExecutable(program, lower(program, self.device), self.device)
         raise AssertionError("room_for has raised")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
 from graphwright.backends.session import CACHES, Session
 from graphwright.backends.triton.graphs import StepGraphs
@@ -13,7 +14,6 @@ from graphwright.ir.arguments import arguments_of
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import BackendError, InputError
 from graphwright.ir.names import op_name
-from graphwright.ir.program import Program
 
 if TYPE_CHECKING:
     from graphwright.backends.triton.executable import TritonExecutable
@@ -49,7 +49,7 @@ class TritonSession(Session):
     ) -> None:
         if slots < 1 or capacity < 1:
             raise InputError(f"needs slots and capacity, not {slots} and {capacity}", where="session")
-        _check_caches(executable.program)
+        _check_caches(layout.caches(executable.program))
         self.layout, self.slots, self.capacity, self.cache = layout, slots, capacity, cache
         self._executable, self._device = executable, executable.device
         dtype = CACHES[cache]
@@ -75,24 +75,32 @@ class TritonSession(Session):
     def _step(
         self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        given = tokens, slots, starts, rows
+        given = tokens, slots, starts, rows, *self._weights(slots)
         if self._graphs is not None:
             return self._graphs.run(*given).cpu()
         return self._logits(*(each.to(self._device) for each in given)).cpu()
 
-    def _logits(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _logits(
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        rows: torch.Tensor,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
         with torch.no_grad():
-            logits: torch.Tensor = self._executable.lowered.body(*inputs, *self._caches)[0]
+            body = self._executable.lowered.body
+            logits: torch.Tensor = body(tokens, slots, starts, rows, *self._caches, *weights)[0]
         return logits.float()
 
 
-def _check_caches(program: Program) -> None:
+def _check_caches(caches: list[fx.Node]) -> None:
     """Check that caches can be written in place: only a ``cache_append`` reads each, and only attention what it gives.
 
     Raises:
         BackendError: naming the node that is in the way.
     """
-    for cache in program.inputs[4:]:
+    for cache in caches:
         readers = list(cache.users)
         fits = len(readers) == 1 and op_name(readers[0]) == _APPEND and arguments_of(readers[0])["cache"] is cache
         after = [user for user in readers[0].users if user.op != "output"] if fits else []
