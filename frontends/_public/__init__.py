@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graphwright.backends.cpu import PackedModel as PackedModel
     from graphwright.backends.onnx import export_genai as export_genai
     from graphwright.backends.onnx import export_onnx as export_onnx
+    from graphwright.backends.triton import TritonBackend as TritonBackend
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
     from graphwright.frontends.autoquantize import Absolute as Absolute
@@ -401,6 +402,7 @@ _EXPORTS: dict[str, str] = {
     "TrainingMemory": "graphwright.passes.training",
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
+    "TritonBackend": "graphwright.backends.triton",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
     "UnmergeAdapters": "graphwright.passes.adapters",
