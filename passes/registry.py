@@ -54,6 +54,8 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "fold-adapters": ("adapters", "FoldAdapters"),
     "gate-adapters": ("adapters", "GateAdapters"),
     "adapters-as-inputs": ("adapters", "AdaptersAsInputs"),
+    "share-layers": ("sharing", "ShareLayers"),
+    "classify-repetitions": ("sharing", "ClassifyRepetitions"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }

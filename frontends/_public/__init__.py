@@ -81,7 +81,10 @@ if TYPE_CHECKING:
     from graphwright.ir.program import Program as Program
     from graphwright.ir.provenance import path_of as path_of
     from graphwright.ir.provenance import tags_of as tags_of
+    from graphwright.ir.repetitions import Sharing as Sharing
+    from graphwright.ir.repetitions import repetitions_of as repetitions_of
     from graphwright.ir.rewriter import Rewriter as Rewriter
+    from graphwright.ir.stacks import find_stacks as find_stacks
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
@@ -185,6 +188,10 @@ if TYPE_CHECKING:
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.sharing import ClassifyRepetitions as ClassifyRepetitions
+    from graphwright.passes.sharing import ShareLayers as ShareLayers
+    from graphwright.passes.sharing import repetition_loss as repetition_loss
+    from graphwright.passes.sharing import repetition_weights as repetition_weights
     from graphwright.passes.training import TrainingMemory as TrainingMemory
     from graphwright.passes.training import training_memory as training_memory
     from graphwright.passes.verification import Verification as Verification
@@ -206,6 +213,7 @@ _EXPORTS: dict[str, str] = {
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
+    "ClassifyRepetitions": "graphwright.passes.sharing",
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
     "Compacter": "graphwright.passes.adapters",
@@ -311,6 +319,8 @@ _EXPORTS: dict[str, str] = {
     "SelectionError": "graphwright.ir.errors",
     "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
+    "ShareLayers": "graphwright.passes.sharing",
+    "Sharing": "graphwright.ir.repetitions",
     "SmoothActivations": "graphwright.passes.quantization",
     "SoRA": "graphwright.passes.adapters",
     "SplitOutlierColumns": "graphwright.passes.quantization",
@@ -346,6 +356,7 @@ _EXPORTS: dict[str, str] = {
     "either": "graphwright.ir.pattern",
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
+    "find_stacks": "graphwright.ir.stacks",
     "kronecker_shapes": "graphwright.passes.adapters",
     "load_adapter": "graphwright.passes.adapters",
     "load_decoder": "graphwright.frontends.huggingface",
@@ -358,6 +369,9 @@ _EXPORTS: dict[str, str] = {
     "optimize": "graphwright.frontends.api",
     "parse": "graphwright.ir.parser",
     "path_of": "graphwright.ir.provenance",
+    "repetition_loss": "graphwright.passes.sharing",
+    "repetition_weights": "graphwright.passes.sharing",
+    "repetitions_of": "graphwright.ir.repetitions",
     "run_passes": "graphwright.passes.pipeline",
     "save_adapter": "graphwright.passes.adapters",
     "save_quantized": "graphwright.frontends.huggingface.quantized",
