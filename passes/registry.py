@@ -56,6 +56,9 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "adapters-as-inputs": ("adapters", "AdaptersAsInputs"),
     "share-layers": ("sharing", "ShareLayers"),
     "classify-repetitions": ("sharing", "ClassifyRepetitions"),
+    "deepen-layers": ("sharing", "DeepenLayers"),
+    "drop-blocks": ("sharing", "DropBlocks"),
+    "truncate-depth": ("sharing", "TruncateDepth"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }

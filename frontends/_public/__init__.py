@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from graphwright.backends.cpu import PackedModel as PackedModel
     from graphwright.backends.onnx import export_genai as export_genai
     from graphwright.backends.onnx import export_onnx as export_onnx
+    from graphwright.backends.reference.depth import DepthSchedule as DepthSchedule
+    from graphwright.backends.reference.depth import ScheduledSession as ScheduledSession
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
     from graphwright.frontends.autoquantize import Absolute as Absolute
@@ -189,7 +191,10 @@ if TYPE_CHECKING:
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
     from graphwright.passes.sharing import ClassifyRepetitions as ClassifyRepetitions
+    from graphwright.passes.sharing import DeepenLayers as DeepenLayers
+    from graphwright.passes.sharing import DropBlocks as DropBlocks
     from graphwright.passes.sharing import ShareLayers as ShareLayers
+    from graphwright.passes.sharing import TruncateDepth as TruncateDepth
     from graphwright.passes.sharing import repetition_loss as repetition_loss
     from graphwright.passes.sharing import repetition_weights as repetition_weights
     from graphwright.passes.training import TrainingMemory as TrainingMemory
@@ -224,10 +229,13 @@ _EXPORTS: dict[str, str] = {
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
+    "DeepenLayers": "graphwright.passes.sharing",
     "DeleteRanks": "graphwright.passes.adapters",
+    "DepthSchedule": "graphwright.backends.reference.depth",
     "Dim": "graphwright.ir.types",
     "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
+    "DropBlocks": "graphwright.passes.sharing",
     "DumpIR": "graphwright.passes.hooks",
     "ETHER": "graphwright.passes.adapters",
     "ETHERPlus": "graphwright.passes.adapters",
@@ -314,6 +322,7 @@ _EXPORTS: dict[str, str] = {
     "Sampling": "graphwright.frontends.generation.sampling",
     "SavedModel": "graphwright.frontends.huggingface.quantized",
     "ScaleSalientChannels": "graphwright.passes.quantization",
+    "ScheduledSession": "graphwright.backends.reference.depth",
     "SearchSpace": "graphwright.frontends.autoquantize",
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
@@ -333,6 +342,7 @@ _EXPORTS: dict[str, str] = {
     "TrainingMemory": "graphwright.passes.training",
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
+    "TruncateDepth": "graphwright.passes.sharing",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
     "UnmergeAdapters": "graphwright.passes.adapters",
