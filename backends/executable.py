@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from graphwright.backends.pipeline import PipelineSession
 from graphwright.backends.session import Session
 from graphwright.ir.errors import BackendError
 from graphwright.ir.program import Program
@@ -58,6 +59,21 @@ class Executable(ABC):
             BackendError: this backend runs no decoding steps.
         """
         raise BackendError("runs no decoding steps", where=f"session of {type(self).__name__}", hint="use target='cpu'")
+
+    def pipeline(self, *, slots: int = 1, capacity: int = 2048, cache: str = "float32") -> PipelineSession:
+        """The same of a decoder that repeats a group of layers, stage by stage.
+
+        Args:
+            slots: sequences held at a time.
+            capacity: tokens that each can hold.
+            cache: how keys and values are stored.
+
+        Raises:
+            ProgramError: the program is not a decoding step, or repeats no group of layers.
+            InputError: there are no slots or no capacity, or caches are not stored so.
+            BackendError: this backend runs no stages.
+        """
+        raise BackendError("runs no stages", where=f"pipeline of {type(self).__name__}", hint="use target='cpu'")
 
 
 class Backend(ABC):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -35,6 +38,30 @@ class Session(ABC):
     slots: int
     capacity: int
     cache: str
+    _chosen: Mapping[int, tuple[float, ...]] = MappingProxyType({})
+
+    def choose(self, slot: int, weights: Sequence[float]) -> None:
+        """Say which adapters answer in a slot, until it is said again.
+
+        What a slot holds was computed with the choice before: begin it again at position 0.
+
+        Args:
+            slot: where.
+            weights: of every adapter that is switched, in order; 0 leaves it out.
+
+        Raises:
+            InputError: there is no such slot, or these are not as many finite numbers as adapters.
+        """
+        given = tuple(float(weight) for weight in weights)
+        if not 0 <= slot < self.slots:
+            raise InputError(f"slot {slot} is not one of {self.slots}", where="choice of adapters")
+        if len(given) != self.layout.adapters or not all(map(math.isfinite, given)):
+            raise InputError(
+                f"{list(given)} is no weight for each of {self.layout.adapters} switched adapters",
+                where=f"choice of adapters for slot {slot}",
+                hint="adapter_weights makes them of names",
+            )
+        self._chosen = {**self._chosen, slot: given}
 
     def step(self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Take tokens in and give logits.
@@ -53,8 +80,8 @@ class Session(ABC):
             float32 ``[B, K, V]``; overwritten by the next step of this session.
 
         Raises:
-            InputError: a token is not in the vocabulary, a slot or row does not exist, or a position is beyond the
-                capacity. Nothing has been written then.
+            InputError: a token is not in the vocabulary, a slot or row does not exist, a position is beyond the
+                capacity, or adapters are switched and nothing was chosen for a slot. Nothing has been written then.
         """
         self._check(tokens, slots, starts, rows)
         return self._step(tokens, slots, starts, rows)
@@ -73,7 +100,19 @@ class Session(ABC):
     ) -> torch.Tensor:
         """The step, of inputs that fit."""
 
-    def _check(self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> None:
+    def _weights(self, slots: torch.Tensor) -> list[torch.Tensor]:
+        """What was chosen for the slots of a step, float32 ``[B, adapters]``, where adapters are switched."""
+        return [torch.tensor([self._chosen[slot] for slot in slots.tolist()])] if self.layout.adapters else []
+
+    def _check(
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        rows: torch.Tensor,
+        count: int | None = None,
+    ) -> None:
+        count = self.slots if count is None else count
         batch, length = tokens.shape
         if slots.shape != (batch,) or starts.shape != (batch,) or rows.dim() != 2 or len(rows) != batch:
             raise InputError(
@@ -90,8 +129,15 @@ class Session(ABC):
                     raise InputError(
                         f"token {token} is not in the vocabulary of {self.layout.vocabulary}", where="decoding step"
                     )
-        if len(set(at)) != batch or not all(0 <= slot < self.slots for slot in at):
-            raise InputError(f"slots {at} are not distinct ones of {self.slots}", where="decoding step")
+        if len(set(at)) != batch or not all(0 <= slot < count for slot in at):
+            raise InputError(f"slots {at} are not distinct ones of {count}", where="decoding step")
+        silent = [slot for slot in at if slot not in self._chosen] if self.layout.adapters else []
+        if silent:
+            raise InputError(
+                f"which of {self.layout.adapters} adapters answer in the slots {silent} was not said",
+                where="decoding step",
+                hint="choose() says it; weights of 0 are the base alone",
+            )
         for start in begin:
             if start < 0 or start + length > self.capacity:
                 raise InputError(

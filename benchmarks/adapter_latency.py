@@ -1,11 +1,11 @@
 """Decoding with adapters kept beside the weights, relative to none: a Llama of 1.1 billion parameters in INT4, one row.
 
-TinyLlama's shape and random weights, a session of the executor for each kind of adapter, all in this process. They take
-turns with every token, and what counts is the median of the ratios of neighbouring steps, to the faster of two sessions
-without an adapter; the ratio of the slower one shows what such a ratio is worth. Targets are those of the issue
-"Adapters"; the paper's ratios (Edalati et al. 2022, table of inference latency, adapters merged where they can be) stand
-beside ours. Also: the time to insert adapters into the traced model's q and v, 3 seconds allowed. Exit code 1 when a
-target is missed.
+TinyLlama's shape and random weights, a session of the executor for each kind of adapter, all in this process. They
+take turns with every token, and what counts is the median of the ratios of neighbouring steps, to the faster of two
+sessions without an adapter; the ratio of the slower one shows what such a ratio is worth. Targets are those of the
+issue "Adapters"; the paper's ratios (Edalati et al. 2022, table of inference latency, adapters merged where they can
+be) stand beside ours. Also: the time to insert adapters into the traced model's q and v, 3 seconds allowed. Exit code 1
+when a target is missed.
 
 With ``--quick`` there are LoRA and KronA^B_res only, and the model has 2 layers and a head that is as much smaller.
 """

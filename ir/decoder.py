@@ -17,6 +17,9 @@ from graphwright.ir.types import VAL, TensorType, fake_of
 
 _FIRST = ("input_ids", "slots", "starts", "rows")
 
+# The input behind the caches of a step whose adapters are switched as it runs.
+ADAPTER_WEIGHTS = "adapter_weights"
+
 # operator that looks rows up -> the operand that has them
 _TABLES = {"aten.embedding": "weight", "graphwright.embedding_nbits": "qweight"}
 
@@ -25,19 +28,22 @@ _TABLES = {"aten.embedding": "weight", "graphwright.embedding_nbits": "qweight"}
 class DecoderLayout:
     """A step takes ``input_ids`` int64 ``[B, S]``, ``slots`` and ``starts`` int64 ``[B]``, ``rows`` int64 ``[B, K]``,
     the keys and then the values of every layer, each ``[N, Hkv, C, D]`` (see :mod:`graphwright.ir.ops.cache`); it gives
-    logits ``[B, K, V]`` and the caches in the same order.
+    logits ``[B, K, V]`` and the caches in the same order. Where its adapters are switched as it runs, behind the caches
+    comes ``adapter_weights`` float32 ``[B, adapters]``.
 
     Attributes:
         keys: heads and head dim of every layer's keys.
         values: the same of its values.
         vocabulary: V.
         length: positions that a text can have, where a table of learned or stored positions ends; ``None`` without one.
+        adapters: how many adapters every row gives a weight of; 0 where none is switched.
     """
 
     keys: tuple[tuple[int, int], ...]
     values: tuple[tuple[int, int], ...]
     vocabulary: int
     length: int | None = None
+    adapters: int = 0
 
     @property
     def layers(self) -> int:
@@ -49,12 +55,13 @@ class DecoderLayout:
         """The layout of a decoding step, or ``None`` for any other program."""
         inputs = program.inputs
         names = tuple(str(node.target) for node in inputs)
-        caches = inputs[len(_FIRST) :]
+        adapters = _adapters(program, inputs[-1]) if names[-1:] == (ADAPTER_WEIGHTS,) else 0
+        caches = inputs[len(_FIRST) : -1 if adapters else None]
         if names[: len(_FIRST)] != _FIRST or len(caches) % 2 or len(caches) == 0:
             return None
         layers = len(caches) // 2
         wanted = tuple(f"{kind}_{layer}" for kind in ("keys", "values") for layer in range(layers))
-        if names[len(_FIRST) :] != wanted:
+        if names[len(_FIRST) : len(_FIRST) + len(caches)] != wanted:
             return None
         shapes: list[tuple[int, int]] = []
         for node in caches:
@@ -69,7 +76,8 @@ class DecoderLayout:
         logits = program.type_of(results[0]) if isinstance(results, tuple | list) and results else None  # type: ignore[arg-type]
         if not isinstance(logits, TensorType) or not isinstance(logits.shape[-1], int):
             return None
-        return DecoderLayout(tuple(shapes[:layers]), tuple(shapes[layers:]), logits.shape[-1], _length(program))
+        keys, values = tuple(shapes[:layers]), tuple(shapes[layers:])
+        return DecoderLayout(keys, values, logits.shape[-1], _length(program), adapters)
 
     @staticmethod
     def of(program: Program) -> DecoderLayout:
@@ -86,6 +94,10 @@ class DecoderLayout:
                 hint="trace a causal language model with load_decoder",
             )
         return found
+
+    def caches(self, program: Program) -> list[fx.Node]:
+        """The inputs that are the caches: the keys and then the values of every layer."""
+        return program.inputs[len(_FIRST) : len(_FIRST) + 2 * self.layers]
 
     def cache_bytes(self, slots: int, capacity: int, element_bytes: int) -> int:
         """Bytes of all caches."""
@@ -109,6 +121,13 @@ def position_of(node: Any, starts: fx.Node) -> int | None:
         found = column.args == (starts, 1) and op_name(column) == "aten.unsqueeze" and op_name(steps) == "aten.arange"
         return offset if found and len(steps.args) == 1 else None
     return None
+
+
+def _adapters(program: Program, node: fx.Node) -> int:
+    """The columns of the weights of adapters."""
+    kind = program.type_of(node)
+    columns = kind.shape[-1] if isinstance(kind, TensorType) and len(kind.shape) == 2 else 0
+    return columns if isinstance(columns, int) else 0
 
 
 def _length(program: Program) -> int | None:
@@ -138,7 +157,7 @@ def draw_step(
         vocabulary: how many token ids there are; as many as logits by default.
 
     Returns:
-        one tensor for each input, in their order.
+        one tensor for each input, in their order; weights of adapters are drawn between 0 and 1.
 
     Raises:
         ProgramError: the program is not a decoding step.
@@ -161,6 +180,8 @@ def draw_step(
         torch.randint(0, max(last - tokens, 0) + 1, (batch,), generator=generator),
         torch.randint(0, tokens, (batch, selected), generator=generator),
     ]
-    for node, shape in zip(program.inputs[4:], shapes[4:], strict=True):
+    for node, shape in zip(layout.caches(program), shapes[4:], strict=False):
         drawn.append(torch.randn(shape, generator=generator).to(node.meta[VAL].dtype))
+    if layout.adapters:
+        drawn.append(torch.rand(shapes[-1], generator=generator))
     return drawn

@@ -145,18 +145,20 @@ class Rewriter:
         except ProgramError:
             return None
 
-    def rebind(self, weight: fx.Node, tensor: torch.Tensor) -> None:
+    def rebind(self, weight: fx.Node, tensor: torch.Tensor, *, retyped: bool = False) -> None:
         """Give a weight other values under its name: what its readers compute changes.
 
         Args:
             weight: its ``get_attr`` node.
             tensor: of the same dtype and shape; never the old one written into, which the original model shares.
+            retyped: the shape may differ; every type is computed anew, at the end or by :meth:`retype`.
 
         Raises:
             TypeMismatch: dtype or shape differ.
         """
         old = self.program.tensor(weight)
-        if (tensor.dtype, tensor.shape) != (old.dtype, old.shape):
+        self._stale = self._stale or (retyped and tensor.shape != old.shape)
+        if tensor.dtype != old.dtype or (tensor.shape != old.shape and not retyped):
             raise TypeMismatch(
                 f"the new values are {tensor.dtype}{list(tensor.shape)}, the weight {old.dtype}{list(old.shape)}",
                 where=f"weight {weight.target!r}",

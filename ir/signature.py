@@ -100,7 +100,8 @@ class Signature:
         dummy = pytree.tree_unflatten(list(range(self.out_spec.num_leaves)), self.out_spec)
         names: list[str] = []
         for path, _ in pytree.tree_flatten_with_path(dummy)[0]:
-            text = "_".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+            parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+            text = "_".join(filter(None, parts))
             names.append(text if text and not text[0].isdigit() else f"output_{text or 0}")
         return names
 

@@ -45,6 +45,8 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "quantize-attention": ("quantization", "QuantizeAttention"),
     "split-outlier-columns": ("quantization", "SplitOutlierColumns"),
     "split-outlier-weights": ("quantization", "SplitOutlierWeights"),
+    "compress-linears": ("sparsity.compression", "CompressLinears"),
+    "decompress-linears": ("sparsity.compression", "DecompressLinears"),
     "reduce-projections": ("adapters", "ReduceProjections"),
     "insert-adapters": ("adapters", "InsertAdapters"),
     "merge-adapters": ("adapters", "MergeAdapters"),
@@ -59,7 +61,13 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "deepen-layers": ("sharing", "DeepenLayers"),
     "drop-blocks": ("sharing", "DropBlocks"),
     "truncate-depth": ("sharing", "TruncateDepth"),
+    "prune-linears": ("sparsity", "PruneLinears"),
+    "prune-by-masks": ("sparsity", "PruneByMasks"),
+    "hold-masks": ("sparsity", "HoldMasks"),
+    "release-masks": ("sparsity", "ReleaseMasks"),
     "insert-fake-quantize": ("quantization", "InsertFakeQuantize"),
+    "tap-features": ("distillation", "TapFeatures"),
+    "remove-taps": ("distillation", "RemoveTaps"),
     "convert-fake-quantize": ("quantization", "ConvertFakeQuantize"),
 }
 

@@ -13,6 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Idle worker threads sleep instead of spinning: on a busy machine spinning threads take the time of working ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Triton reads this as it is imported, by whatever: its kernels are tested on the CPU, under its interpreter.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis
 import pytest

@@ -10,6 +10,12 @@ from graphwright.backends.cpu._native_executor import LinearInstruction as Linea
 from graphwright.backends.cpu._native_executor import PythonCall as PythonCall
 from graphwright.backends.cpu._native_executor import Runner as Runner
 from graphwright.backends.cpu._native_executor import SelectRows as SelectRows
+from graphwright.backends.cpu._native_executor import Where as Where
+from graphwright.backends.cpu._native_sparse import SPARSE_BEYOND as SPARSE_BEYOND
+from graphwright.backends.cpu._native_sparse import SPARSE_STEPS as SPARSE_STEPS
+from graphwright.backends.cpu._native_sparse import SparseLinear as SparseLinear
+from graphwright.backends.cpu._native_sparse import pack_sparse_masks as pack_sparse_masks
+from graphwright.backends.cpu._native_sparse import pack_sparse_values as pack_sparse_values
 
 class Isa:
     """An instruction set that kernels are written for."""
@@ -114,11 +120,11 @@ class Norm(Instruction):
         """``y = norm(x + residual)`` and ``sum = x + residual``, each ``[rows, columns]`` with contiguous rows."""
 
 class Pointwise(Instruction):
-    """An activation, a sum, a product or a slope, value by value.
+    """An activation, a sum, a difference, a product or a slope, value by value.
 
     Args:
-        combine: ``multiply``, ``add``, or ``slope``: the activation's value where it is above 0, elsewhere its product
-            with the other.
+        combine: ``multiply``, ``add``, ``subtract``, or ``slope``: the activation's value where it is above 0,
+            elsewhere its product with the other.
         number: the other value, instead of an array.
 
     Raises:

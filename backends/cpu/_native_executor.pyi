@@ -40,6 +40,11 @@ class SelectRows(Instruction):
 
     def __init__(self) -> None: ...
 
+class Where(Instruction):
+    """``y = condition ? a : b``, float32; operands broadcast."""
+
+    def __init__(self) -> None: ...
+
 class Executor:
     """A program as instructions on values.
 

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 
 from graphwright.backends.cpu.executor.assembly import Assembled, assemble_step
+from graphwright.backends.cpu.executor.pipeline import CpuPipeline
 from graphwright.backends.cpu.executor.session import CpuSession
 from graphwright.backends.cpu.features import features
-from graphwright.backends.cpu.lowering import Lowered, assemble, lower
+from graphwright.backends.cpu.lowering import Lowered, assemble, lower, lower_stage
 from graphwright.backends.executable import Backend, Executable, KernelUse
 from graphwright.backends.session import CACHES
 from graphwright.ir.decoder import DecoderLayout
-from graphwright.ir.errors import BackendError, InputError
+from graphwright.ir.errors import BackendError, InputError, ProgramError
 from graphwright.ir.program import Program
+from graphwright.ir.stages import Stage
 
 COMPUTE = ("float32", "bfloat16", "int8")
 
@@ -22,10 +24,18 @@ COMPUTE = ("float32", "bfloat16", "int8")
 class CpuExecutable(Executable):
     """A program that runs on the C++ kernels. Inference only: it gives no gradients."""
 
-    def __init__(self, program: Program, lowered: Lowered) -> None:
-        self.program, self.lowered = program, lowered
+    def __init__(
+        self,
+        program: Program,
+        lowered: Lowered,
+        compute: str = "float32",
+        stage: tuple[Stage, Lowered] | ProgramError | None = None,
+    ) -> None:
+        self.program, self.lowered, self.compute = program, lowered, compute
         self._body = assemble(program, lowered)
         self._steps: dict[str, Assembled] = {}
+        self._stage = stage
+        self._stages: dict[str, Assembled] = {}
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
         """Run on flat inputs; gives flat outputs."""
@@ -50,6 +60,27 @@ class CpuExecutable(Executable):
         if cache not in CACHES:
             raise InputError(f"must be one of {', '.join(CACHES)}, not {cache!r}", where="session: cache")
         return CpuSession(self._assembled(cache), layout, slots=slots, capacity=capacity, cache=cache)
+
+    def pipeline(self, *, slots: int = 1, capacity: int = 2048, cache: str = "float32") -> CpuPipeline:
+        """Stages on the executor; see :meth:`Executable.pipeline`."""
+        if cache not in CACHES:
+            raise InputError(f"must be one of {', '.join(CACHES)}, not {cache!r}", where="session: cache")
+        isa = features().selected
+        if isa is None:
+            raise BackendError("needs the C++ kernels, which are not in this installation", where="session")
+        if isinstance(self._stage, ProgramError):
+            raise self._stage
+        if self._stage is None:
+            self._stage = lower_stage(self.program, self.lowered.packed, isa, self.compute)
+        if cache not in self._stages:
+            stage, lowered = self._stage
+            self._stages[cache] = assemble_step(stage.program, lowered, isa, cache)
+        return CpuPipeline(self._stages[cache], self._stage[0], slots=slots, capacity=capacity, cache=cache)
+
+    def explain_stage(self) -> list[KernelUse]:
+        """Which kernel runs for every node of a stage; errors as in :meth:`pipeline`."""
+        self.pipeline(capacity=1)
+        return list(self._stages["float32"].uses)
 
     def _assembled(self, cache: str) -> Assembled:
         isa = features().selected
@@ -101,5 +132,13 @@ class CpuBackend(Backend):
         program.require_values()
         if any(value.device.type != "cpu" for value in program.tensors().values()):
             raise BackendError("has weights that are not on the CPU", where="program", hint="move it: model.cpu()")
-        lowered = lower(program, features().selected, self.compute, keep_weights=self.keep_weights)
-        return CpuExecutable(program, lowered)
+        isa = features().selected
+        stage: tuple[Stage, Lowered] | ProgramError | None = None
+        if not self.keep_weights and isa is not None and DecoderLayout.find(program) is not None:
+            try:  # now, as it cannot be lowered without weights; why there is none is told to whoever asks for it
+                stage = lower_stage(program, {}, isa, self.compute, keep_weights=False)
+            except ProgramError as error:
+                stage = error
+        packed = stage[1].packed if isinstance(stage, tuple) else {}
+        lowered = lower(program, isa, self.compute, keep_weights=self.keep_weights, packed=packed)
+        return CpuExecutable(program, lowered, self.compute, stage)

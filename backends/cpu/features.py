@@ -16,7 +16,8 @@ class InstructionSet:
     """One instruction set kernels are written for.
 
     Attributes:
-        name: ``scalar``, ``neon``, ``avx2``, ``avx_vnni``, ``avx512``, ``avx512_vnni``, ``avx512_bf16`` or ``amx``.
+        name: ``scalar``, ``neon``, ``avx2``, ``avx_vnni``, ``avx512``, ``avx512_vnni``, ``avx512_vbmi2``,
+            ``avx512_bf16`` or ``amx``.
         compiled: whether this installation holds kernels for it.
         missing: what the CPU or the operating system lacks for it (``os_...``: the system does not save its registers).
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from graphwright.ir.arguments import arguments_of
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of
+from graphwright.ir.stages import Stage, cut_stage
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,36 @@ class Lowered:
         calls: kernels, by the node in whose place they stand and whose value they give.
         absorbed: nodes that have no place of their own: another kernel does their work.
         uses: the kernel of every call, for ``explain()``.
+        packed: weights as kernels have them, by what they were packed from.
     """
 
     calls: dict[fx.Node, Call]
     absorbed: frozenset[fx.Node]
     uses: tuple[KernelUse, ...]
+    packed: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
 
-def lower(program: Program, isa: str | None, compute: str, *, keep_weights: bool = True) -> Lowered:
+def lower(
+    program: Program,
+    isa: str | None,
+    compute: str,
+    *,
+    keep_weights: bool = True,
+    packed: dict[tuple[str, ...], Any] | None = None,
+) -> Lowered:
     """Choose the kernels of a program and pack their weights.
 
     Args:
         program: what to run; stays as it is, unless it loses its weights.
         isa: instruction set of the kernels, ``None`` where there are none.
         compute, keep_weights: see :class:`graphwright.backends.cpu.CpuBackend`.
+        packed: weights that another program with the same ones has packed.
     """
     spent = SpentWeights(program, keep=keep_weights)
     calls: dict[fx.Node, Call] = {}
     absorbed: set[fx.Node] = set()
     uses: dict[fx.Node, KernelUse] = {}
-    packed: dict[tuple[str, ...], Any] = {}
+    packed = {} if packed is None else packed
     for node in program.nodes:
         if node.op != "call_function" or node in absorbed:
             continue
@@ -108,7 +119,20 @@ def lower(program: Program, isa: str | None, compute: str, *, keep_weights: bool
         absorbed.add(node)
         uses[node] = replace(uses[node], kernel="within attention")
     ordered = tuple(uses[node] for node in program.nodes if node in uses)
-    return Lowered(calls, frozenset(absorbed - calls.keys()), ordered)
+    return Lowered(calls, frozenset(absorbed - calls.keys()), ordered, packed)
+
+
+def lower_stage(
+    program: Program, packed: dict[tuple[str, ...], Any], isa: str, compute: str, *, keep_weights: bool = True
+) -> tuple[Stage, Lowered]:
+    """A decoder's repeated group of layers, on the weights that its step has packed, or will.
+
+    Raises:
+        ProgramError: it repeats no group of layers, or its weights have been let go of.
+    """
+    program.require_values()
+    stage = cut_stage(program)
+    return stage, lower(stage.program, isa, compute, keep_weights=keep_weights, packed=packed)
 
 
 def assemble(program: Program, lowered: Lowered) -> fx.GraphModule:

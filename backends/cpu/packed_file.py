@@ -82,6 +82,7 @@ def save_packed(executable: CpuExecutable, path: str | os.PathLike[str]) -> None
         "version": VERSION,
         "layout": LAYOUT,
         "text": print_program(program).splitlines(),
+        "records": program.records,
         "calls": [
             {
                 "node": node.name,
@@ -171,13 +172,19 @@ def load_packed(path: str | os.PathLike[str]) -> PackedModel:
         reader = _Reader(file, isa)
         weights = {name: reader.get(value) for name, value in document["weights"].items()}
         program = parse("\n".join(document["text"]), weights, types=False)
+        program.records = dict(document.get("records", {}))  # files from before there were any have none
         nodes = {node.name: node for node in program.nodes}
         calls = {nodes[entry["node"]]: reader.call(entry, nodes) for entry in document["calls"]}
         absorbed = frozenset(nodes[name] for name in document["absorbed"])
         # The instruction set, which labels name, may be another than when the file was written.
         labels = {entry["label"]: calls[nodes[entry["node"]]].kernel.label for entry in document["calls"]}
         uses = tuple(_renamed(KernelUse(*use), labels) for use in document["uses"])
-        return PackedModel(CpuExecutable(program, Lowered(calls, absorbed, uses)))
+        no_stage = ProgramError(
+            "has whole steps only, no stages",
+            where=str(path),
+            hint="optimize the saved Program with target='cpu', or decode without pipeline=True",
+        )
+        return PackedModel(CpuExecutable(program, Lowered(calls, absorbed, uses), stage=no_stage))
 
 
 def _renamed(use: KernelUse, labels: Mapping[str, str]) -> KernelUse:

@@ -7,6 +7,7 @@ ONNX                                    shape                                the
 ``attention_mask`` int64                ``[batch, total sequence]``          gives ``starts`` and ``rows``
 ``past_key_values.{i}.key``, ``.value``  ``[batch, heads, past, head dim]``  caches, one row of the batch to a slot
 ``rows`` int64, for ``logits="rows"``   ``[batch, selected]``                ``rows``
+``adapter_weights`` float32             ``[batch, adapters]``                the same, where it switches adapters
 ``logits``                              ``[batch, 1 or … , V]``              logits
 ``present.{i}.key``, ``.value``         ``[batch, heads, total, head dim]``  caches
 ======================================  ===================================  ==========================================
@@ -30,7 +31,7 @@ from torch import fx
 from graphwright.backends.onnx.lowering import Lowering
 from graphwright.backends.onnx.options import ExportOptions
 from graphwright.backends.onnx.sizes import Size, Sizes
-from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.decoder import ADAPTER_WEIGHTS, DecoderLayout
 from graphwright.ir.errors import ExportError
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
@@ -82,6 +83,7 @@ class DecoderLowering(Lowering):
     def add_inputs(self) -> None:
         """``input_ids``, ``attention_mask`` and the past; ``starts`` and ``rows`` are computed of the mask."""
         tokens, _, starts, rows, *caches = self.program.inputs
+        weights = caches.pop() if self.layout.adapters else None
         ids = self.graph.input("input_ids", torch.int64, [_BATCH, _LENGTH])
         mask = self.graph.input("attention_mask", torch.int64, [_BATCH, _TOTAL])
         self.inputs.extend((ids, mask))
@@ -105,6 +107,14 @@ class DecoderLowering(Lowering):
                 value = self.graph.input(PAST[kind].format(layer), self.dtype(node), shape)
                 self.inputs.append(value)
                 self._pasts[node] = value
+        if weights is not None:
+            self._switch(weights)
+
+    def _switch(self, weights: fx.Node) -> None:
+        """The weights of adapters, as the step has them."""
+        value = self.graph.input(ADAPTER_WEIGHTS, torch.float32, [_BATCH, self.layout.adapters])
+        self.inputs.append(value)
+        self.set(weights, value)
 
     def _count(self, mask: ir.Value, starts: fx.Node, length: Size) -> ir.Value:
         """Compute lengths of the mask; gives each row's last token of the step."""
@@ -188,7 +198,7 @@ class DecoderLowering(Lowering):
         logits, *caches = results
         length = {"last": 1, "all": _LENGTH, "rows": _SELECTED}[self.options.logits]
         outputs = [self._named(self.tensor(logits), "logits", logits, [_BATCH, length, self.layout.vocabulary])]
-        layers, inputs = self.layout.layers, self.program.inputs[4:]
+        layers, inputs = self.layout.layers, self.layout.caches(self.program)
         for layer in range(layers):
             for kind, index in (("keys", layer), ("values", layers + layer)):
                 name, cache = PRESENT[kind].format(layer), caches[index]

@@ -30,7 +30,8 @@ class OnnxExecutable(Executable):
 
     def __init__(self, program: Program, session: Session, optimized: onnx.ModelProto) -> None:
         self._session, self._program = session, program
-        self._is_decoder = DecoderLayout.find(program) is not None
+        layout = DecoderLayout.find(program)
+        self._is_decoder, self._is_switched = layout is not None, layout is not None and layout.adapters > 0
         self._numbers = [_is_number(program, item) for item in _results(program)]
         self.optimized = optimized
 
@@ -42,8 +43,9 @@ class OnnxExecutable(Executable):
         """
         if self._is_decoder:
             tokens, slots, starts, rows, *caches = inputs
+            weights = [caches.pop()] if self._is_switched else []
             written = [cache.clone() for cache in caches]
-            logits = run_step(self._session, tokens, slots, starts, rows, written)
+            logits = run_step(self._session, tokens, slots, starts, rows, written, weights)
             return (logits, *written)
         results = self._session.run(inputs)
         return tuple(value.item() if number else value for value, number in zip(results, self._numbers, strict=True))

@@ -167,6 +167,12 @@ def genai_config(
             where=f"program {program.title!r}",
             hint="trace a causal language model with load_decoder",
         ) from error
+    if layout.adapters:
+        raise ExportError(
+            "switches adapters by an input, which onnxruntime-genai does not give",
+            where=f"program {program.title!r}",
+            hint="merge one adapter, or use export_onnx and feed the model yourself",
+        )
     shapes = sorted({*layout.keys, *layout.values})
     if len(shapes) != 1:
         raise ExportError(

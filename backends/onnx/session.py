@@ -21,6 +21,7 @@ def run_step(
     starts: torch.Tensor,
     rows: torch.Tensor,
     caches: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """One step of a decoder that was exported with ``logits="rows"``.
 
@@ -34,6 +35,7 @@ def run_step(
         starts: int64 ``[B]``.
         rows: int64 ``[B, K]``.
         caches: keys and then values of every layer, ``[N, Hkv, C, D]``; written to.
+        weights: of adapters, float32 ``[B, adapters]``, where they are switched.
 
     Returns:
         logits ``[B, K, V]``.
@@ -42,11 +44,12 @@ def run_step(
         BackendError: onnxruntime fails.
     """
     if rows.shape[1] == 0:
-        return run_step(session, tokens, slots, starts, torch.zeros_like(starts).unsqueeze(1), caches)[:, :0]
+        some = torch.zeros_like(starts).unsqueeze(1)
+        return run_step(session, tokens, slots, starts, some, caches, weights)[:, :0]
     length = tokens.shape[1]
     if length > 1 and len(tokens) > 1 and bool((starts > 0).any()):
         pieces = [
-            run_step(session, tokens[one], slots[one], starts[one], rows[one], caches)
+            run_step(session, tokens[one], slots[one], starts[one], rows[one], caches, [each[one] for each in weights])
             for one in torch.arange(len(tokens)).split(1)
         ]
         return torch.cat(pieces)
@@ -55,7 +58,7 @@ def run_step(
     held, half = int(starts.max()), len(caches) // 2
     order = [index for layer in range(half) for index in (layer, half + layer)]
     pasts = [caches[index][slots, :, :held] for index in order]
-    logits, *presents = session.run([tokens, mask, rows, *pasts])
+    logits, *presents = session.run([tokens, mask, rows, *pasts, *weights])
     positions = starts.unsqueeze(1) + torch.arange(length)
     batch = torch.arange(len(tokens)).unsqueeze(1)
     for index, present in zip(order, presents, strict=True):
@@ -84,15 +87,16 @@ class OnnxSession(Session):
             raise InputError(f"needs slots and capacity, not {slots} and {capacity}", where="session")
         self.layout, self._session = DecoderLayout.of(program), session
         self.slots, self.capacity = slots, capacity
+        shapes = (*self.layout.keys, *self.layout.values)
         self._caches = [
             torch.zeros(slots, heads, capacity, width, dtype=node.meta[VAL].dtype)
-            for (heads, width), node in zip((*self.layout.keys, *self.layout.values), program.inputs[4:], strict=True)
+            for (heads, width), node in zip(shapes, self.layout.caches(program), strict=True)
         ]
 
     def _step(
         self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        return run_step(self._session, tokens, slots, starts, rows, self._caches).float()
+        return run_step(self._session, tokens, slots, starts, rows, self._caches, self._weights(slots)).float()
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of one slot to another."""

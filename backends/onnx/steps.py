@@ -152,20 +152,20 @@ def _through_program(
     capacity = max(int(step.starts.max()) + step.tokens.shape[1] for step in talk) + 1
     caches: Sequence[torch.Tensor] = [
         torch.zeros(len(ends), heads, capacity, width, dtype=node.meta["val"].dtype)
-        for (heads, width), node in zip((*layout.keys, *layout.values), program.inputs[4:], strict=True)
+        for (heads, width), node in zip((*layout.keys, *layout.values), layout.caches(program), strict=True)
     ]
     results: _Results = []
     for step in talk:
         new = step.ends - step.starts
         rows = torch.arange(step.tokens.shape[1]).repeat(len(new), 1) if options.logits == "all" else new[:, None] - 1
-        logits, *caches = call(step.tokens, slots, step.starts, rows, *caches)
+        logits, *caches = call(step.tokens, slots, step.starts, rows, *caches, *_weights(layout, talk))
         results.append(_wanted(logits, new))
     return [*results, _written(caches, ends)]
 
 
 def _through_session(program: Program, session: Session, talk: Conversation, options: ExportOptions) -> _Results:
-    layers = DecoderLayout.of(program).layers
-    shapes = [node.meta["val"] for node in program.inputs[4:]]
+    layout = DecoderLayout.of(program)
+    layers, shapes = layout.layers, [node.meta["val"] for node in layout.caches(program)]
     order = [half * layers + layer for layer in range(layers) for half in (0, 1)]
     caches = [
         torch.zeros(len(talk[0].ends), shapes[index].shape[1], 0, shapes[index].shape[3], dtype=shapes[index].dtype)
@@ -177,10 +177,17 @@ def _through_session(program: Program, session: Session, talk: Conversation, opt
         mask = (torch.arange(int(step.ends.max())) < step.ends.unsqueeze(1)).long()
         new = step.ends - step.starts
         rows = [new.unsqueeze(1) - 1] if options.logits == "rows" else []
-        logits, *caches = session.run([step.tokens, mask, *rows, *caches])
+        logits, *caches = session.run([step.tokens, mask, *rows, *caches, *_weights(layout, talk)])
         results.append(_wanted(logits, new))
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return [*results, _written([caches[index] for index in inverse], talk[-1].ends)]
+
+
+def _weights(layout: DecoderLayout, talk: Conversation) -> list[torch.Tensor]:
+    """Weights of adapters for the rows of a conversation, others in every row, where adapters are switched."""
+    if not layout.adapters:
+        return []
+    return [torch.rand(len(talk[0].ends), layout.adapters, generator=torch.Generator().manual_seed(0))]
 
 
 def _wanted(logits: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.backends.reference.pipeline import ReferencePipeline
 from graphwright.backends.reference.session import ReferenceSession
 from graphwright.ir import ops
 from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of
+from graphwright.ir.stages import cut_stage
 
 
 class ReferenceExecutable(Executable):
@@ -39,6 +41,12 @@ class ReferenceExecutable(Executable):
         if cache != "float32":
             raise InputError(f"the reference rounds no caches to {cache!r}", where="session", hint="use target='cpu'")
         return ReferenceSession(self.program, slots=slots, capacity=capacity)
+
+    def pipeline(self, *, slots: int = 1, capacity: int = 2048, cache: str = "float32") -> ReferencePipeline:
+        """Decoding by stages in plain PyTorch; caches have the model's dtype."""
+        if cache != "float32":
+            raise InputError(f"the reference rounds no caches to {cache!r}", where="session", hint="use target='cpu'")
+        return ReferencePipeline(cut_stage(self.program), slots=slots, capacity=capacity)
 
 
 class ReferenceBackend(Backend):

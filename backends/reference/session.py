@@ -31,7 +31,9 @@ class ReferenceSession(Session):
             raise InputError(f"needs slots and capacity, not {slots} and {capacity}", where="session")
         self.program, self.layout = program, DecoderLayout.of(program)
         self.slots, self.capacity = slots, capacity
-        dtypes = [kind.dtype for kind in map(program.type_of, program.inputs[4:]) if isinstance(kind, TensorType)]
+        dtypes = [
+            kind.dtype for kind in map(program.type_of, self.layout.caches(program)) if isinstance(kind, TensorType)
+        ]
         shapes = (*self.layout.keys, *self.layout.values)
         self._caches = [
             torch.zeros(slots, heads, capacity, width, dtype=dtype)
@@ -42,7 +44,7 @@ class ReferenceSession(Session):
         self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
         with torch.no_grad():
-            logits, *caches = self.program.body(tokens, slots, starts, rows, *self._caches)
+            logits, *caches = self.program.body(tokens, slots, starts, rows, *self._caches, *self._weights(slots))
         self._caches = caches
         result: torch.Tensor = logits.float()
         return result

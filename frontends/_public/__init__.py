@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from graphwright.frontends.generation.stream import Stream as Stream
     from graphwright.frontends.huggingface import load_decoder as load_decoder
     from graphwright.frontends.huggingface import load_huggingface as load_huggingface
+    from graphwright.frontends.huggingface.distillation import distilling as distilling
     from graphwright.frontends.huggingface.quantized import SavedModel as SavedModel
     from graphwright.frontends.huggingface.quantized import save_quantized as save_quantized
     from graphwright.frontends.huggingface.trainer import trainable as trainable
@@ -83,10 +84,14 @@ if TYPE_CHECKING:
     from graphwright.ir.program import Program as Program
     from graphwright.ir.provenance import path_of as path_of
     from graphwright.ir.provenance import tags_of as tags_of
+    from graphwright.ir.pruned import PrunedWeight as PrunedWeight
+    from graphwright.ir.pruned import pruned_weights as pruned_weights
     from graphwright.ir.repetitions import Sharing as Sharing
     from graphwright.ir.repetitions import repetitions_of as repetitions_of
     from graphwright.ir.rewriter import Rewriter as Rewriter
+    from graphwright.ir.sparsity import SparsityPattern as SparsityPattern
     from graphwright.ir.stacks import find_stacks as find_stacks
+    from graphwright.ir.taps import Tapped as Tapped
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
@@ -150,6 +155,24 @@ if TYPE_CHECKING:
     from graphwright.passes.decoding import PrepareDecoder as PrepareDecoder
     from graphwright.passes.decoding import TabulatePositions as TabulatePositions
     from graphwright.passes.decoding import UnflattenRows as UnflattenRows
+    from graphwright.passes.distillation import CrossEntropy as CrossEntropy
+    from graphwright.passes.distillation import Distilled as Distilled
+    from graphwright.passes.distillation import HiddenCosine as HiddenCosine
+    from graphwright.passes.distillation import KLDivergence as KLDivergence
+    from graphwright.passes.distillation import NearestNeighbours as NearestNeighbours
+    from graphwright.passes.distillation import RemoveTaps as RemoveTaps
+    from graphwright.passes.distillation import SquareHead as SquareHead
+    from graphwright.passes.distillation import TapFeatures as TapFeatures
+    from graphwright.passes.distillation import TaskLoss as TaskLoss
+    from graphwright.passes.distillation import Term as Term
+    from graphwright.passes.distillation import class_distillation as class_distillation
+    from graphwright.passes.distillation import cross_entropy as cross_entropy
+    from graphwright.passes.distillation import distill as distill
+    from graphwright.passes.distillation import hidden_cosine as hidden_cosine
+    from graphwright.passes.distillation import kl_divergence as kl_divergence
+    from graphwright.passes.distillation import nearest_neighbours as nearest_neighbours
+    from graphwright.passes.distillation import square_head as square_head
+    from graphwright.passes.distillation import teacher_of as teacher_of
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
     from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
@@ -197,6 +220,20 @@ if TYPE_CHECKING:
     from graphwright.passes.sharing import TruncateDepth as TruncateDepth
     from graphwright.passes.sharing import repetition_loss as repetition_loss
     from graphwright.passes.sharing import repetition_weights as repetition_weights
+    from graphwright.passes.sparsity import HoldMasks as HoldMasks
+    from graphwright.passes.sparsity import LinearSparsity as LinearSparsity
+    from graphwright.passes.sparsity import LossDriven as LossDriven
+    from graphwright.passes.sparsity import Magnitude as Magnitude
+    from graphwright.passes.sparsity import PruneByMasks as PruneByMasks
+    from graphwright.passes.sparsity import PruneLinears as PruneLinears
+    from graphwright.passes.sparsity import PruningMethod as PruningMethod
+    from graphwright.passes.sparsity import ReleaseMasks as ReleaseMasks
+    from graphwright.passes.sparsity import SparseGpt as SparseGpt
+    from graphwright.passes.sparsity import SparsityDescription as SparsityDescription
+    from graphwright.passes.sparsity import Wanda as Wanda
+    from graphwright.passes.sparsity import describe_sparsity as describe_sparsity
+    from graphwright.passes.sparsity.compression import CompressLinears as CompressLinears
+    from graphwright.passes.sparsity.compression import DecompressLinears as DecompressLinears
     from graphwright.passes.training import TrainingMemory as TrainingMemory
     from graphwright.passes.training import training_memory as training_memory
     from graphwright.passes.verification import Verification as Verification
@@ -222,17 +259,21 @@ _EXPORTS: dict[str, str] = {
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
     "Compacter": "graphwright.passes.adapters",
+    "CompressLinears": "graphwright.passes.sparsity.compression",
     "ContractViolation": "graphwright.ir.errors",
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
+    "CrossEntropy": "graphwright.passes.distillation",
     "DePT": "graphwright.passes.adapters",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
+    "DecompressLinears": "graphwright.passes.sparsity.compression",
     "DeepenLayers": "graphwright.passes.sharing",
     "DeleteRanks": "graphwright.passes.adapters",
     "DepthSchedule": "graphwright.backends.reference.depth",
     "Dim": "graphwright.ir.types",
+    "Distilled": "graphwright.passes.distillation",
     "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
     "DropBlocks": "graphwright.passes.sharing",
@@ -258,7 +299,9 @@ _EXPORTS: dict[str, str] = {
     "GenerationError": "graphwright.ir.errors",
     "Gptq": "graphwright.passes.quantization",
     "GraphwrightError": "graphwright.ir.errors",
+    "HiddenCosine": "graphwright.passes.distillation",
     "HoistRowSelection": "graphwright.passes.decoding",
+    "HoldMasks": "graphwright.passes.sparsity",
     "Hook": "graphwright.passes.hooks",
     "HoulsbyAdapter": "graphwright.passes.adapters",
     "Hqq": "graphwright.passes.quantization",
@@ -266,10 +309,12 @@ _EXPORTS: dict[str, str] = {
     "InputError": "graphwright.ir.errors",
     "InsertAdapters": "graphwright.passes.adapters",
     "InsertFakeQuantize": "graphwright.passes.quantization",
+    "KLDivergence": "graphwright.passes.distillation",
     "KronA": "graphwright.passes.adapters",
     "KronABlock": "graphwright.passes.adapters",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
+    "LinearSparsity": "graphwright.passes.sparsity",
     "LoDA": "graphwright.passes.adapters",
     "LoHa": "graphwright.passes.adapters",
     "LoKr": "graphwright.passes.adapters",
@@ -277,12 +322,15 @@ _EXPORTS: dict[str, str] = {
     "LoRAFA": "graphwright.passes.adapters",
     "LoRAXS": "graphwright.passes.adapters",
     "LoftQ": "graphwright.passes.quantization",
+    "LossDriven": "graphwright.passes.sparsity",
     "LowRank": "graphwright.passes.quantization",
+    "Magnitude": "graphwright.passes.sparsity",
     "Match": "graphwright.ir.pattern",
     "Matcher": "graphwright.ir.pattern",
     "MergeAdapters": "graphwright.passes.adapters",
     "NOLA": "graphwright.passes.adapters",
     "Nearest": "graphwright.passes.quantization",
+    "NearestNeighbours": "graphwright.passes.distillation",
     "OFT": "graphwright.passes.adapters",
     "OptimizedDecoder": "graphwright.frontends.generation.optimized",
     "OptimizedModel": "graphwright.frontends.api",
@@ -303,6 +351,10 @@ _EXPORTS: dict[str, str] = {
     "PromptTuning": "graphwright.passes.adapters",
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
+    "PruneByMasks": "graphwright.passes.sparsity",
+    "PruneLinears": "graphwright.passes.sparsity",
+    "PrunedWeight": "graphwright.ir.pruned",
+    "PruningMethod": "graphwright.passes.sparsity",
     "QuantizeAttention": "graphwright.passes.quantization",
     "QuantizeEmbeddings": "graphwright.passes.quantization",
     "QuantizeLinears": "graphwright.passes.quantization",
@@ -310,9 +362,11 @@ _EXPORTS: dict[str, str] = {
     "ReduceProjections": "graphwright.passes.adapters",
     "Refusal": "graphwright.ir.pattern",
     "Relative": "graphwright.frontends.autoquantize",
+    "ReleaseMasks": "graphwright.passes.sparsity",
     "RemoveAdapters": "graphwright.passes.adapters",
     "RemoveDeadCode": "graphwright.passes.cleanup",
     "RemoveNoOps": "graphwright.passes.cleanup",
+    "RemoveTaps": "graphwright.passes.distillation",
     "Report": "graphwright.passes.report",
     "Retrain": "graphwright.passes.contract",
     "Rewriter": "graphwright.ir.rewriter",
@@ -332,11 +386,19 @@ _EXPORTS: dict[str, str] = {
     "Sharing": "graphwright.ir.repetitions",
     "SmoothActivations": "graphwright.passes.quantization",
     "SoRA": "graphwright.passes.adapters",
+    "SparseGpt": "graphwright.passes.sparsity",
+    "SparsityDescription": "graphwright.passes.sparsity",
+    "SparsityPattern": "graphwright.ir.sparsity",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
+    "SquareHead": "graphwright.passes.distillation",
     "Stream": "graphwright.frontends.generation.stream",
     "TabulatePositions": "graphwright.passes.decoding",
+    "TapFeatures": "graphwright.passes.distillation",
+    "Tapped": "graphwright.ir.taps",
+    "TaskLoss": "graphwright.passes.distillation",
     "TensorType": "graphwright.ir.types",
+    "Term": "graphwright.passes.distillation",
     "TraceError": "graphwright.ir.errors",
     "TrainEquivalentScales": "graphwright.passes.quantization",
     "TrainingMemory": "graphwright.passes.training",
@@ -349,6 +411,7 @@ _EXPORTS: dict[str, str] = {
     "VeRA": "graphwright.passes.adapters",
     "Verification": "graphwright.passes.verification",
     "Verifier": "graphwright.passes.verification",
+    "Wanda": "graphwright.passes.sparsity",
     "Wanted": "graphwright.frontends.generation.drafts",
     "adapter_inputs": "graphwright.passes.adapters",
     "adapter_parameters": "graphwright.passes.adapters",
@@ -360,13 +423,20 @@ _EXPORTS: dict[str, str] = {
     "auto_quantize": "graphwright.frontends.autoquantize",
     "bisect": "graphwright.passes.bisection",
     "checkpoint_blocks": "graphwright.ir.checkpointing",
+    "class_distillation": "graphwright.passes.distillation",
     "const": "graphwright.ir.pattern",
     "cost_of": "graphwright.ir.cost",
+    "cross_entropy": "graphwright.passes.distillation",
+    "describe_sparsity": "graphwright.passes.sparsity",
     "diff": "graphwright.ir.diff",
+    "distill": "graphwright.passes.distillation",
+    "distilling": "graphwright.frontends.huggingface.distillation",
     "either": "graphwright.ir.pattern",
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
     "find_stacks": "graphwright.ir.stacks",
+    "hidden_cosine": "graphwright.passes.distillation",
+    "kl_divergence": "graphwright.passes.distillation",
     "kronecker_shapes": "graphwright.passes.adapters",
     "load_adapter": "graphwright.passes.adapters",
     "load_decoder": "graphwright.frontends.huggingface",
@@ -374,11 +444,13 @@ _EXPORTS: dict[str, str] = {
     "load_packed": "graphwright.frontends.generation.packed",
     "load_recipe": "graphwright.frontends.recipes",
     "maybe": "graphwright.ir.pattern",
+    "nearest_neighbours": "graphwright.passes.distillation",
     "op": "graphwright.ir.pattern",
     "op_name": "graphwright.ir.names",
     "optimize": "graphwright.frontends.api",
     "parse": "graphwright.ir.parser",
     "path_of": "graphwright.ir.provenance",
+    "pruned_weights": "graphwright.ir.pruned",
     "repetition_loss": "graphwright.passes.sharing",
     "repetition_weights": "graphwright.passes.sharing",
     "repetitions_of": "graphwright.ir.repetitions",
@@ -389,8 +461,10 @@ _EXPORTS: dict[str, str] = {
     "sensitivities": "graphwright.passes.quantization",
     "shrink_gates": "graphwright.passes.adapters",
     "skip_by_kurtosis": "graphwright.passes.quantization",
+    "square_head": "graphwright.passes.distillation",
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",
+    "teacher_of": "graphwright.passes.distillation",
     "trace": "graphwright.frontends.torch",
     "trainable": "graphwright.frontends.huggingface.trainer",
     "training_memory": "graphwright.passes.training",

@@ -53,7 +53,7 @@ class Chat:
         Options.read(options)
         options["draft"] = find_draft(options.get("draft"), options.pop("draft_tokens", None), "float32")
         if not isinstance(cache, PromptCache):
-            cache = decoder.prompt_cache(capacity=capacity, cache=cache)
+            cache = decoder.prompt_cache(capacity=capacity, cache=cache, pipeline=options.get("pipeline", False))
         self._options = {**options, "cache": cache, "tokenizer": self._tokenizer}
         self._open: Stream | None = None
         self._tokens: list[int] = []

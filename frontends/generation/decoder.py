@@ -10,6 +10,7 @@ import torch
 
 from graphwright.backends.executable import Executable
 from graphwright.backends.session import Session
+from graphwright.frontends.generation.adapters import UNSAID, Adapters
 from graphwright.frontends.generation.drafts import Draft
 from graphwright.frontends.generation.facts import DecoderFacts
 from graphwright.frontends.generation.options import Options
@@ -20,6 +21,8 @@ from graphwright.frontends.generation.stream import Stream
 from graphwright.frontends.generation.tokenizer import check_tokenizer, has_tokenizer, load_tokenizer
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import InputError
+from graphwright.ir.program import Program
+from graphwright.passes.adapters.gating import switched_adapters
 
 if TYPE_CHECKING:
     from graphwright.frontends.generation.chat import Chat
@@ -45,6 +48,16 @@ class Decoder(ABC):
         """What runs the steps."""
 
     @property
+    def step(self) -> Program | None:
+        """The program that the steps are, where there is one at hand."""
+        return None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that every call chooses from, see :class:`~graphwright.passes.GateAdapters`."""
+        return () if self.step is None else tuple(switched_adapters(self.step))
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer of the folder that the model came from, or the one set here; ``None`` where there is none.
 
@@ -68,21 +81,27 @@ class Decoder(ABC):
         limits = [each for each in (self.facts.context, self.layout.length) if each is not None]
         return min(limits, default=None)
 
-    def session(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32") -> Session:
+    def session(
+        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32", pipeline: bool = False
+    ) -> Session:
         """Caches, and steps on them.
 
         Args:
             slots: sequences held at a time.
             capacity: tokens that each can hold; the model's context by default.
             cache: how keys and values are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+            pipeline: give a :class:`PipelineSession`, which runs the group of layers that the decoder repeats.
 
         Raises:
             InputError: there are no slots or no capacity, caches are not stored so, or memory does not suffice.
-            BackendError: the target runs no decoding steps.
+            BackendError: the target runs no decoding steps, or no stages.
+            ProgramError: the decoder repeats no group of layers.
         """
         tokens = capacity if capacity is not None else self.context or _CAPACITY
         try:
-            return self._lowered().session(slots=slots, capacity=tokens, cache=cache)
+            lowered = self._lowered()
+            make = lowered.pipeline if pipeline else lowered.session
+            return make(slots=slots, capacity=tokens, cache=cache)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):
                 raise
@@ -93,15 +112,18 @@ class Decoder(ABC):
                 hint="take a smaller capacity, max_new_tokens or batch_size, or cache='int8'",
             ) from error
 
-    def prompt_cache(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32") -> PromptCache:
+    def prompt_cache(
+        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32", pipeline: bool = False
+    ) -> PromptCache:
         """A session that remembers its tokens from call to call: give it as ``cache=`` to :meth:`generate`.
 
         A prompt that begins like one before it, or like its answer, only computes what is new.
 
         Raises:
-            InputError: see :meth:`session`.
+            InputError: see :meth:`session`, as for the others.
         """
-        return PromptCache(self.session(slots=slots, capacity=capacity, cache=cache), self)
+        given = {"pipeline": True} if pipeline else {}
+        return PromptCache(self.session(slots=slots, capacity=capacity, cache=cache, **given), self)
 
     def generate(
         self,
@@ -122,6 +144,9 @@ class Decoder(ABC):
         draft_tokens: int | None = None,
         tokenizer: Any = None,
         batch_size: int = 16,
+        adapters: Adapters | Sequence[Adapters] = UNSAID,
+        pipeline: bool = False,
+        exit_confidence: float | None = None,
     ) -> Generation:
         """Answer prompts.
 
@@ -147,11 +172,20 @@ class Decoder(ABC):
             draft_tokens: guessed at a time.
             tokenizer: instead of :attr:`tokenizer`.
             batch_size: sequences that run together at most; ``cache`` decides when it is a prompt cache.
+            adapters: which of :attr:`adapters` answer: a name, several with their weights as ``{"a": 0.5, "b": 0.5}``,
+                ``None`` for the base alone, or a list of one of these for each prompt. Required where there are any.
+            pipeline: start each token on what the first repetition of the decoder's layers guesses before it, see
+                :mod:`graphwright.frontends.generation.pipelined`. For decoders that repeat a group of layers; answers
+                stay what they are without it (up to how kernels round rows that run together), and the result says how
+                often guesses changed. It gains much where the model was trained with a loss after each repetition.
+            exit_confidence: with ``pipeline``, take a prediction as final as soon as the likeliest token has this
+                probability. This changes answers.
 
         Raises:
             InputError: a prompt or an option cannot be used; nothing has run then.
             GenerationError: the model's logits are NaN or infinite.
-            BackendError: the target runs no decoding steps.
+            BackendError: the target runs no decoding steps, or no stages.
+            ProgramError: ``pipeline`` is set, and the decoder repeats no group of layers.
         """
         options = Options(
             max_new_tokens=max_new_tokens,
@@ -168,6 +202,9 @@ class Decoder(ABC):
             draft_tokens=draft_tokens,
             tokenizer=tokenizer,
             batch_size=batch_size,
+            adapters=adapters,
+            pipeline=pipeline,
+            exit_confidence=exit_confidence,
         )
         with options.make_run(self, prompts, attention_mask) as run:
             while not run.is_done:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from graphwright.frontends.generation.adapters import choice_alike
 from graphwright.frontends.generation.drafts import Draft, Proposal, Proposer, Wanted
 from graphwright.frontends.generation.prompt_cache import Feed, PromptCache, common_prefix
 from graphwright.frontends.generation.sampling import draw, what_is_wrong
@@ -22,6 +23,8 @@ _CHUNK = 512  # tokens of a prompt at a time
 @dataclass(frozen=True)
 class DecoderDraft(Draft):
     """Guess with another decoder of the same vocabulary, which chooses as the model is told to.
+
+    Where calls switch its adapters, those answer that have the names of the model's.
 
     Attributes:
         decoder: the smaller one.
@@ -50,7 +53,7 @@ class DecoderDraft(Draft):
                 hint="a draft must give the model's own tokens: take a smaller model of the same family",
             )
         session = self.decoder.session(slots=rows, capacity=capacity + self.tokens, cache=self.cache)
-        return _DecoderProposer(PromptCache(session), self.decoder.context or session.capacity)
+        return _DecoderProposer(self.decoder, PromptCache(session))
 
 
 @dataclass
@@ -65,8 +68,9 @@ class _Growing:
 
 
 class _DecoderProposer(Proposer):
-    def __init__(self, cache: PromptCache, context: int) -> None:
-        self._cache, self._context = cache, context
+    def __init__(self, decoder: Decoder, cache: PromptCache) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._context = decoder.context or cache.session.capacity
         self._slots: dict[int, int] = {}
 
     def propose(self, wanted: Sequence[Wanted]) -> list[Proposal]:
@@ -89,7 +93,8 @@ class _DecoderProposer(Proposer):
         """Bring the slot up to a few tokens before the end of the sequence; guesses not taken over go."""
         tokens = wanted.tokens
         if wanted.row not in self._slots:
-            self._slots[wanted.row], _ = self._cache.acquire(tokens)
+            choice = choice_alike(self._decoder, wanted.adapters)
+            self._slots[wanted.row], _ = self._cache.acquire(tokens, choice.weights)
         slot = self._slots[wanted.row]
         held = min(common_prefix(self._cache.held[slot], tokens), len(tokens) - 1)
         # Two tokens are left after a step all of whose guesses were taken; more only for a prompt.

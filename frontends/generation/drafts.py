@@ -8,7 +8,7 @@ behind :class:`Draft`: a smaller decoder, the prompt itself, earlier layers of t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ class Wanted:
         count: how many tokens at most.
         sampling: how the model chooses; a draft that chooses alike is accepted most often.
         generator: the sequence's own random numbers.
+        adapters: that answer it, by name with their weights; a draft that has the same is accepted most often.
     """
 
     row: int
@@ -34,6 +35,7 @@ class Wanted:
     count: int
     sampling: Sampling
     generator: torch.Generator
+    adapters: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

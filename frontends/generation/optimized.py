@@ -30,6 +30,11 @@ class OptimizedDecoder(OptimizedModel, Decoder):
     def _lowered(self) -> Executable:
         return self._executable
 
+    @property
+    def step(self) -> Program:
+        """The program that the steps are: this one."""
+        return self
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the Program into a folder, and its tokenizer and ``decoder.json`` beside it.
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphwright.frontends.generation.adapters import UNSAID, Adapters, read_choices
 from graphwright.frontends.generation.drafts import Draft, PromptLookup
+from graphwright.frontends.generation.pipelined import PipelinedRun
 from graphwright.frontends.generation.prompt_cache import PromptCache
 from graphwright.frontends.generation.prompts import Prompts, check_prompts, read_prompts
 from graphwright.frontends.generation.run import Run
@@ -43,6 +45,9 @@ class Options:
     draft_tokens: int | None = None
     tokenizer: Any = None
     batch_size: int = 16
+    adapters: Adapters | Sequence[Adapters] = UNSAID
+    pipeline: bool = False
+    exit_confidence: float | None = None
 
     @staticmethod
     def read(given: Mapping[str, Any]) -> Options:
@@ -67,6 +72,7 @@ class Options:
         """
         _check_count("max_new_tokens", self.max_new_tokens)
         _check_count("batch_size", self.batch_size)
+        self._check_pipeline(decoder)
         sampling = Sampling(
             float(self.temperature), self.top_k, float(self.top_p), float(self.min_p), float(self.repetition_penalty)
         )
@@ -80,18 +86,41 @@ class Options:
             limits.append(self.cache.session.capacity)
         room = min(limits) if limits else max(map(len, tokens)) + self.max_new_tokens
         check_prompts(tokens, vocabulary, room)
+        choices = read_choices(decoder, self.adapters, len(tokens))
         cache = self._cache(decoder, tokens, room, draft)
         seed = int(torch.randint(2**62, ())) if self.seed is None else int(self.seed)
-        equal: Counter[tuple[int, ...]] = Counter()
+        equal: Counter[tuple[tuple[int, ...], tuple[float, ...]]] = Counter()
         sequences = []
         for row, prompt in enumerate(map(tuple, tokens)):
-            generator = generator_for(seed, prompt, equal[prompt])
-            equal[prompt] += 1
-            sequence = Growing(row, prompt, self.max_new_tokens, room, ends, generator)
+            choice = choices[row]
+            generator = generator_for(seed, prompt, equal[prompt, choice.weights])
+            equal[prompt, choice.weights] += 1
+            sequence = Growing(row, prompt, self.max_new_tokens, room, ends, generator, choice)
             sequence.seen = sampling.seen(prompt, vocabulary)
             sequence.tail = None if tokenizer is None else TextTail(tokenizer, prompt, stop)
             sequences.append(sequence)
+        if self.pipeline:
+            return PipelinedRun(cache, sequences, sampling, seed=seed, exit_confidence=self.exit_confidence)
         return Run(cache, sequences, sampling, draft=draft, seed=seed)
+
+    def _check_pipeline(self, decoder: Decoder) -> None:
+        where, confidence = "argument 'exit_confidence'", self.exit_confidence
+        if self.pipeline and decoder.adapters:
+            raise InputError(
+                f"stages cannot choose between the adapters {', '.join(decoder.adapters)}",
+                where="argument 'pipeline'",
+                hint="a decoder with one adapter, not gated, can be pipelined",
+            )
+        if self.pipeline and self.draft is not None:
+            raise InputError(
+                "cannot be had with pipeline=True, which guesses by itself",
+                where="argument 'draft'",
+                hint="leave one of them out",
+            )
+        if confidence is not None and not self.pipeline:
+            raise InputError("is for pipelined decoding", where=where, hint="give pipeline=True too")
+        if confidence is not None and not (isinstance(confidence, int | float) and 0 < confidence <= 1):
+            raise InputError(f"must be above 0 and at most 1, not {confidence!r}", where=where)
 
     def _tokenizer(self, decoder: Decoder) -> Any:
         if self.tokenizer is None:
@@ -130,7 +159,7 @@ class Options:
         # Rows with fewer drafted tokens than others are filled up behind their end.
         capacity = longest + (draft.tokens if draft is not None else 0)
         slots = min(len(tokens), self.batch_size)
-        return PromptCache(decoder.session(slots=slots, capacity=capacity, cache=self.cache), decoder)
+        return decoder.prompt_cache(slots=slots, capacity=capacity, cache=self.cache, pipeline=self.pipeline)
 
 
 def find_draft(draft: Any, tokens: int | None, cache: str) -> Draft | None:

@@ -10,6 +10,7 @@ from graphwright.backends.cpu import load_packed as load_file
 from graphwright.frontends.generation.decoder import Decoder
 from graphwright.frontends.generation.facts import FILE, PACKED, DecoderFacts
 from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.program import Program
 
 
 class PackedDecoder(PackedModel, Decoder):
@@ -22,6 +23,11 @@ class PackedDecoder(PackedModel, Decoder):
 
     def _lowered(self) -> CpuExecutable:
         return self._executable
+
+    @property
+    def step(self) -> Program:
+        """The program that the steps are."""
+        return self._executable.program
 
 
 def load_packed(path: str | os.PathLike[str]) -> PackedModel:

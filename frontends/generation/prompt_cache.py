@@ -32,17 +32,20 @@ class PromptCache:
     """The slots of a session and the tokens that each holds.
 
     A prompt that begins like what a slot holds takes over that beginning; only the rest is computed. Where the slot
-    goes on otherwise, the beginning is copied into another free slot, if there is one, so that both stay.
+    goes on otherwise, the beginning is copied into another free slot, if there is one, so that both stay. What other
+    adapters made of the same tokens is something else: only slots with the same choice of adapters share.
 
     Attributes:
         session: computes the steps.
         owner: the decoder that it was made for.
         held: the tokens of every slot.
+        chosen: the weights of adapters that every slot's tokens were taken in with; none where none is switched.
     """
 
     def __init__(self, session: Session, owner: object = None) -> None:
         self.session, self.owner = session, owner
         self.held: list[list[int]] = [[] for _ in range(session.slots)]
+        self.chosen: list[tuple[float, ...]] = [() for _ in range(session.slots)]
         self._busy: set[int] = set()
         self._used = [0] * session.slots
         self._clock = 0
@@ -52,11 +55,15 @@ class PromptCache:
         """How many slots no running sequence occupies."""
         return self.session.slots - len(self._busy)
 
-    def acquire(self, tokens: Sequence[int]) -> tuple[int, int]:
+    def acquire(self, tokens: Sequence[int], adapters: tuple[float, ...] = ()) -> tuple[int, int]:
         """A free slot, and how many of these tokens it holds already: all but the last at most.
 
+        Args:
+            tokens: of a prompt.
+            adapters: the weights of those that answer it, where the decoder's are switched.
+
         Raises:
-            InputError: every slot is occupied.
+            InputError: every slot is occupied, or these are not weights of the decoder's adapters.
         """
         free = [slot for slot in range(self.session.slots) if slot not in self._busy]
         if not free:
@@ -66,7 +73,10 @@ class PromptCache:
                 hint="close the streams that use it, or make it with more slots",
             )
         most = len(tokens) - 1
-        shared = [min(common_prefix(held, tokens), most) for held in self.held]
+        shared = [
+            min(common_prefix(held, tokens), most) if chosen == adapters else 0
+            for held, chosen in zip(self.held, self.chosen, strict=True)
+        ]
         # The longest beginning; of equals, that which would be lost least: a free slot that holds no more than it.
         best = max(range(self.session.slots), key=lambda slot: (shared[slot], slot in free, -len(self.held[slot])))
         length = shared[best]
@@ -76,9 +86,11 @@ class PromptCache:
             others = [each for each in free if each != best]
             # What was not used for longest goes first; empty slots before it.
             slot = min(others, key=lambda each: (bool(self.held[each]), self._used[each])) if others else best
+        if self.session.layout.adapters:
+            self.session.choose(slot, adapters)
         if slot != best and length:
             self.session.copy(best, slot, length)
-        self.held[slot] = list(tokens[:length])
+        self.held[slot], self.chosen[slot] = list(tokens[:length]), adapters
         self._busy.add(slot)
         self._touch(slot)
         return slot, length

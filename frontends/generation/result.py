@@ -49,6 +49,74 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Pipelining:
+    """What pipelined decoding did; see :mod:`graphwright.frontends.generation.pipelined`.
+
+    Attributes:
+        repeats: G, how often the decoder runs its group of layers.
+        stages: run.
+        lane_stages: the sum over the stages of the answers that took part.
+        rows: tokens that went through stages, one for each repetition.
+        dropped: tokens in flight that were dropped as a prediction before them changed.
+        completed: tokens that have been through all repetitions.
+        flips: of these, how many had another prediction after repetition 2, 3, ... G than after the one before it.
+        first_flips: of these, how many had another prediction in the end than after the first repetition.
+        exit_confidence: the option; where it is set, answers are not those of ordinary decoding.
+        early_exits: predictions that were final before the last repetition.
+        early_flips: times that a deeper repetition would have changed one of them.
+    """
+
+    repeats: int
+    stages: int = 0
+    lane_stages: int = 0
+    rows: int = 0
+    dropped: int = 0
+    completed: int = 0
+    flips: tuple[int, ...] = ()
+    first_flips: int = 0
+    exit_confidence: float | None = None
+    early_exits: int = 0
+    early_flips: int = 0
+
+    @property
+    def flip_rates(self) -> tuple[float, ...]:
+        """How often a prediction changed at repetition 2, 3, ... G; 0 where nothing was completed."""
+        return tuple(each / self.completed if self.completed else 0.0 for each in self.flips)
+
+    @property
+    def first_flip_rate(self) -> float:
+        """How often the first repetition's prediction was not the last one's."""
+        return self.first_flips / self.completed if self.completed else 0.0
+
+    @property
+    def tokens_per_stage(self) -> float:
+        """Tokens that an answer grew by at a stage: 1 at best, ``1 / repeats`` in ordinary decoding."""
+        return self.completed / self.lane_stages if self.lane_stages else 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """How full the pipeline was: 1 where every answer had a token at every repetition."""
+        return self.rows / (self.repeats * self.lane_stages) if self.lane_stages else 0.0
+
+    @property
+    def gain(self) -> float:
+        """Stages that ordinary decoding takes, over those taken: ``repeats`` at best, 1 where nothing is gained."""
+        return self.repeats * self.tokens_per_stage
+
+    @property
+    def summary(self) -> str:
+        """In one line, and that nothing is gained where that is so."""
+        rates = ", ".join(f"{100 * rate:.1f} %" for rate in self.flip_rates)
+        text = f"pipeline of {self.repeats}: {self.tokens_per_stage:.2f} tokens/stage, flips {rates}"
+        if self.exit_confidence is not None:
+            text += f", {self.early_exits} early exits at {self.exit_confidence:g}: not ordinary decoding's answers"
+        # Rows beyond the first cost something too.
+        if self.completed and self.gain < 1.15:
+            text += ", nothing is gained: train the model with a loss after every repetition"
+        return text
+
+
+@dataclass(frozen=True)
 class Generation:
     """Answers to prompts, in the prompts' order.
 
@@ -59,6 +127,7 @@ class Generation:
         stopped: why each ended, one of :data:`REASONS`.
         seed: with which the same call gives the same answers.
         counts: what it took.
+        pipeline: what pipelined decoding did, where it was asked for.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -67,6 +136,7 @@ class Generation:
     stopped: tuple[str, ...]
     seed: int
     counts: Counts
+    pipeline: Pipelining | None = None
 
     @property
     def text(self) -> str | None:
@@ -87,7 +157,8 @@ class Generation:
             f"prompts {counts.prompt_tokens} tokens, {counts.reused_tokens} reused, {counts.prompt_rate:.0f} tokens/s"
         )
         drafts = f", {counts.accepted_tokens} of {counts.drafted_tokens} drafted" if counts.drafted_tokens else ""
-        return f"[{speed}{drafts}; {prompt}; {', '.join(self.stopped)}]"
+        stages = f"; {self.pipeline.summary}" if self.pipeline is not None else ""
+        return f"[{speed}{drafts}{stages}; {prompt}; {', '.join(self.stopped)}]"
 
     def as_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -98,7 +169,10 @@ class Generation:
             )
         ]
         rates = {"prompt_tokens_per_s": self.counts.prompt_rate, "tokens_per_s": self.counts.rate}
-        return {"answers": answers, "seed": self.seed, "counts": {**asdict(self.counts), **rates}}
+        found = {"answers": answers, "seed": self.seed, "counts": {**asdict(self.counts), **rates}}
+        if self.pipeline is not None:
+            found["pipeline"] = {**asdict(self.pipeline), "flip_rates": list(self.pipeline.flip_rates)}
+        return found
 
     def __str__(self) -> str:
         lines = list(self.texts) if self.texts is not None else [str(list(new)) for new in self.tokens]

@@ -106,7 +106,7 @@ class Run:
         # One at a time: the next one may share a beginning with it. With nothing running, a full cache is an error.
         if self._waiting and self._filling is None and (self._cache.free or not self._running):
             sequence = self._waiting[0]
-            sequence.slot, reused = self._cache.acquire(sequence.prompt)
+            sequence.slot, reused = self._cache.acquire(sequence.prompt, sequence.choice.weights)
             self._reused += reused
             self._filling = self._waiting.popleft()
         if self._filling is not None:
@@ -219,7 +219,7 @@ class Run:
         for each in self._running:
             left = min(each.most - len(each.new), each.room - len(each.tokens)) - 1
             count = max(0, min(self._draft.tokens, room, left))
-            wanted.append(Wanted(each.row, each.tokens, count, self._sampling, each.generator))
+            wanted.append(Wanted(each.row, each.tokens, count, self._sampling, each.generator, each.choice.names))
         asked = [each for each in wanted if each.count]
         if not asked:
             return none

@@ -158,8 +158,18 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator) -> int:
         probabilities: float64 ``[V]``, not negative, not all 0.
         generator: moved on by one number.
     """
+    return pick(probabilities, uniform(generator))
+
+
+def uniform(generator: torch.Generator) -> float:
+    """A random number from 0 up to 1; the generator is moved on by one."""
+    return float(torch.rand((), dtype=torch.float64, generator=generator))
+
+
+def pick(probabilities: torch.Tensor, number: float) -> int:
+    """The token at which the running sum of the probabilities (float64 ``[V]``) reaches this part of the whole."""
     sums = probabilities.numpy().cumsum()
-    at = float(torch.rand((), dtype=torch.float64, generator=generator)) * sums[-1]
+    at = number * sums[-1]
     # Rounding may put the number at the very end: then it is the last token that can be.
     last = int(np.searchsorted(sums, sums[-1], side="left"))
     return min(int(np.searchsorted(sums, at, side="right")), last)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graphwright.frontends.generation.adapters import BASE, Choice
 from graphwright.frontends.generation.text import TextTail
 
 
@@ -22,6 +23,7 @@ class Sequence:
         room: tokens that prompt and answer may have together.
         stop_tokens: at which the answer ends.
         generator: its own random numbers.
+        choice: which adapters answer.
         seen: tokens of prompt and answer, where there is a repetition penalty, bool ``[V]``.
         tail: makes text of the answer, where there is a tokenizer.
         slot: of the cache, while it runs.
@@ -36,6 +38,7 @@ class Sequence:
     room: int
     stop_tokens: frozenset[int]
     generator: torch.Generator
+    choice: Choice = BASE
     seen: torch.Tensor | None = None
     tail: TextTail | None = None
     slot: int = -1
@@ -82,7 +85,7 @@ def generator_for(seed: int, prompt: Tokens[int], occurrence: int) -> torch.Gene
     Args:
         seed: of the call.
         prompt: its tokens.
-        occurrence: how many equal prompts came before it in the call; so that their answers differ.
+        occurrence: how many equal prompts with equal adapters came before it in the call; so that their answers differ.
     """
     text = f"{seed} {occurrence} {','.join(map(str, prompt))}"
     digest = hashlib.sha256(text.encode()).digest()

@@ -17,6 +17,7 @@ __all__ = ["DIALECT", "Cost", "OpDefinition", "definition_of", "get", "is_dialec
 
 # operator -> module under graphwright.ir.ops that holds its definition, as an upper-case constant of the same name
 DIALECT: dict[str, str] = {
+    "apply_mask": "masking",
     "attention": "attention",
     "attention_int8": "attention_int8",
     "cache_append": "cache",
@@ -31,6 +32,7 @@ DIALECT: dict[str, str] = {
     "linear_nbits": "quantization",
     "linear_nbits_dynamic": "rounded_activations",
     "linear_outliers": "outliers",
+    "linear_sparse": "sparse",
     "rms_norm": "normalization",
     "rotary_embedding": "position",
     "select_rows": "cache",

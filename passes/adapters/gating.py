@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from torch import fx
 
 from graphwright.ir import provenance
 from graphwright.ir.arguments import argument
-from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.decoder import ADAPTER_WEIGHTS
 from graphwright.ir.errors import InputError, SelectionError
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
@@ -23,9 +24,6 @@ from graphwright.passes.adapters.inserted import FOLDED, GATED, INPUTS, adapter_
 from graphwright.passes.adapters.sites import ADAPTER
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact
-
-# What callers call the weights.
-KEYWORD = "adapter_weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +46,9 @@ class GateAdapters(Pass):
     adapts it, and what lies between mixes. Where ``f`` adds a branch, the branch is multiplied; where that ends in a
     linear, its input, which has fewer numbers. Adapters at one place follow each other in the order in which they were
     put in; those that add something that does not depend on each other, such as LoRA, simply add up.
+
+    A decoding step's sessions keep the weights for each slot, and ``generate(prompts, adapters=["a", None])`` gives
+    them by prompt; caches hold what the chosen adapters made of a text.
 
     With all weights 1 the program is what it was. It does not fire on a program whose adapters are switched already:
     that, no adapter, and a value that has no row of the batch in front are errors.
@@ -79,8 +80,7 @@ class GateAdapters(Pass):
 
         Raises:
             SelectionError: the program has no adapter.
-            InputError: there is none of a name, they are switched already, a value has no batch in front, or the
-                program is a decoding step.
+            InputError: there is none of a name, they are switched already, or a value has no batch in front.
         """
         if GATED in program.records:
             raise InputError(
@@ -88,19 +88,13 @@ class GateAdapters(Pass):
                 where=f"program {program.title!r}",
                 hint="insert all adapters first, and gate them once",
             )
-        if DecoderLayout.find(program) is not None:
-            raise InputError(
-                "a decoding step takes no weights of adapters: its caches hold what one adapter made of a text",
-                where=f"program {program.title!r}",
-                hint="make a decoder for each adapter; they share the base's weights",
-            )
         names = self.adapters or tuple(adapters_of(program))
         if not names:
             raise SelectionError("there is no adapter to switch", where=f"{self.name}: adapters", hint="insert some")
         chosen = [adapter_of(program, name) for name in names]
         with program.edit() as rewriter:
             batch = program.inputs[0].meta[VAL].shape[0]
-            weights = rewriter.add_input(KEYWORD, (batch, len(names)), torch.float32, stand_in=1.0)
+            weights = rewriter.add_input(ADAPTER_WEIGHTS, (batch, len(names)), torch.float32, stand_in=1.0)
             for column, adapter in enumerate(chosen):
                 gates = _Gates(rewriter, weights, column, adapter.name)
                 for site in adapter.sites.values():
@@ -180,23 +174,35 @@ def adapter_weights(program: Program, rows: Sequence[str | Mapping[str, float] |
         float32 ``[rows, adapters]``.
 
     Raises:
-        InputError: the program's adapters are not switched by calls, or it has none of a name.
+        InputError: the program's adapters are not switched by calls, it has none of a name, or a weight is no finite
+            number.
     """
-    names: list[str] = program.records.get(GATED, [])
-    if not names:
+    columns = switched_adapters(program)
+    if not program.records.get(GATED):
         raise InputError(
             "its adapters are not switched by calls", where=f"program {program.title!r}", hint="run GateAdapters on it"
         )
-    present = {*adapters_of(program), *program.records.get(INPUTS, {}), *program.records.get(FOLDED, {})}
-    found = torch.zeros(len(rows), len(names))
+    found = torch.zeros(len(rows), len(program.records[GATED]))
     for index, row in enumerate(rows):
         given = {} if row is None else {row: 1.0} if isinstance(row, str) else row
+        if not isinstance(given, Mapping):
+            raise InputError(
+                f"is a {type(row).__name__}", where=f"row {index}", hint="give a name, names with weights, or None"
+            )
         for name, weight in given.items():
-            if name not in names or name not in present:
+            if name not in columns:
                 raise InputError(
                     f"there is no adapter {name!r} that calls switch",
                     where=f"row {index}",
-                    hint=f"there are {', '.join(repr(each) for each in names if each in present)}",
+                    hint=f"there are {', '.join(map(repr, columns))}",
                 )
-            found[index, names.index(name)] = float(weight)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise InputError(f"the weight of {name!r} is {weight!r}, no finite number", where=f"row {index}")
+            found[index, columns[name]] = weight
     return found
+
+
+def switched_adapters(program: Program) -> dict[str, int]:
+    """The adapters that calls switch, each with its column of the weights; without those that were taken out since."""
+    present = {*adapters_of(program), *program.records.get(INPUTS, {}), *program.records.get(FOLDED, {})}
+    return {name: column for column, name in enumerate(program.records.get(GATED, [])) if name in present}

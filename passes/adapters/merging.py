@@ -55,13 +55,15 @@ class MergeAdapters(Pass):
     weight (:class:`FuseQKV`) take adapters into its rows.
 
     It does not fire on kinds that cannot be merged, on weights that something without the adapter reads too, and on
-    packed weights unless told: all of these are errors, as a program half merged serves nobody.
+    packed or pruned weights unless told: all of these are errors, as a program half merged serves nobody.
 
     Attributes:
         adapters: names of those to be merged, in the order in which they were put in; ``None`` for all.
         requantize: merge into packed weights too: they are unpacked, and rounded again in the same format. The function
             then changes by that rounding, which the report measures: of each weight, and as a fraction of what the
             adapter changed in it, which is 1 where rounding loses as much as the adapter brings.
+        keep_mask: merge into pruned weights too, where they are not 0: zeros stay zeros, and what the adapter brings
+            there is dropped. The report has the fraction of its change that was, of each weight.
         keep: keep the base's tensors and the adapter's in memory, for :class:`UnmergeAdapters`. It costs nothing while
             the model is there that the base is shared with. Otherwise it needs them from disk.
     """
@@ -72,6 +74,7 @@ class MergeAdapters(Pass):
 
     adapters: tuple[str, ...] | None = None
     requantize: bool = False
+    keep_mask: bool = False
     keep: bool = True
 
     def __post_init__(self) -> None:
@@ -81,7 +84,7 @@ class MergeAdapters(Pass):
 
     def effective_contract(self) -> Contract:
         """Exact, but for packed weights."""
-        return Approximate() if self.requantize else self.contract
+        return Approximate() if self.requantize or self.keep_mask else self.contract
 
     def conflicts(self) -> Mapping[str, str]:
         """Packed weights are only merged into when that is asked for."""
@@ -97,15 +100,18 @@ class MergeAdapters(Pass):
         """
         chosen = _chosen(program, self.adapters)
         losses: dict[str, Rounded] = {}
+        dropped: dict[str, float] | None = {} if self.keep_mask else None
         with program.edit() as rewriter:
             for adapter in chosen:
                 before, known = program.tensors(), len(losses)
-                _merge(rewriter, adapter, losses if self.requantize else None)
+                _merge(rewriter, adapter, losses if self.requantize else None, dropped)
                 note_merged(program, adapter, before, rounded=len(losses) > known, keep=self.keep)
                 forget(program, adapter.name)
             program.notes["merged"] = [adapter.name for adapter in chosen]
         if losses:
             program.notes.update(_noted(losses))
+        if dropped:
+            program.notes["dropped_of_adapter"] = dropped
         return bool(chosen)
 
 
@@ -167,12 +173,16 @@ def _chosen(program: Program, names: tuple[str, ...] | None) -> list[Inserted]:
     return [adapter for name, adapter in present.items() if name in wanted]
 
 
-def _merge(rewriter: Rewriter, adapter: Inserted, losses: dict[str, Rounded] | None) -> None:
-    """Merge one adapter; what rounding loses of packed weights is put into ``losses``, ``None`` to refuse them."""
+def _merge(
+    rewriter: Rewriter, adapter: Inserted, losses: dict[str, Rounded] | None, dropped: dict[str, float] | None
+) -> None:
+    """Merge one adapter; what rounding loses of packed weights is put into ``losses``, and what masks drop of its
+    change into ``dropped``; ``None`` to refuse such weights."""
     program = rewriter.program
     # by the weights that are done: the bias, which the layer may not have had
     done: dict[tuple[fx.Node, tuple[int, int] | None], fx.Node | None] = {}
-    limits = program.notes.setdefault("local_limits", {}) if losses is not None else {}
+    approximate = losses is not None or dropped is not None
+    limits = program.notes.setdefault("local_limits", {}) if approximate else {}
     for site in adapter.sites.values():
         if adapter.name in program.records.get(GATED, ()):
             raise InputError(
@@ -194,10 +204,18 @@ def _merge(rewriter: Rewriter, adapter: Inserted, losses: dict[str, Rounded] | N
                 raise InputError(
                     "the weight is packed, and merging would round the adapter away", where=site.path, hint=_REMEDY
                 )
+            if place.is_masked and dropped is None:
+                raise InputError(
+                    "the weight was pruned, and merging would fill its zeros",
+                    where=site.path,
+                    hint="keep the adapter beside it, or drop what it brings there: MergeAdapters(keep_mask=True)",
+                )
             key = place.stored, place.rows
             if key not in done:  # a module that is called several times
                 check_readers(program, place, places.values(), adapter.name)
-                done[key], loss = write_merged(rewriter, place, site)
+                done[key], loss, lost = write_merged(rewriter, place, site)
+                if lost is not None and dropped is not None:
+                    dropped[str(place.stored.target)] = lost
                 if loss is not None and losses is not None:
                     losses[str(place.stored.target)] = loss
             fed = next((exit_ for exit_ in exits if exit_ is place.site.x), None)
@@ -205,7 +223,8 @@ def _merge(rewriter: Rewriter, adapter: Inserted, losses: dict[str, Rounded] | N
             merged = called_anew(rewriter, place, x, done[key])
             rewriter.replace(next((exit_ for exit_ in exits if exit_ is not fed), place.site.node), merged)
             epsilon = torch.finfo(place.site.dtype).eps
-            limits[merged.name] = place.packed.local_limit if place.packed is not None else _STORED * epsilon
+            if not place.is_masked:
+                limits[merged.name] = place.packed.local_limit if place.packed is not None else _STORED * epsilon
 
 
 def _noted(losses: Mapping[str, Rounded]) -> dict[str, Any]:

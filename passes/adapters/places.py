@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -13,6 +13,7 @@ from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import tags_of
+from graphwright.ir.pruned import follow, is_masked
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import VAL
 from graphwright.passes.adapters.base import Dense
@@ -46,6 +47,11 @@ class Place:
             return self.packed.codes
         assert self.site.weight is not None
         return self.site.weight
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the weight was pruned."""
+        return is_masked(self.site.node)
 
     @property
     def span(self) -> slice:
@@ -147,11 +153,14 @@ class Rounded:
     of_adapter: float
 
 
-def write_merged(rewriter: Rewriter, place: Place, site: InsertedSite) -> tuple[fx.Node | None, Rounded | None]:
-    """Give the weight and bias the values with the adapter in them.
+def write_merged(
+    rewriter: Rewriter, place: Place, site: InsertedSite
+) -> tuple[fx.Node | None, Rounded | None, float | None]:
+    """Give the weight and bias the values with the adapter in them; zeros of a pruned weight stay.
 
     Returns:
-        the bias, a new one where the layer had none and the adapter has; and what rounding lost, where it is packed.
+        the bias, a new one where the layer had none and the adapter has; what rounding lost, where it is packed; and
+        the fraction (root mean square) of the adapter's change that the mask drops, where it was pruned.
     """
     program, target = rewriter.program, place.site
     factors = {key: program.tensor(name).detach().double() for key, name in site.tensors.items()}
@@ -163,16 +172,27 @@ def write_merged(rewriter: Rewriter, place: Place, site: InsertedSite) -> tuple[
         dense = (stored.t() if target.transposed else stored)[place.span].double()
     merged = site.kind.merged(target, Dense(dense, bias), factors)
     new_bias = _write_bias(rewriter, place, bias, merged.bias)
+    whole, lost, name = merged.weight, None, str(place.stored.target)
+    if place.is_masked:
+        brought, gone = whole - dense, dense == 0
+        size = float(brought.square().sum())
+        lost = (float(brought[gone].square().sum()) / size) ** 0.5 if size > 0 else 0.0
+        whole = torch.where(gone, 0, whole)
     if place.packed is not None:
-        change = float((merged.weight - dense).square().sum())
-        loss = place.packed.write(rewriter, merged.weight)
-        return new_bias, Rounded(loss, (loss.error / change) ** 0.5 if change > 0 else float("inf"))
-    new = merged.weight.to(stored.dtype)
+        change = float((whole - dense).square().sum())
+        loss = place.packed.write(rewriter, whole)
+        if place.is_masked:
+            values = replace(place.packed, rows=None).dense(program)
+            follow(program, [name], name, values != 0)
+        return new_bias, Rounded(loss, (loss.error / change) ** 0.5 if change > 0 else float("inf")), lost
+    new = whole.to(stored.dtype)
     if place.rows is not None:
         new, part = (stored.t() if target.transposed else stored).clone(), new
         new[place.span] = part
     rewriter.rebind(place.stored, (new.t() if target.transposed else new).contiguous())
-    return new_bias, None
+    if place.is_masked:
+        follow(program, [name], name, program.tensor(place.stored).detach() != 0)
+    return new_bias, None, lost
 
 
 def _write_bias(rewriter: Rewriter, place: Place, old: torch.Tensor | None, new: torch.Tensor | None) -> fx.Node | None:

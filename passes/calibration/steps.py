@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.decoder import ADAPTER_WEIGHTS, DecoderLayout
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Program
 from graphwright.ir.types import VAL
@@ -28,6 +28,7 @@ def first_step(
         program: a decoding step.
         layout: its layout.
         batch: ``input_ids``, token ids int64 ``[B, S]``, and optionally ``attention_mask`` ``[B, S]``, 0 at padding.
+            Where adapters are switched, also ``adapter_weights`` ``[B, adapters]``.
 
     Returns:
         the inputs in order, and a mask ``[B, S]``, bool, of what is no padding.
@@ -35,7 +36,8 @@ def first_step(
     Raises:
         InputError: there is anything else in the batch, the padding is not at an end, or the texts are too long.
     """
-    unknown = [name for name, value in batch.items() if name not in _KNOWN and value is not None]
+    known = (*_KNOWN, ADAPTER_WEIGHTS) if layout.adapters else _KNOWN
+    unknown = [name for name, value in batch.items() if name not in known and value is not None]
     if unknown:
         raise InputError(
             "is not among what a decoder's calibration batch has",
@@ -63,9 +65,23 @@ def first_step(
             hint="encode the text with the model's own tokenizer",
         )
     steps = [ids, torch.arange(count), torch.zeros(count, dtype=torch.int64), torch.arange(tokens).expand(count, -1)]
-    for node, (heads, width) in zip(program.inputs[len(steps) :], (*layout.keys, *layout.values), strict=True):
+    for node, (heads, width) in zip(layout.caches(program), (*layout.keys, *layout.values), strict=True):
         steps.append(torch.zeros((), dtype=node.meta[VAL].dtype).expand(count, heads, tokens, width))
+    if layout.adapters:
+        steps.append(_weights(batch.get(ADAPTER_WEIGHTS), count, layout.adapters))
     return steps, present
+
+
+def _weights(given: Any, count: int, adapters: int) -> torch.Tensor:
+    """Of the adapters, for every text."""
+    if not isinstance(given, torch.Tensor) or given.shape != (count, adapters):
+        shown = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        raise InputError(
+            f"must be weights [{count}, {adapters}] of the adapters that are switched, not {shown}",
+            where=f"input {ADAPTER_WEIGHTS!r}",
+            hint="make them of names with adapter_weights, or calibrate before GateAdapters",
+        )
+    return given.to(torch.float32)
 
 
 def _padded_behind(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from graphwright.ir.arguments import arguments_of
 from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Match, Rule
 from graphwright.ir.program import Program
+from graphwright.ir.pruned import follow
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import TensorType
 from graphwright.passes.base import RulePass
@@ -94,4 +95,5 @@ class _Stored(Rule):
             nn.Parameter(turned, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else turned
         )
         made = rewriter.weight(f"{weight.target}_transposed", stored, like=weight)
+        follow(rewriter.program, [str(weight.target)], str(made.target), turned != 0)
         return rewriter.call("aten.linear", match.node("x"), made, match["bias"], like=match.root)

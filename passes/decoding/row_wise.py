@@ -25,6 +25,7 @@ _ROW_WISE: dict[str, str] = {
     "graphwright.linear_nbits": "x",
     "graphwright.linear_nbits_dynamic": "x",
     "graphwright.linear_outliers": "x",
+    "graphwright.linear_sparse": "x",
     "graphwright.rms_norm": "x",
 }
 

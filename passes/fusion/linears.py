@@ -15,6 +15,7 @@ from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import PATH, path_of, tags_of
+from graphwright.ir.pruned import follow
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.scratch import stack
 from graphwright.ir.types import fake_of
@@ -23,7 +24,8 @@ from graphwright.passes.fusion.heads import given_back
 
 _LINEAR = "aten.linear"
 _QUANTIZED = frozenset(
-    f"graphwright.{name}" for name in ("linear_codebook", "linear_int8_dynamic", "linear_int8_static", "linear_nbits")
+    f"graphwright.{name}"
+    for name in ("linear_codebook", "linear_int8_dynamic", "linear_int8_static", "linear_nbits", "linear_sparse")
 )
 _CACHED = "graphwright.cached_attention"
 _ATTENTION = frozenset({"graphwright.attention", "aten.scaled_dot_product_attention", _CACHED})
@@ -276,7 +278,7 @@ def _linear_behind(value: Any) -> fx.Node | str:
             stack.append(node.args[0])
             continue
         if name in _QUANTIZED:
-            return f"%{node.name} is quantised already: merge linears before they are quantised"
+            return f"%{node.name} is quantised or compressed already: merge linears before that"
         if name == _LINEAR:
             linears[node] = None
         elif name not in _PRODUCTS and name not in _ATTENTION and len(seen) < _FARTHEST:
@@ -350,6 +352,7 @@ def _merge(rewriter: Rewriter, bucket: Sequence[Group]) -> int:
     modules = [f"{parent}.{name}" if parent else name for parent in parents]
     sizes = [int(fake_of(node).shape[0]) for node in weights]
     weight = _store(rewriter, modules, "weight", _stacked(program, weights, sizes), first[0])
+    follow(program, [str(node.target) for node in weights], str(weight.target), program.tensor(weight).detach() != 0)
     bias = None
     if any(item is not None for item in biases):
         bias = _store(rewriter, modules, "bias", _stacked(program, biases, sizes), first[0])

@@ -40,6 +40,8 @@ class Format:
         even_range: symmetric grids without clip search have ``2**bits - 1`` steps from the largest magnitude's negative
             to it, and no code for either.
         float_zeros: zero points of asymmetric grids need not be codes; they are stored in half precision.
+        keep_zeros: weights that are exactly 0 stay so, whatever a method would make of them: they were pruned. Not with
+            ``float_zeros``, which have no code for 0.
     """
 
     bits: int
@@ -51,6 +53,7 @@ class Format:
     block_rows: int = 1
     even_range: bool = False
     float_zeros: bool = False
+    keep_zeros: bool = False
 
     def columns_per_group(self, columns: int) -> int:
         """The group size for a weight of so many columns: even, and such that a group fills whole bytes."""

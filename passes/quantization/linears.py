@@ -15,6 +15,7 @@ from graphwright.ir.ops.codebook import NAMES, codebook
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of, tags_of
+from graphwright.ir.pruned import is_masked
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.calibration import CalibrationData
@@ -38,6 +39,7 @@ from graphwright.passes.quantization.schedule import Quantized, Schedule, weight
 from graphwright.passes.quantization.storing import channel_linear, packed_linear, stem, store
 from graphwright.passes.quantization.targets import LinearTarget, half_shared, is_head, linear_target
 from graphwright.passes.quantization.weights import PackedWeight
+from graphwright.passes.quantization.zeros import keep_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ class QuantizeLinears(Pass):
 
     It does not fire on: linears outside ``where``; the output head (see ``lm_head``); nodes with a protected tag; a
     weight that is computed, not a floating matrix, of another dtype than the input, or that something else reads which
-    stays in floating point (a tied embedding: it would be stored twice); ``addmm`` with factors.
+    stays in floating point (a tied embedding: it would be stored twice); ``addmm`` with factors; a pruned weight with
+    ``float_zero_points``. Other pruned weights (tagged ``masked``) keep their zeros, exactly, with every rounding.
 
     Attributes:
         bits: 2, 3, 4 or 8; those of the dtype's codes where that is not ``"int"``.
@@ -108,7 +111,7 @@ class QuantizeLinears(Pass):
 
     name: ClassVar[str] = "quantize-linears"
     contract: ClassVar[Contract] = Approximate()
-    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "compensation", "masked", "outlier", "quantized"})
+    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "compensation", "outlier", "quantized"})
 
     bits: int = 8
     dtype: str = "int"
@@ -196,6 +199,8 @@ class QuantizeLinears(Pass):
         return self.activations == "int8" and self.bits == 8
 
     def _local_limit(self) -> float:
+        if self._rounding().pattern_of_zeros() is not None:
+            return 2.0  # as for pruning alone
         return local_limit(self.dtype, self.bits, self.clip_search, self.activations)
 
     def _variant(self, key: str | None) -> QuantizeLinears | None:
@@ -228,7 +233,11 @@ class QuantizeLinears(Pass):
         static = 0
         adapters: list[fx.Node] = []
         with program.edit() as rewriter:
-            forms = {name: variant.form() for name, variant in variants.items()}
+            masked = {weight_name(target) for target in targets if is_masked(target.node)}
+            forms = {
+                name: dataclasses.replace(variant.form(), keep_zeros=name in masked)
+                for name, variant in variants.items()
+            }
             schedule = Schedule(
                 program, targets, forms, self._rounding(), self._grids(), self.checkpoint, self.compensation
             )
@@ -302,6 +311,8 @@ class QuantizeLinears(Pass):
             return f"it is tagged {', '.join(sorted(protected))}, which this pass leaves alone"
         if not self.lm_head and is_head(program, node):
             return "it is the output head, which is left in floating point (set lm_head=True to quantise it)"
+        if self.float_zero_points and is_masked(node):
+            return "it was pruned, and with zero points between codes (float_zero_points=True) none stands for 0"
         return None
 
     # -- quantising ----------------------------------------------------------------------------------------------------
@@ -357,6 +368,7 @@ class QuantizeLinears(Pass):
             new = packed_linear(rewriter, target, packed, operands, self._rounded_activations())
         else:
             new = channel_linear(rewriter, target, packed, found.result.grid, self.activation_ranges)
+        keep_mask(rewriter.program, target, packed, new, self._rounding().pattern_of_zeros())
         if branch is not None:
             new = branch.add(rewriter, base, target.x, new, like=target.node)
         rewriter.replace(target.node, new)

@@ -182,7 +182,10 @@ class Schedule:
             found = Result(self._quantize(target, weight, inputs, grid, last=False), grid)
             for _ in range(self.compensation.turns - 1):
                 beside = self._branch(self.compensation, target, found, inputs).dense()
-                found = Result(self._quantize(target, weight - beside, inputs, grid, last=False), grid)
+                rest = weight - beside
+                if self.forms[weight_name(target)].keep_zeros:
+                    rest = torch.where(weight == 0, 0, rest)
+                found = Result(self._quantize(target, rest, inputs, grid, last=False), grid)
             found = self._compensated(self.compensation, target, found, inputs)
         release(self.program.tensor(target.weight))
         return found

@@ -25,6 +25,8 @@ _PASSES_THROUGH = (
     "aten.mul.Tensor",
 )
 
+_HELD = "graphwright.apply_mask"
+
 # Floats a weight may have. Float64 models are quantised only when converted first: their users want the digits.
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,7 +71,8 @@ def linear_target(program: Program, node: fx.Node) -> LinearTarget | str | None:
 
 def _objection(program: Program, target: LinearTarget) -> str | None:
     if target.weight.op != "get_attr":
-        return f"its weight is computed by %{target.weight.name}, not a constant"
+        held = " (its mask is held: ReleaseMasks lets go of it)" if op_name(target.weight) == _HELD else ""
+        return f"its weight is computed by %{target.weight.name}, not a constant{held}"
     weight = program.tensor(target.weight)
     if weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions"

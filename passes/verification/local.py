@@ -220,15 +220,22 @@ class _Check:
         old_items, new_items = old_output.args[0], output.args[0]
         assert isinstance(old_items, tuple | list)
         assert isinstance(new_items, tuple | list)
-        if len(old_items) != len(new_items):
+        if len(old_items) != len(new_items) and not self._has_more_or_fewer_outputs():
             self.found.append(NodeDifference(output.name, "", old_output.name, compare((), (0,))))
             return
-        for index, (old, new) in enumerate(zip(old_items, new_items, strict=True)):
+        for index, (old, new) in enumerate(zip(old_items, new_items, strict=False)):
             if isinstance(old, fx.Node) and isinstance(new, fx.Node) and self.identity.get(new) == old.name:
                 continue
             value = wide(self.value_of(new)) if isinstance(new, fx.Node) else new
             difference = compare(value, self._old_output(old))
             self.found.append(NodeDifference(output.name, f"output {index}", old_output.name, difference))
+
+    def _has_more_or_fewer_outputs(self) -> bool:
+        """Whether the signature says so: outputs were added behind the others, or taken from there."""
+        before = self.before.signature.output_names() if self.before.signature is not None else []
+        after = self.program.signature.output_names()
+        both = min(len(before), len(after))
+        return len(before) != len(after) and before[:both] == after[:both]
 
     def _old_output(self, item: Any) -> Any:
         return wide(self._old_value(item)) if isinstance(item, fx.Node) else item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ import torch
 from torch.nn import functional
 
 from graphwright.backends.cpu import features, native_status
-from graphwright.backends.cpu.kernels.pointwise import FUNCTIONS, Activation, Combination, GatedActivation, LeakyRelu
+from graphwright.backends.cpu.kernels.pointwise import (
+    FUNCTIONS,
+    Activation,
+    Combination,
+    Difference,
+    GatedActivation,
+    LeakyRelu,
+)
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops.activation import ACTIVATIONS, gated_activation
 
@@ -225,6 +233,48 @@ def test_sums_and_products(first: tuple[int, ...], second: tuple[int, ...], adds
         assert torch.equal(Combination(isas()[-1], adds)(x.mT, y.mT), wanted.mT)
 
 
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_differences(columns: int) -> None:
+    x, y = torch.randn(3, 2, columns), torch.randn(3, 2, columns)
+    x.view(-1)[0], y.view(-1)[-1] = float("inf"), float("nan")
+    for isa in isas():
+        kernel = Difference(isa)
+        assert torch.equal(kernel(x, y).nan_to_num(7.5), (x - y).nan_to_num(7.5))
+        assert torch.equal(
+            kernel(x.transpose(0, 1), y.transpose(0, 1)).nan_to_num(7.5).transpose(0, 1), (x - y).nan_to_num(7.5)
+        )
+    with pytest.raises(BackendError, match="cannot subtract"):
+        Difference(isas()[-1])(x, y[:1])
+
+
+def run_step(instruction: Any, operands: list[np.ndarray], result: tuple[int, ...]) -> np.ndarray:
+    """One instruction, run by the executor."""
+    from graphwright.backends.cpu import _native
+
+    executor = _native.Executor(0)
+    sizes = [[[0, size] for size in each.shape] for each in operands]
+    inputs = [executor.input("float32", each) for each in sizes]
+    target = executor.buffer("float32", [[0, size] for size in result])
+    executor.add_step(instruction, [*inputs, target], len(inputs))
+    executor.output(target)
+    (found,) = _native.Runner(executor).run(operands, 2)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 8, 9, 17, 33])
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_number_for_each_row_of_the_batch(columns: int, adds: bool) -> None:
+    """What the executor does where PyTorch's kernel would broadcast."""
+    for batch, tokens in ((1, 1), (3, 1), (1, 4), (3, 4), (2, 200)):
+        x, y = torch.randn(batch, tokens, columns), torch.randn(batch, 1, 1)
+        wanted = x + y if adds else x * y
+        for isa in isas():
+            step = Combination(isa, adds).step((("b", "s", columns), ("b", 1, 1)), ("b", "s", columns))
+            assert step is not None
+            found = run_step(step.instruction, [x.numpy(), y.numpy()], (batch, tokens, columns))
+            assert np.array_equal(found, wanted.numpy()), (isa, batch, tokens)
+
+
 def test_what_cannot_be_combined() -> None:
     kernel = Combination(isas()[-1], True)
     for x, y in [
@@ -270,8 +320,8 @@ def test_leaky_relu(columns: int, slope: float) -> None:
 def test_the_extension_refuses_combinations_it_has_not() -> None:
     from graphwright.backends.cpu import _native
 
-    with pytest.raises(ValueError, match="cannot be combined by 'subtract'"):
-        _native.Pointwise("scalar", "", "subtract")
+    with pytest.raises(ValueError, match="cannot be combined by 'divide'"):
+        _native.Pointwise("scalar", "", "divide")
     x = np.ones((3, 4), np.float32)
     with pytest.raises(ValueError, match="is a number"):
         _native.Pointwise("scalar", "", "add", 2.0).run(x, x, x.copy(), 1)

@@ -17,7 +17,7 @@ import pytest
 from graphwright.backends.cpu import ISA_VARIABLE, CpuFeatures, InstructionSet, features, native, native_status
 from graphwright.ir.errors import BackendError, InputError
 
-ISAS = ["scalar", "neon", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
+ISAS = ["scalar", "neon", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi2", "avx512_bf16", "amx"]
 # The shortest, around each vector width, and long enough for several rounds of the widest loop.
 LENGTHS = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000]
 
@@ -60,7 +60,8 @@ def test_detection_agrees_with_the_operating_system() -> None:
     flags = set(line.split(":", 1)[1].split())
     avx2 = {"avx2", "fma", "f16c"}
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    bf16 = avx512 | {"avx512_vnni", "avx512_bf16"}
+    vbmi2 = avx512 | {"avx512_vnni", "avx512_vbmi2"}
+    bf16 = vbmi2 | {"avx512_bf16"}
     needed = {
         "scalar": set[str](),
         "neon": {"neon"},
@@ -68,6 +69,7 @@ def test_detection_agrees_with_the_operating_system() -> None:
         "avx_vnni": avx2 | {"avx_vnni"},
         "avx512": avx512,
         "avx512_vnni": avx512 | {"avx512_vnni"},
+        "avx512_vbmi2": vbmi2,
         "avx512_bf16": bf16,
         "amx": bf16 | {"amx_tile", "amx_int8", "amx_bf16"},
     }
@@ -200,7 +202,8 @@ def test_dot_u8s8_refuses_what_it_cannot_compute() -> None:
 def test_the_stub_declares_what_the_extension_has(repository: Path) -> None:
     from graphwright.backends.cpu import _native
 
-    stubs = [repository / "backends" / "cpu" / name for name in ("_native.pyi", "_native_executor.pyi")]
+    names = ("_native.pyi", "_native_executor.pyi", "_native_sparse.pyi")
+    stubs = [repository / "backends" / "cpu" / name for name in names]
     nodes = [node for stub in stubs for node in ast.parse(stub.read_text()).body]
     declared = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     declared |= {ast.unparse(node.target) for node in nodes if isinstance(node, ast.AnnAssign)}

@@ -477,7 +477,9 @@ def test_a_forced_instruction_set_is_used_and_named(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(ISA_VARIABLE, isa)
         lowered = gw.optimize(model, [], example_inputs=X, target="cpu")
         # An instruction set without kernels of its own runs its parent's, and is named so.
-        named = {"avx_vnni": "avx2", "avx512_vnni": "avx512", "amx": "avx512_bf16"}.get(isa, isa)
+        named = {"avx_vnni": "avx2", "avx512_vnni": "avx512", "avx512_vbmi2": "avx512", "amx": "avx512_bf16"}.get(
+            isa, isa
+        )
         assert all(kernel == f"float_linear {named}, float32" for kernel, _ in linears(lowered))
         results.append(lowered(X))
     assert all(torch.equal(found, results[0]) for found in results)

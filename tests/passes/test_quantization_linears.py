@@ -256,7 +256,7 @@ def test_where_and_ignore() -> None:
     assert "up.weight" in other.tensors()
 
 
-@pytest.mark.parametrize("tag", ["adapter", "masked", "quantized"])
+@pytest.mark.parametrize("tag", ["adapter", "quantized"])
 def test_protected_tags(tag: str) -> None:
     program = gw.trace(Mlp(), X)
     for node in program.nodes:

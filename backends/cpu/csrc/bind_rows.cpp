@@ -105,11 +105,13 @@ class HeldNorm : public Instruction {
 Combine combine_named(std::string_view name) {
   if (name == "multiply") return Combine::kMultiply;
   if (name == "add") return Combine::kAdd;
+  if (name == "subtract") return Combine::kSubtract;
   if (name == "slope") return Combine::kSlope;
   throw std::invalid_argument("two values cannot be combined by '" + std::string(name) + "'");
 }
 
-// Operands of the instruction: x, other (of x's shape, one row, or one number) or absent, y. With a number it is the other.
+// Operands of the instruction: x, other (of x's shape, one row, one number, or one number for each of its first axis) or
+// absent, y. With a number it is the other.
 class HeldPointwise : public Instruction {
  public:
   HeldPointwise(std::string_view isa, std::string_view activation, std::string_view combine, std::optional<float> number)
@@ -141,6 +143,10 @@ class HeldPointwise : public Instruction {
     work.other = input_rows(other);
     if (other.data != nullptr && other.rows() == 1) work.other.stride = 0;
     work.one = other.data != nullptr && other.size() == 1;
+    if (other.data != nullptr && !work.one && other.rows() > 1 && other.columns() == 1) {
+      expect(x.rows() % other.rows() == 0, "numbers for the first axis do not fit the rows");
+      work.shared = x.rows() / other.rows();
+    }
     work.y = output_rows(operands[2]);
     work.columns = x.columns();
     set(work);
@@ -352,7 +358,7 @@ void bind_rows(nb::module_& m) {
       .def("run",
            nb::overload_cast<const Rows&, const std::optional<Rows>&, const Result&, const std::optional<Result>&, std::size_t>(&HeldNorm::run, nb::const_), "x"_a.noconvert(), "residual"_a.noconvert().none(), "y"_a.noconvert(),
            "sum"_a.noconvert().none(), "threads"_a, "y = norm(x + residual), sum = x + residual.");
-  nb::class_<HeldPointwise, Instruction>(m, "Pointwise", "An activation, a sum, a product or a slope, value by value.")
+  nb::class_<HeldPointwise, Instruction>(m, "Pointwise", "An activation, a sum, a difference, a product or a slope, value by value.")
       .def(nb::init<std::string_view, std::string_view, std::string_view, std::optional<float>>(), "isa"_a, "activation"_a,
            "combine"_a = "multiply", "number"_a = nb::none())
       .def_prop_ro("isa", &HeldPointwise::isa, kIsa)

@@ -81,6 +81,51 @@ class SelectRows : public Instruction {
   }
 };
 
+// Operands: condition bool, a and b float32, each of y's shape or broadcast to it; y. y = condition ? a : b.
+class Where : public Instruction {
+ public:
+  Layout layout(std::size_t) const override { return Layout::kAny; }
+
+  void run(const Tensor* operands, std::size_t) const override {
+    const Tensor &condition = operands[0], &a = operands[1], &b = operands[2], &y = operands[3];
+    const std::size_t columns = y.columns(), rows = columns == 0 ? 0 : y.size() / columns;
+    const std::ptrdiff_t by_condition = step(condition, y), by_a = step(a, y), by_b = step(b, y);
+    for (std::size_t row = 0; row < rows; ++row) {
+      const bool* chooses = condition.as<const bool>() + at(condition, y, row);
+      const float* left = a.as<const float>() + at(a, y, row);
+      const float* right = b.as<const float>() + at(b, y, row);
+      float* to = y.as<float>() + row * columns;
+      const bool is_left = *chooses;
+      if (by_condition == 0 && (is_left ? by_a : by_b) == 1) {
+        std::memcpy(to, is_left ? left : right, columns * sizeof(float));
+        continue;
+      }
+      for (std::size_t i = 0; i < columns; ++i) {
+        const auto place = static_cast<std::ptrdiff_t>(i);
+        to[i] = chooses[place * by_condition] ? left[place * by_a] : right[place * by_b];
+      }
+    }
+  }
+
+ private:
+  // Along the last axis; 0 where it is broadcast.
+  static std::ptrdiff_t step(const Tensor& x, const Tensor& y) {
+    return x.axes == 0 || (x.columns() == 1 && y.columns() != 1) ? 0 : x.strides[x.axes - 1];
+  }
+
+  // Where a row of y, counted over all axes but the last, begins in x.
+  static std::ptrdiff_t at(const Tensor& x, const Tensor& y, std::size_t row) {
+    std::ptrdiff_t offset = 0;
+    const std::size_t missing = y.axes - x.axes;
+    for (std::size_t axis = y.axes == 0 ? 0 : y.axes - 1; axis-- > 0;) {
+      const std::size_t place = row % y.shape[axis];
+      row /= y.shape[axis];
+      if (axis >= missing && x.shape[axis - missing] != 1) offset += static_cast<std::ptrdiff_t>(place) * x.strides[axis - missing];
+    }
+    return offset;
+  }
+};
+
 }  // namespace
 
 void bind_small(nb::module_& m) {
@@ -88,6 +133,7 @@ void bind_small(nb::module_& m) {
   nb::class_<IntegerOperation, Instruction>(m, "IntegerOperation", "'add' or 'mul' of two int64 tensors, or one and a number.")
       .def(nb::init<std::string_view, std::int64_t>(), "name"_a, "number"_a = 0);
   nb::class_<SelectRows, Instruction>(m, "SelectRows", "y[b, k] = x[b, rows[b, k]].").def(nb::init<>());
+  nb::class_<Where, Instruction>(m, "Where", "y = condition ? a : b, float32; operands broadcast.").def(nb::init<>());
 }
 
 }  // namespace graphwright

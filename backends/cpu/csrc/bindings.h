@@ -57,5 +57,6 @@ void bind_instruction(nb::module_& m);  // before those whose classes derive fro
 void bind_kron_linear(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_small(nb::module_& m);
+void bind_sparse_linear(nb::module_& m);
 
 }  // namespace graphwright

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <vector>
 
+#include "sparse_linear.h"
 #include "threads.h"
 
 namespace graphwright {
@@ -14,7 +15,7 @@ constexpr std::size_t kRowsAtOnce = 192;
 // Rows are shared out among the threads, not the weights, where each has so many at least.
 constexpr std::size_t kRowsOfThread = 32;
 // Up to so many rows the weights are read once (linear_bytes.inc).
-constexpr std::size_t kFewRows = 4;
+constexpr std::size_t kFewByteRows = 4;
 
 // What a call needs besides its operands. One for each thread; it grows to what the largest call asked for.
 template <typename T>
@@ -53,6 +54,19 @@ void round_rows(const ByteRowsKernels& kernels, const ActivationGrid& grid, cons
   });
 }
 
+// A block whose codes are expanded first: in registers, or a panel at a time in the cache.
+void run_sparse(const KernelTable& kernels, const SparseWeights& sparse, const PackedLinear& weights, const ByteRows& rows,
+                const LinearOutput& y, const LinearBlock& block) {
+  const SparseByteKernels& own = *kernels.sparse_bytes;
+  if (own.few != nullptr && block.row_end - block.row_begin <= own.few_rows) {
+    return own.few(sparse, weights, rows, y, block);
+  }
+  for (std::size_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
+    const PackedLinear one = panel_of(weights, panel, expanded(kernels, sparse, weights, panel, 0));
+    kernels.byte_linear->run(one, rows, panel_of(y, panel), {0, 1, block.row_begin, block.row_end});
+  }
+}
+
 }  // namespace
 
 void pack_codes(const std::uint8_t* stored, std::int32_t bits, std::size_t outputs, std::size_t groups,
@@ -86,7 +100,8 @@ void pack_codes(const std::uint8_t* stored, std::int32_t bits, std::size_t outpu
 }
 
 void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, const ActivationGrid& grid, const float* x,
-                     std::size_t rows, std::size_t columns, const LinearOutput& y, std::size_t threads) {
+                     std::size_t rows, std::size_t columns, const LinearOutput& y, std::size_t threads,
+                     const SparseWeights* sparse) {
   if (rows == 0) return;
   static thread_local Workspace work;
   const std::size_t padded = weights.groups * weights.group;
@@ -100,7 +115,7 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
   const RowShape shape{rows, columns, columns, padded, weights.group};
   round_rows(*kernels.byte_rows, grid, x, shape, weights.groups, bytes, threads);
 
-  const bool few = rows <= kFewRows;
+  const bool few = rows <= kFewByteRows;
   // Each thread has rows of its own where there are many: those that it wrote before, and that it will read next.
   const std::size_t at_least = std::clamp<std::size_t>(rows / kRowsOfThread, 1, threads);
   const std::size_t parts = few ? 1 : std::max(at_least, (rows + kRowsAtOnce - 1) / kRowsAtOnce);
@@ -113,7 +128,8 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
     block.panel_end = std::min(block.panel_begin + run, weights.panels);
     block.row_begin = rows * (index / runs) / parts;
     block.row_end = rows * (index / runs + 1) / parts;
-    kernels.byte_linear->run(weights, bytes, y, block);
+    if (sparse == nullptr) kernels.byte_linear->run(weights, bytes, y, block);
+    else run_sparse(kernels, *sparse, weights, bytes, y, block);
     // What went past the caches is seen by other threads only after this.
     if (y.past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
   });

@@ -29,8 +29,11 @@ struct ActivationGrid {
 void pack_codes(const std::uint8_t* stored, std::int32_t bits, std::size_t outputs, std::size_t groups,
                 std::size_t group_bytes, std::uint8_t* codes, std::size_t threads);
 
-// y = x Wᵀ + b for `rows` contiguous rows of `columns` floats.
+struct SparseWeights;
+
+// y = x Wᵀ + b for `rows` contiguous rows of `columns` floats. Where `sparse` is given, the codes are those.
 void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, const ActivationGrid& grid, const float* x,
-                     std::size_t rows, std::size_t columns, const LinearOutput& y, std::size_t threads);
+                     std::size_t rows, std::size_t columns, const LinearOutput& y, std::size_t threads,
+                     const SparseWeights* sparse = nullptr);
 
 }  // namespace graphwright

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "sparse_linear.h"
 #include "threads.h"
 
 namespace graphwright {
@@ -146,6 +147,22 @@ GroupedRows grouped_rows(const CodedWeights& weights, const float* x, std::size_
   return {padded ? to : x, sum};
 }
 
+// A block of a linear on codes. Sparse ones are expanded first, a panel at a time in the cache, as 8-bit codes.
+template <typename Kernel, typename Rows>
+void run_codes(const KernelTable& kernels, const SparseWeights* sparse, Kernel kernel, const CodedWeights& weights,
+               const Rows& rows, const LinearOutput& y, FloatBlock block) {
+  if (sparse == nullptr) return kernel(weights, rows, y, block);
+  const auto raise = static_cast<std::uint8_t>(128 - weights.packed.middle);
+  CodedWeights one = weights;
+  const std::size_t begin = block.panel_begin, end = block.panel_end;
+  for (std::size_t panel = begin; panel < end; ++panel) {
+    one.packed = panel_of(weights.packed, panel, expanded(kernels, *sparse, weights.packed, panel, raise));
+    block.panel_begin = 0;
+    block.panel_end = 1;
+    kernel(one, rows, panel_of(y, panel), block);
+  }
+}
+
 bool all_finite(const float* values, std::size_t count) {
   return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
 }
@@ -200,8 +217,18 @@ void run_narrow_linear(const KernelTable& kernels, const NarrowWeights& weights,
   });
 }
 
+void run_sparse_linear(const KernelTable& kernels, const SparseWeights& weights, const float* x, std::size_t rows,
+                       const LinearOutput& y, std::size_t threads) {
+  if (rows == 0) return;
+  threads = worthwhile(weights.panels, weights.steps, rows, threads);
+  const FloatRows values{x, weights.steps};
+  for_blocks(weights.panels, rows, threads, true, y, [&](const FloatBlock& block) {
+    kernels.sparse_floats->run(weights, values, y, block);
+  });
+}
+
 void run_coded_linear(const KernelTable& kernels, const CodedWeights& weights, bool bfloat16, const float* x,
-                      std::size_t rows, const LinearOutput& y, std::size_t threads) {
+                      std::size_t rows, const LinearOutput& y, std::size_t threads, const SparseWeights* sparse) {
   if (rows == 0) return;
   const FloatLinearKernels& own = *kernels.float_linear;
   const std::size_t panels = weights.packed.panels;
@@ -211,7 +238,9 @@ void run_coded_linear(const KernelTable& kernels, const CodedWeights& weights, b
     const GroupedRows few = grouped_rows(weights, x, rows);
     // Zero points are taken off sums: of an infinite sum that would leave NaN where there is infinity.
     if (few.sums == nullptr || all_finite(few.sums, rows * weights.packed.groups)) {
-      for_blocks(panels, rows, threads, false, y, [&](const FloatBlock& block) { own.coded_few(weights, few, y, block); });
+      for_blocks(panels, rows, threads, false, y, [&](const FloatBlock& block) {
+        run_codes(kernels, sparse, own.coded_few, weights, few, y, block);
+      });
       return;
     }
     bfloat16 = false;
@@ -219,7 +248,7 @@ void run_coded_linear(const KernelTable& kernels, const CodedWeights& weights, b
   const FloatRows values =
       bfloat16 ? rounded_rows(own, x, rows, weights.columns, threads) : FloatRows{x, weights.columns};
   for_blocks(panels, rows, threads, true, y, [&](const FloatBlock& block) {
-    (bfloat16 ? own.coded_bfloat16 : own.coded_float32)(weights, values, y, block);
+    run_codes(kernels, sparse, bfloat16 ? own.coded_bfloat16 : own.coded_float32, weights, values, y, block);
   });
 }
 

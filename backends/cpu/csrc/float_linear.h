@@ -27,9 +27,16 @@ void run_dense_linear(const KernelTable& kernels, const DenseWeights& weights, b
 void run_narrow_linear(const KernelTable& kernels, const NarrowWeights& weights, bool bfloat16, const float* x,
                        std::size_t rows, const LinearOutput& y, std::size_t threads);
 
-// The same for codes. Where `bfloat16` holds, and the kernels multiply it by pairs, weights and activations are rounded to
+struct SparseWeights;
+
+// The same for weights that are mostly zeros, float32 or bfloat16; activations are floats in both.
+void run_sparse_linear(const KernelTable& kernels, const SparseWeights& weights, const float* x, std::size_t rows,
+                       const LinearOutput& y, std::size_t threads);
+
+// The same for codes; where `sparse` is given, for those. Where `bfloat16` holds, and the kernels multiply it by pairs, weights and activations are rounded to
 // it beyond kFewRowsBfloat16 rows.
 void run_coded_linear(const KernelTable& kernels, const CodedWeights& weights, bool bfloat16, const float* x,
-                      std::size_t rows, const LinearOutput& y, std::size_t threads);
+                      std::size_t rows, const LinearOutput& y, std::size_t threads,
+                      const SparseWeights* sparse = nullptr);
 
 }  // namespace graphwright

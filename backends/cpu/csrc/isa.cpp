@@ -20,22 +20,24 @@ constexpr Requirement kAvx512Flags[] = {{"os_avx512", &CpuFlags::os_avx512}, {"a
                                         {"avx512bw", &CpuFlags::avx512bw},   {"avx512cd", &CpuFlags::avx512cd},
                                         {"avx512dq", &CpuFlags::avx512dq},   {"avx512vl", &CpuFlags::avx512vl}};
 constexpr Requirement kAvx512VnniFlags[] = {{"avx512_vnni", &CpuFlags::avx512_vnni}};
+constexpr Requirement kAvx512Vbmi2Flags[] = {{"avx512_vbmi2", &CpuFlags::avx512_vbmi2}};
 constexpr Requirement kAvx512Bf16Flags[] = {{"avx512_bf16", &CpuFlags::avx512_bf16}};
 constexpr Requirement kAmxFlags[] = {{"os_amx", &CpuFlags::os_amx},
                                      {"amx_tile", &CpuFlags::amx_tile},
                                      {"amx_int8", &CpuFlags::amx_int8},
                                      {"amx_bf16", &CpuFlags::amx_bf16}};
 
-const std::array<Isa, 8>& table() {
-  static const std::array<Isa, 8> all = {{
+const std::array<Isa, 9>& table() {
+  static const std::array<Isa, 9> all = {{
       {"scalar", nullptr, &scalar::kernels, {}},
       {"neon", &all[0], TABLE_IF(GRAPHWRIGHT_HAVE_NEON, neon), kNeonFlags},
       {"avx2", &all[0], TABLE_IF(GRAPHWRIGHT_HAVE_AVX2, avx2), kAvx2Flags},
       {"avx_vnni", &all[2], TABLE_IF(GRAPHWRIGHT_HAVE_AVX_VNNI, avx_vnni), kAvxVnniFlags},
       {"avx512", &all[2], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512, avx512), kAvx512Flags},
       {"avx512_vnni", &all[4], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512_VNNI, avx512_vnni), kAvx512VnniFlags},
-      {"avx512_bf16", &all[5], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512_BF16, avx512_bf16), kAvx512Bf16Flags},
-      {"amx", &all[6], TABLE_IF(GRAPHWRIGHT_HAVE_AMX, amx), kAmxFlags},
+      {"avx512_vbmi2", &all[5], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512_VBMI2, avx512_vbmi2), kAvx512Vbmi2Flags},
+      {"avx512_bf16", &all[6], TABLE_IF(GRAPHWRIGHT_HAVE_AVX512_BF16, avx512_bf16), kAvx512Bf16Flags},
+      {"amx", &all[7], TABLE_IF(GRAPHWRIGHT_HAVE_AMX, amx), kAmxFlags},
   }};
   return all;
 }
@@ -67,7 +69,8 @@ KernelTable Isa::kernels() const {
   for (const Isa* from = parent; from != nullptr; from = from->parent) {
     if (!from->compiled()) continue;
     take_missing(merged, *from->own, &KernelTable::dot_u8s8, &KernelTable::byte_linear, &KernelTable::byte_rows,
-                 &KernelTable::float_linear, &KernelTable::kron_linear, &KernelTable::attention, &KernelTable::rows);
+                 &KernelTable::float_linear, &KernelTable::kron_linear, &KernelTable::attention, &KernelTable::rows,
+                 &KernelTable::sparse_bytes, &KernelTable::sparse_floats);
   }
   return merged;
 }

@@ -19,6 +19,8 @@ struct FloatLinearKernels;
 struct KronKernels;
 struct AttentionKernels;
 struct RowKernels;
+struct SparseByteKernels;
+struct SparseFloatKernels;
 
 struct KernelTable {
   // The exact sum of a[i] * b[i]. No alignment is asked for. n <= kMaxDotLength.
@@ -29,6 +31,8 @@ struct KernelTable {
   const KronKernels* kron_linear = nullptr;          // kron_kernels.h
   const AttentionKernels* attention = nullptr;       // attention_kernels.h
   const RowKernels* rows = nullptr;                  // row_kernels.h
+  const SparseByteKernels* sparse_bytes = nullptr;   // sparse_linear_kernels.h
+  const SparseFloatKernels* sparse_floats = nullptr;
 };
 
 // 65536 * 255 * 128 < 2^31: a sum of this many products cannot overflow.
@@ -40,6 +44,7 @@ namespace avx2 { extern const KernelTable kernels; }
 namespace avx_vnni { extern const KernelTable kernels; }
 namespace avx512 { extern const KernelTable kernels; }
 namespace avx512_vnni { extern const KernelTable kernels; }
+namespace avx512_vbmi2 { extern const KernelTable kernels; }
 namespace avx512_bf16 { extern const KernelTable kernels; }
 namespace amx { extern const KernelTable kernels; }
 

@@ -44,5 +44,6 @@ NB_MODULE(_native, m) {
   graphwright::bind_kron_linear(m);
   graphwright::bind_rows(m);
   graphwright::bind_small(m);
+  graphwright::bind_sparse_linear(m);
   graphwright::bind_executor(m);
 }

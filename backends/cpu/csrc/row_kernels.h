@@ -30,7 +30,7 @@ struct Norm {
 };
 
 // What becomes of two values; kSlope: the first, times the second unless it is above 0 (a leaky ReLU).
-enum class Combine : std::uint8_t { kMultiply, kAdd, kSlope };
+enum class Combine : std::uint8_t { kMultiply, kAdd, kSubtract, kSlope };
 
 // y = activation(x) * other, or combined otherwise. Without `other` it is left out.
 struct Pointwise {
@@ -40,6 +40,7 @@ struct Pointwise {
   Activation activation;
   Combine combine;
   bool one;  // `other` is a single number
+  std::size_t shared;  // consecutive rows of x that share one number of `other`; 0: `other` has a number for each column
 };
 
 // y = x * cos + turned(x) * sin in the first `rotated` features, x in those that follow.

@@ -54,7 +54,7 @@ void run_norm(void (*kernel)(const Norm&, std::size_t, std::size_t), const Norm&
 void run_pointwise(const RowKernels& kernels, Pointwise work, std::size_t rows, std::size_t threads) {
   const bool two = work.other.data != nullptr;
   if (together(work.x.stride, work.columns) && together(work.y.stride, work.columns) &&
-      (!two || work.one || together(work.other.stride, work.columns))) {
+      work.shared == 0 && (!two || work.one || together(work.other.stride, work.columns))) {
     work.columns *= rows;
     rows = 1;
   }

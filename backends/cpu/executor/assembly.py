@@ -103,7 +103,9 @@ class _Assembly:
             elif node.op == "call_function" and node not in self.absorbed and node not in self.values:
                 self._call(node)
         results: Any = self.program.output.args[0]
-        self.executor.output(self._value(results[0]))
+        for each in results:
+            if each not in self.absorbed:  # caches are written where they are
+                self.executor.output(self._value(each))
         ordered = tuple(self.uses[node.name] for node in self.program.nodes if node.name in self.uses)
         return Assembled(self.executor, tuple(self.inputs), self.bound, tuple(self.steps), ordered)
 
@@ -284,6 +286,12 @@ class _Assembly:
         elif name == "graphwright.select_rows":
             operands = [self._value(given["x"]), self._value(given["rows"])]
             self._small_step(node, self.native.SelectRows(), operands, "select_rows")
+        elif name == "aten.where.self" and (self._element(given["condition"]), self._element(node)) == (
+            "bool",
+            "float32",
+        ):
+            operands = [self._value(given[each]) for each in ("condition", "self", "other")]
+            self._small_step(node, self.native.Where(), operands, "where")
         elif name in ("aten.add.Tensor", "aten.mul.Tensor") and self._element(node) == "int64":
             a, b = given["self"], given["other"]
             is_plain = all(not isinstance(each, fx.Node) or self._element(each) == "int64" for each in (a, b))

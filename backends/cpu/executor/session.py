@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,11 +10,8 @@ import torch
 from graphwright.backends.cpu.executor.assembly import Assembled
 from graphwright.backends.cpu.executor.python_calls import set_sizes
 from graphwright.backends.session import CACHES, Session, StepCancelled
-from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.decoder import ADAPTER_WEIGHTS, DecoderLayout
 from graphwright.ir.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 class CpuSession(Session):
@@ -38,15 +35,8 @@ class CpuSession(Session):
             raise InputError(f"needs slots and capacity, not {slots} and {capacity}", where="session")
         self.layout, self.slots, self.capacity, self.cache = layout, slots, capacity, cache
         self._assembled, self._runner = assembled, _native.Runner(assembled.executor)
-        self._caches: dict[str, np.ndarray] = {}
-        shapes = {f"keys_{index}": shape for index, shape in enumerate(layout.keys)}
-        shapes |= {f"values_{index}": shape for index, shape in enumerate(layout.values)}
+        self._caches = bound_caches(assembled, layout.keys, layout.values, slots, capacity, cache)
         for name, number in assembled.bound.items():
-            heads, width = shapes[name.removesuffix(".scales")]
-            shape = (slots, heads, capacity) if name.endswith(".scales") else (slots, heads, capacity, width)
-            dtype = np.dtype("float32") if name.endswith(".scales") else _NUMPY[cache]
-            # Memory comes as it is written to: a long cache that stays short costs little.
-            self._caches[name] = np.zeros(shape, dtype)
             self._runner.bind(number, self._caches[name])
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -94,9 +84,44 @@ class CpuSession(Session):
         self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
     ) -> list[np.ndarray]:
         given = {"input_ids": tokens, "slots": slots, "starts": starts, "rows": rows}
+        given |= dict(zip([ADAPTER_WEIGHTS], self._weights(slots), strict=False))
         sizes = {"batch": len(tokens), "tokens": tokens.shape[1], "selected": rows.shape[1]}
         set_sizes({**sizes, "slots": self.slots, "capacity": self.capacity})
-        return [np.ascontiguousarray(given[name].numpy()) for name in self._assembled.inputs]
+        return [contiguous(given[name]) for name in self._assembled.inputs]
+
+
+def contiguous(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as the executor takes it."""
+    return np.ascontiguousarray(tensor.numpy())
+
+
+def bound_caches(
+    assembled: Assembled,
+    keys: Sequence[tuple[int, int]],
+    values: Sequence[tuple[int, int]],
+    slots: int,
+    capacity: int,
+    cache: str,
+) -> dict[str, np.ndarray]:
+    """Memory for what instructions are bound to, by name.
+
+    Args:
+        assembled: the instructions.
+        keys, values: heads and head dim of each layer.
+        slots: of every cache.
+        capacity: positions of a slot.
+        cache: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+    """
+    shapes = {f"keys_{index}": shape for index, shape in enumerate(keys)}
+    shapes |= {f"values_{index}": shape for index, shape in enumerate(values)}
+    found: dict[str, np.ndarray] = {}
+    for name in assembled.bound:
+        heads, width = shapes[name.removesuffix(".scales")]
+        shape = (slots, heads, capacity) if name.endswith(".scales") else (slots, heads, capacity, width)
+        dtype = np.dtype("float32") if name.endswith(".scales") else _NUMPY[cache]
+        # Memory comes as it is written to: a long cache that stays short costs little.
+        found[name] = np.zeros(shape, dtype)
+    return found
 
 
 _NUMPY = {

@@ -13,14 +13,16 @@ from graphwright.backends.cpu.kernels import (
     norms,
     pointwise,
     rotary,
+    sparse_linear,
 )
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site
 from graphwright.backends.cpu.kernels.byte_packing import PackedLinear
 from graphwright.backends.cpu.kernels.float_linear import PackedFloats
+from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse
 
 __all__ = ["KERNELS", "LOWERINGS", "PACKED", "Kernel", "Lowering", "Site"]
 
-_FAMILIES = (attention, byte_linear, embedding, float_linear, kron_linear, norms, pointwise, rotary)
+_FAMILIES = (attention, byte_linear, embedding, float_linear, kron_linear, norms, pointwise, rotary, sparse_linear)
 
 LOWERINGS: dict[str, Lowering] = {op: lower for family in _FAMILIES for op, lower in family.LOWERINGS.items()}
 
@@ -44,9 +46,11 @@ KERNELS: dict[str, type[Kernel]] = {
         norms.RmsNorm,
         pointwise.Activation,
         pointwise.Combination,
+        pointwise.Difference,
         pointwise.GatedActivation,
         pointwise.LeakyRelu,
         rotary.Rotary,
+        sparse_linear.SparseLinear,
     )
 }
-PACKED: dict[str, type[Any]] = {packed.__name__: packed for packed in (PackedFloats, PackedLinear)}
+PACKED: dict[str, type[Any]] = {packed.__name__: packed for packed in (PackedFloats, PackedLinear, PackedSparse)}

@@ -10,7 +10,7 @@ from graphwright.backends.cpu.kernels.float_linear import NbitsLinear
 from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
 
 # The kernels' sums are int32.
-_MOST_COLUMNS = 32768
+MOST_COLUMNS = 32768
 
 
 class ByteLinear(Linear):
@@ -58,8 +58,8 @@ class ByteLinear(Linear):
 
 
 def _too_wide(site: Site) -> str:
-    wide = site.value("x").shape[-1] > _MOST_COLUMNS
-    return f"it has more than {_MOST_COLUMNS} input features" if wide else ""
+    wide = site.value("x").shape[-1] > MOST_COLUMNS
+    return f"it has more than {MOST_COLUMNS} input features" if wide else ""
 
 
 def _nbits(site: Site) -> Kernel | str:

@@ -68,8 +68,8 @@ def pack_nbits(
         qweight, bits = widened(qweight, bits, symmetric=zero_points is None), 4
     codes, group = _codes(qweight.contiguous(), bits)
     kept = scales if scales.dtype in (torch.float16, torch.float32) else scales.to(torch.float32)
-    zeros = _cells(zero_points) if zero_points is not None else None
-    return PackedLinear(qweight.shape[0], columns, bits, group, codes, _cells(kept.detach()), zeros, narrow=narrow)
+    zeros = cells(zero_points) if zero_points is not None else None
+    return PackedLinear(qweight.shape[0], columns, bits, group, codes, cells(kept.detach()), zeros, narrow=narrow)
 
 
 def pack_int8(qweight: torch.Tensor, scales: torch.Tensor) -> PackedLinear:
@@ -81,7 +81,7 @@ def pack_int8(qweight: torch.Tensor, scales: torch.Tensor) -> PackedLinear:
     codes, group = _codes(unsigned, 8)
     sums = torch.zeros(-(-outputs // PANEL) * PANEL, dtype=torch.int32)
     sums[:outputs] = qweight.sum(dim=1, dtype=torch.int32)
-    kept = _cells(scales.detach().to(torch.float32).unsqueeze(1))
+    kept = cells(scales.detach().to(torch.float32).unsqueeze(1))
     return PackedLinear(outputs, columns, 8, group, codes, kept, None, sums)
 
 
@@ -95,7 +95,7 @@ def _codes(stored: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
     return codes, steps * 32 // bits
 
 
-def _cells(values: torch.Tensor) -> torch.Tensor:
+def cells(values: torch.Tensor) -> torch.Tensor:
     """``[out, G]`` as ``[panels, G, 64]``, flat; what is padded is 0."""
     outputs, groups = values.shape
     padded = values.new_zeros(-(-outputs // PANEL) * PANEL, groups)

@@ -1,4 +1,4 @@
-"""Activations, alone or as the gate of another value; sums and products of two tensors."""
+"""Activations, alone or as the gate of another value; sums, differences and products of two tensors."""
 
 from __future__ import annotations
 
@@ -111,16 +111,55 @@ class Combination(Kernel):
         return tensor_like(result, x)
 
     def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step | None:
-        """Operands: one of the result's shape, and one of that shape, one row of it, or a single number."""
+        """Operands: one of the result's shape, and one of that shape, one row of it, a single number, or a number for
+        each of its first axis, ``[B, 1, …]``."""
         if self._number is not None:
             return Step(self._kernel, (0, None))
         for x, other in ((0, 1), (1, 0)):
             shape = inputs[other]
             if inputs[x] == result and shape is not None and result:
                 is_row = shape[-1:] == result[-1:] and all(size == 1 for size in shape[:-1])
-                if shape == result or is_row or all(size == 1 for size in shape):
+                of_first = len(shape) == len(result) and all(size == 1 for size in shape[1:]) and shape[0] == result[0]
+                if shape == result or is_row or of_first or all(size == 1 for size in shape):
                     return Step(self._kernel, (x, other))
         return None
+
+
+class Difference(Kernel):
+    """``self - other``, of one shape.
+
+    Args:
+        isa: instruction set of the kernel.
+    """
+
+    inputs = ("self", "other")
+
+    def __init__(self, isa: str) -> None:
+        super().__init__()
+        from graphwright.backends.cpu import _native  # not at the top: it may be absent
+
+        self._kernel = _native.Pointwise(isa, "", "subtract")
+        self.label = f"subtract {self._kernel.isa}"
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The difference, in the operands' dtype; without gradients.
+
+        Raises:
+            BackendError: they are no floating tensors on the CPU, or not alike.
+        """
+        expect_floats(self.label, x, other)
+        if (x.shape, x.dtype) != (other.shape, other.dtype):
+            raise BackendError(f"cannot subtract {[*other.shape]} from {[*x.shape]}", where=self.label)
+        result, order = result_like(x)
+        if result.size > 0:
+            columns = result.shape[-1 if order is None else order[-1]] if result.shape else 1
+            rows, target = rows_of(floats(x), columns, order), rows_of(result, columns, order)
+            self._kernel.run(rows, rows_of(floats(other), columns, order), target, torch.get_num_threads())
+        return tensor_like(result, x)
+
+    def step(self, inputs: Sequence[Shape | None], result: Shape) -> Step:
+        """Operands: the two values."""
+        return Step(self._kernel, (0, 1))
 
 
 class LeakyRelu(Kernel):
@@ -187,6 +226,18 @@ def _combine(adds: bool) -> Lowering:
     return lower
 
 
+def _subtract(site: Site) -> Kernel | str | None:
+    kinds = [
+        site.program.type_of(each)
+        for each in (site.arguments["self"], site.arguments["other"])
+        if isinstance(each, fx.Node)
+    ]
+    alike = kinds == [site.program.type_of(site.node)] * 2
+    if not alike or site.arguments.get("alpha", 1) != 1 or not _is_floating(kinds[0]):
+        return None
+    return unsuitable(site, "self") or Difference(site.isa)
+
+
 def _is_floating(kind: object) -> bool:
     return isinstance(kind, TensorType) and kind.dtype.is_floating_point and kind.dtype != torch.float64
 
@@ -217,5 +268,6 @@ LOWERINGS: dict[str, Lowering] = {
     "aten.leaky_relu": _leaky_relu,
     "aten.mul.Tensor": _combine(adds=False),
     **{f"aten.{name}": _plain(name) for name in ("relu", "sigmoid", "silu", "tanh")},
+    "aten.sub.Tensor": _subtract,
     "graphwright.gated_activation": _gated,
 }

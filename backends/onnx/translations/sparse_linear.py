@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from graphwright.backends.onnx import encodings
 from graphwright.backends.onnx.lowering import Lowering
+from graphwright.backends.onnx.translations.weight_only import StoredWeights, multiply
+from graphwright.ir.ops.quantization import pack
+from graphwright.ir.ops.sparse import bits_of, decompress, dense_codes
 
 
 def linear_outliers(
@@ -36,3 +40,61 @@ def linear_outliers(
     filled = graph.call("ScatterElements", zeros, index, lower.tensor(values, dtype), axis=0)
     weight = graph.call("Reshape", filled, graph.integers(features, outputs))
     lower.set_rows(node, graph.call("MatMul", lower.rows(x), weight))
+
+
+def linear_sparse(
+    lower: Lowering,
+    node: fx.Node,
+    x: fx.Node,
+    mask: fx.Node,
+    values: fx.Node,
+    row_offsets: fx.Node,
+    scales: fx.Node | None,
+    zero_points: fx.Node | None,
+    bias: fx.Node | None,
+    format: str,
+    group_size: int,
+) -> None:
+    """The dense linear, ``Gemm`` or what ``linear_nbits`` is written as: onnxruntime has no kernel that skips zeros.
+
+    Weights get back the names that they had before they were compressed.
+
+    Raises:
+        ExportError: the weight is computed, the input features vary, or its groups have no kernel.
+    """
+    columns = lower.shape(x)[-1]
+    if not isinstance(columns, int):
+        raise lower.refuse(node, "the input features vary from call to call")
+    operands = (mask, values, row_offsets, scales, zero_points)
+    if any(each is not None and each.op != "get_attr" for each in operands):
+        raise lower.refuse(node, "a sparse weight must be stored, here it is computed")
+    tensors = [lower.program.tensor(each).detach() if each is not None else None for each in operands]
+    bits, stored, offsets, factors, zeros = tensors
+    assert bits is not None
+    assert stored is not None
+    assert offsets is not None
+    name = str(mask.target).removesuffix("_mask")
+    if format == "float":
+        dtype = lower.dtype(node)
+
+        def dense() -> torch.Tensor:
+            return decompress(bits, stored, offsets, None, None, format, group_size, columns, dtype)
+
+        weight = lower.graph.derived(name, dtype, (len(bits), columns), dense)
+        parts = [lower.rows(x), weight]
+        if bias is not None:
+            parts.append(lower.tensor(bias))
+        lower.set_rows(node, lower.graph.call("Gemm", *parts, transB=1))
+        return
+    block = encodings.block_size(group_size, columns)
+    if block is None or group_size * bits_of(format) % 8:
+        raise lower.refuse(
+            node,
+            f"onnxruntime has no kernel for groups of {group_size}: it would run this linear in float",
+            "quantise with a group size that is a multiple of 16, or per channel",
+        )
+    codes = dense_codes(bits, stored, offsets, zeros, format, group_size, columns)
+    packed = pack(codes, bits_of(format), group_size, zeros)
+    names = [name, *(str(each.target) if each is not None else "" for each in (scales, zero_points))]
+    weights = StoredWeights.of(names, [packed, factors, zeros], bits_of(format), group_size, columns, block)
+    multiply(lower, node, x, weights, bias)

@@ -58,7 +58,12 @@ def linear_nbits(
             "quantise without float_zero_points for ONNX",
         )
     widths = _WIDTHS if lower.options.has_contrib and not _is_looked_up(lower, qweight) else _PORTABLE_WIDTHS
-    weights = StoredWeights(lower, (qweight, scales, zero_points), bits, group_size, columns, block, widths)
+    stored = qweight, scales, zero_points
+    multiply(lower, node, x, StoredWeights(lower, stored, bits, group_size, columns, block, widths), bias)
+
+
+def multiply(lower: Lowering, node: fx.Node, x: fx.Node, weights: StoredWeights, bias: fx.Node | None) -> None:
+    """The product with packed weights in the spelling of the export's mode."""
     emit = _matmul_nbits if lower.options.has_contrib else _dequantize_matmul
     results = emit(lower, node, x, weights, bias)
     lower.set_rows(node, results[-1])
@@ -110,10 +115,40 @@ class StoredWeights:
         block: int,
         widths: tuple[int, ...] = _PORTABLE_WIDTHS,
     ) -> None:
-        self.names = [str(each.target) if each is not None else "" for each in stored]
-        self._stored, self._bits = lower.program.tensor(stored[0]).detach(), bits
-        self.scales = lower.program.tensor(stored[1]).detach()
-        self.zero_points = lower.program.tensor(stored[2]).detach() if stored[2] is not None else None
+        names = [str(each.target) if each is not None else "" for each in stored]
+        tensors = [lower.program.tensor(each).detach() if each is not None else None for each in stored]
+        self._hold(names, tensors, bits, group_size, columns, block, widths)
+
+    @classmethod
+    def of(
+        cls,
+        names: list[str],
+        tensors: list[torch.Tensor | None],
+        bits: int,
+        group_size: int,
+        columns: int,
+        block: int,
+        widths: tuple[int, ...] = _PORTABLE_WIDTHS,
+    ) -> StoredWeights:
+        """Of codes, scales and zero points (or ``None``) that a program stores in another form; arguments as above."""
+        made = cls.__new__(cls)
+        made._hold(names, tensors, bits, group_size, columns, block, widths)
+        return made
+
+    def _hold(
+        self,
+        names: list[str],
+        tensors: list[torch.Tensor | None],
+        bits: int,
+        group_size: int,
+        columns: int,
+        block: int,
+        widths: tuple[int, ...],
+    ) -> None:
+        stored, scales, self.zero_points = tensors
+        assert stored is not None
+        assert scales is not None
+        self.names, self._stored, self.scales, self._bits = names, stored, scales, bits
         self.bits = bits if bits in widths else 4
         self.group = group_size
         self.columns = columns

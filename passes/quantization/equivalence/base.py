@@ -35,7 +35,7 @@ class ScaleInputs(Pass):
 
     contract: ClassVar[Contract] = Exact(tolerance=1e-6, stored=True)
     before: ClassVar[tuple[str, ...]] = ("quantize-linears",)
-    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "masked", "quantized"})
+    respects: ClassVar[frozenset[str]] = frozenset({"adapter", "quantized"})
 
     calibration: Iterable[Any] | None = field(default=None, compare=False)
     fold: str = "auto"

@@ -44,6 +44,10 @@ class Rounding(ABC):
 
     method: ClassVar[str]
 
+    def pattern_of_zeros(self) -> str | None:
+        """The pattern of weights that it sets to 0, such as ``"2:4"``; ``None`` where it chooses none."""
+        return None
+
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         return {

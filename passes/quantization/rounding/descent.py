@@ -30,7 +30,14 @@ def dense(found: Codes, form: Format, rows: slice = slice(None)) -> torch.Tensor
 
 
 def descend(
-    weight: torch.Tensor, second_moment: torch.Tensor, found: Codes, form: Format, *, sweeps: int, damping: float
+    weight: torch.Tensor,
+    second_moment: torch.Tensor,
+    found: Codes,
+    form: Format,
+    *,
+    sweeps: int,
+    damping: float,
+    kept: torch.Tensor | None = None,
 ) -> Codes:
     """Improve codes and scales; zero points stay.
 
@@ -41,6 +48,7 @@ def descend(
         form: the format.
         sweeps: how often to go over all columns.
         damping: added to the diagonal, as a fraction of its mean.
+        kept: which weights do not have to be 0, bool ``[out, in]``; ``None`` for all.
     """
     codes, scales = found.codes.clone(), found.scales.clone()
     group_size = form.columns_per_group(weight.shape[1])
@@ -57,7 +65,8 @@ def descend(
             state = codes[:, own].t().to(torch.float32)
             scale, zero = scales[:, group], found.zeros[:, group]
             scale = _refit(state, scale, zero, error, gradient, moment, form)
-            _improve(state, scale, zero, error, gradient, moment, form)
+            free = kept[:, own].t() if kept is not None else None
+            _improve(state, scale, zero, error, gradient, moment, form, free)
             codes[:, own], scales[:, group], errors[:, own] = state.t().to(torch.uint8), scale, error.t()
     return Codes(codes, scales, found.zeros)
 
@@ -92,6 +101,7 @@ def _improve(
     gradient: torch.Tensor,
     moment: torch.Tensor,
     form: Format,
+    kept: torch.Tensor | None,
 ) -> None:
     """One pass over the columns; everything but the scale is changed in place."""
     diagonal = moment.diagonal().tolist()
@@ -102,6 +112,8 @@ def _improve(
         for place in range(begin, end):
             value = form.values(state[place].unsqueeze(-1), scale, zero).squeeze(-1)
             code = form.round(torch.add(value, gradient[place], alpha=1 / diagonal[place]).unsqueeze(-1), scale, zero)
+            if kept is not None:
+                code = torch.where(kept[place].unsqueeze(-1), code, zero.unsqueeze(-1))
             change = form.values(code, scale, zero).squeeze(-1).sub_(value)
             state[place] = code.squeeze(-1)
             changes[place - begin] = change

@@ -11,21 +11,22 @@ QuIP's theorem 6, Chee et al. 2023). That is one factorisation instead of three 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from graphwright.ir.errors import InputError
+from graphwright.ir.sparsity import SparsityPattern
 from graphwright.passes.calibration import Observed
-from graphwright.passes.quantization.finite import is_finite
 from graphwright.passes.quantization.formats import Format
 from graphwright.passes.quantization.rounding.base import Codes, InputRounding
+from graphwright.passes.quantization.rounding.carrying import Carrier, Zeros
 from graphwright.passes.quantization.rounding.descent import dense, descend
+from graphwright.passes.quantization.rounding.factorization import checked_moment, factor, factor_in_place
 from graphwright.passes.quantization.rounding.order import Order, Span, by_column, in_groups
 
-# Columns whose errors are passed on one by one; beyond them by products of matrices, first within the block.
-_FEW = 32
 # Rows that the size of the outputs is estimated from.
 _ROWS = 1024
 # Elements worked on at once.
@@ -33,10 +34,6 @@ _SLICE_ELEMENTS = 1 << 22
 # Elements whose errors are carried along at once: rows are rounded independently, and those of the largest weights in
 # pieces. Each piece costs the overhead of going over all columns anew, which is little beside so many elements.
 _CARRIED_ELEMENTS = 1 << 24
-# The damping is the least that a pivot can be: where one is found below this part of it, float32 is not precise enough.
-_TRUSTED = 0.5
-# Epsilons of the largest eigenvalue that a pivot may be off by, and iterations that find that eigenvalue.
-_ROUNDINGS, _ITERATIONS = 8, 12
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,9 @@ class Gptq(InputRounding):
         sweeps: after the last column, go over all of them again so many times, with the scales fitted anew to the codes
             (see :mod:`graphwright.passes.quantization.rounding.descent`). Each costs about as much as GPTQ itself.
         block: columns whose errors are gathered before they reach the rest of the matrix.
+        sparsity: fraction of weights that become 0 on the way, chosen and made up for together with the rounding
+            (Frantar and Alistarh 2023, "SparseGPT", section 3.5). Not with ``act_order``.
+        pattern: that those zeros keep to, such as ``"2:4"``, which says the sparsity too.
     """
 
     method: ClassVar[str] = "gptq"
@@ -61,6 +61,8 @@ class Gptq(InputRounding):
     static_groups: bool = False
     sweeps: int = 0
     block: int = 128
+    sparsity: float = 0.0
+    pattern: str = "unstructured"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < 10.0:
@@ -74,6 +76,24 @@ class Gptq(InputRounding):
                 "goes with act_order=True: in the usual order grids are fitted when their group is reached",
                 where="gptq: static_groups",
             )
+        pattern = SparsityPattern.of(self.pattern, where="gptq: pattern")
+        wanted = self.sparsity or pattern.implied
+        if isinstance(self.sparsity, bool) or not 0.0 <= self.sparsity < 1.0:
+            raise InputError(f"must be at least 0 and below 1, not {self.sparsity!r}", where="gptq: sparsity")
+        if pattern.implied not in (None, wanted):
+            raise InputError(f"{pattern} has {pattern.implied}, not {self.sparsity!r}", where="gptq: sparsity")
+        if wanted and self.act_order:
+            raise InputError("goes with columns as they are stored", where="gptq: sparsity", hint="act_order=False")
+
+    def pattern_of_zeros(self) -> str | None:
+        """The pattern, where there is a sparsity."""
+        pattern = SparsityPattern.of(self.pattern, where="gptq: pattern")
+        return str(pattern) if self.sparsity or pattern.implied else None
+
+    def zeros(self, form: Format) -> Zeros:
+        """Which weights become 0, or stay it."""
+        pattern = SparsityPattern.of(self.pattern, where="gptq: pattern")
+        return Zeros(form.keep_zeros, self.sparsity, pattern)
 
     def codes(self, weight: torch.Tensor, form: Format, inputs: Observed) -> Codes:
         """See :func:`gptq`; uses the moment up."""
@@ -104,40 +124,37 @@ def gptq(
         InputError: the second moment is not finite, of another size, or not positive even when damped.
     """
     options = options or Gptq()
-    columns = weight.shape[1]
-    if second_moment.shape != (columns, columns):
-        raise InputError(f"the second moment is {list(second_moment.shape)}, the weight {list(weight.shape)}")
-    if not is_finite(second_moment):
-        raise InputError("the calibration inputs hold NaN or infinity", hint="check the calibration data")
-    diagonal = second_moment.diagonal().to(torch.float64)
-    mean = float(diagonal.mean())
-    if mean <= 0.0:
-        raise InputError("the calibration inputs of a linear are all zero", hint="check the calibration data")
+    diagonal, mean = checked_moment(second_moment, weight.shape)
+    zeros = options.zeros(form)
+    zeros.check(weight.shape, options.block, form.columns_per_group(weight.shape[1]))
     importance = (diagonal / mean).clamp_min(1e-8).to(torch.float32)
     with torch.no_grad():
-        group_size = form.columns_per_group(columns)
+        group_size = form.columns_per_group(weight.shape[1])
         order = (
             by_column(importance, options.block)
             if options.static_groups
             else in_groups(importance, group_size, options.block, act_order=options.act_order)
         )
-        size = _size(second_moment, weight)
-        factor: torch.Tensor | None = None
+        size = output_size(second_moment, weight)
+        found_factor: torch.Tensor | None = None
         if spend and not options.sweeps and not options.act_order and second_moment.dtype == torch.float32:
-            factor = _factor_in_place(second_moment, mean, options.damping)
-        if factor is None:
-            factor = _factor(second_moment, mean, options.damping, order.columns)
-        found, error = _rounded(weight, form, importance, factor, order, options.damping)
-        del factor
+            found_factor = factor_in_place(second_moment, mean, options.damping)
+        if found_factor is None:
+            found_factor = factor(second_moment, mean, options.damping, order.columns)
+        found, error = _rounded(weight, form, importance, found_factor, order, options.damping, zeros)
+        del found_factor
         error *= mean
         if options.sweeps:
-            found = descend(weight, second_moment, found, form, sweeps=options.sweeps, damping=options.damping)
+            kept = dense(found, form) != 0 if zeros.chooses else weight != 0 if zeros.fixed else None
+            found = descend(
+                weight, second_moment, found, form, sweeps=options.sweeps, damping=options.damping, kept=kept
+            )
             error = _error(second_moment, weight, found, form)
         found.loss.error, found.loss.size = max(error, 0.0), size
         return found
 
 
-def _size(second_moment: torch.Tensor, weight: torch.Tensor) -> float:
+def output_size(second_moment: torch.Tensor, weight: torch.Tensor) -> float:
     """``|X Wᵀ|²``; of weights with many rows estimated from some of them, as it costs more than all the rest."""
     every, moment = -(-len(weight) // _ROWS), second_moment.to(torch.float32)
     step = max(1, _SLICE_ELEMENTS // max(1, weight.shape[1] * every)) * every
@@ -162,97 +179,34 @@ def _error(second_moment: torch.Tensor, weight: torch.Tensor, found: Codes, form
     return total
 
 
-def _factor_in_place(moment: torch.Tensor, mean: float, damping: float) -> torch.Tensor | None:
-    """As :func:`_factor` for the columns in falling order, where the moment lies; ``None``, and the moment as it was,
-    where float32 may not be precise enough for it.
-
-    What rounding does to a pivot is a few epsilons of the largest eigenvalue, and no pivot is less than the damping.
-    """
-    if _ROUNDINGS * torch.finfo(torch.float32).eps * _largest_eigenvalue(moment) / mean > (1 - _TRUSTED) * damping:
-        return None
-    size = len(moment)
-    step = max(1, _SLICE_ELEMENTS // size)
-    for start in range(0, size // 2, step):
-        stop = min(start + step, size // 2)
-        first, last = slice(start, stop), slice(size - stop, size - start)
-        kept = moment[first].flip(0, 1)
-        moment[first] = moment[last].flip(0, 1)
-        moment[last] = kept
-    if size % 2:
-        moment[size // 2] = moment[size // 2].flip(0)
-    moment /= mean
-    moment.diagonal().add_(damping)
-    turned, failed = moment.t(), torch.empty((), dtype=torch.int32)
-    torch.linalg.cholesky_ex(turned, out=(turned, failed))
-    if int(failed):
-        raise _singular()
-    return turned
-
-
-def _largest_eigenvalue(moment: torch.Tensor) -> float:
-    """By power iteration; at most too small by a little, as the start has a part of every eigenvector."""
-    vector = torch.randn(len(moment), generator=torch.Generator().manual_seed(0))
-    for _ in range(_ITERATIONS):
-        vector = moment @ (vector / torch.linalg.vector_norm(vector))
-    return float(torch.linalg.vector_norm(vector))
-
-
-def _singular() -> InputError:
-    return InputError(
-        "the calibration inputs do not determine the rounding (their second moment is singular)",
-        hint="give more calibration data, or raise the damping",
-    )
-
-
-def _factor(second_moment: torch.Tensor, mean: float, damping: float, columns: torch.Tensor) -> torch.Tensor:
-    """Lower Cholesky factor, float32, of the damped second moment, with its rows and columns arranged anew.
-
-    Computed in float32, in place, and again in float64 only if a pivot shows that this was not precise enough: none can
-    be less than the damping.
-    """
-    size = len(second_moment)
-    for dtype in (torch.float32, torch.float64):
-        damped = torch.empty(size, size, dtype=dtype)
-        step = max(1, _SLICE_ELEMENTS // size)
-        for start in range(0, size, step):
-            damped[start : start + step] = second_moment[columns[start : start + step]][:, columns]
-        damped /= mean
-        damped.diagonal().add_(damping)
-        # A symmetric matrix is its own transpose, which has the layout that LAPACK works on in place.
-        turned, failed = damped.t(), torch.empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(turned, out=(turned, failed))
-        if not int(failed) and float(turned.diagonal().min()) ** 2 >= _TRUSTED * damping:
-            return turned.to(torch.float32)
-        del damped, turned
-    raise _singular()
-
-
 def _rounded(
-    weight: torch.Tensor, form: Format, importance: torch.Tensor, factor: torch.Tensor, order: Order, damping: float
+    weight: torch.Tensor,
+    form: Format,
+    importance: torch.Tensor,
+    factor: torch.Tensor,
+    order: Order,
+    damping: float,
+    zeros: Zeros,
 ) -> tuple[Codes, float]:
     """Codes, and the squared error in the metric of the moment, of mean diagonal 1."""
     rows, count = weight.shape
     groups = -(-count // form.columns_per_group(count))
     found = Codes(torch.empty(rows, count, dtype=torch.uint8), torch.empty(rows, groups), torch.empty(rows, groups))
-    step = max(1, _CARRIED_ELEMENTS // max(1, count * form.block_rows)) * form.block_rows
+    unit = math.lcm(form.block_rows, zeros.pattern.rows)
+    step = max(1, _CARRIED_ELEMENTS // max(1, count * unit)) * unit
     error = 0.0
     for start in range(0, rows, step):
         piece = slice(start, start + step)
         own = Codes(found.codes[piece], found.scales[piece], found.zeros[piece])
-        rounder = _Rounder(weight[piece], form, importance, factor, order, own)
+        rounder = _Rounder(weight[piece], form, importance, factor, order, own, zeros)
         rounder.run()
         error += rounder.error - damping * rounder.moved
         del rounder  # before the next one's matrices
     return found, error
 
 
-class _Rounder:
-    """Rows of a weight on their way through the algorithm, with the columns in the arrangement of the factor.
-
-    Attributes:
-        error: the squared error so far, in the metric of the damped moment.
-        moved: that of the weight itself.
-    """
+class _Rounder(Carrier):
+    """Rows whose columns become values of codes."""
 
     def __init__(
         self,
@@ -262,16 +216,13 @@ class _Rounder:
         factor: torch.Tensor,
         order: Order,
         found: Codes,
+        zeros: Zeros,
     ) -> None:
         """Take the rows, and where their codes, scales and zero points are to be written."""
-        rows, count = weight.shape
-        self.weight, self.form, self.importance = weight.detach(), form, importance
-        self.factor, self.order = factor, order
-        self.group_size = form.columns_per_group(count)
+        super().__init__(weight, factor, order, zeros)
+        self.form, self.importance = form, importance
+        self.group_size = form.columns_per_group(weight.shape[1])
         self.codes, self.scales, self.zeros = found.codes, found.scales, found.zeros
-        # (W - Ŵ) L of the columns that are done, for those to come.
-        self.pending = torch.zeros(rows, count)
-        self.error = self.moved = 0.0
 
     def run(self) -> None:
         """Round all columns."""
@@ -279,56 +230,38 @@ class _Rounder:
             for group in range(self.scales.shape[1]):
                 own = slice(group * self.group_size, (group + 1) * self.group_size)
                 self._fit(group, self.weight[:, own].to(torch.float32), self.importance[own])
-        for span in self.order.spans:
-            self._round(span)
+        super().run()
 
     def _fit(self, group: int, weights: torch.Tensor, importance: torch.Tensor) -> None:
         self.scales[:, group], self.zeros[:, group] = self.form.fit(weights, importance)
 
-    def _updated(self, start: int, stop: int, inverse: torch.Tensor | None = None) -> torch.Tensor:
-        """Columns, as rows, as they make up best for the errors so far while they need not be rounded."""
-        exact = self.weight[:, self.order.columns[start:stop]].to(torch.float32)
-        if stop == len(self.order.columns):
-            return exact.t().contiguous()
-        if inverse is None:
-            inverse = _inverse(self.factor[start:stop, start:stop])
-        return exact.addmm_(self.pending[:, start:stop], inverse).t().contiguous()
+    def enter(self, span: Span, piece: tuple[int, int, int], work: torch.Tensor) -> None:
+        """Fit the grid of a group that is reached."""
+        start, stop, group = piece
+        if self.order.places is None or stop != self.order.places[group][1]:
+            return
+        first = self.order.places[group][0]
+        columns = self.order.columns[first:stop]
+        # A group that reaches beyond the block is fitted as a whole.
+        if first == start:
+            now = work[start - span.start : stop - span.start]
+            if self.kept is not None:
+                now = torch.where(self.kept[start - span.start : stop - span.start], now, 0)
+        else:
+            now = self.updated(first, stop)
+            if self.zeros_at.fixed:
+                now = torch.where((self.weight[:, columns] == 0).t(), 0, now)
+        self._fit(group, now.t(), self.importance[columns])
 
-    def _round(self, span: Span) -> None:
-        columns = self.order.columns[span.start : span.stop]
-        inverse = _inverse(self.factor[span.start : span.stop, span.start : span.stop])
-        work = self._updated(span.start, span.stop, inverse)
-        codes, values, errors = (
-            torch.empty_like(work, dtype=torch.uint8),
-            torch.empty_like(work),
-            torch.empty_like(work),
-        )
-        for start, stop, group in span.pieces:
-            if self.order.places is not None and stop == self.order.places[group][1]:
-                first = self.order.places[group][0]
-                # A group that reaches beyond the block is fitted as a whole.
-                now = work[start - span.start : stop - span.start] if first == start else self._updated(first, stop)
-                self._fit(group, now.t(), self.importance[self.order.columns[first:stop]])
-            for end in range(stop - span.start, start - span.start, -_FEW):
-                begin = max(start - span.start, end - _FEW)
-                for place in range(end - 1, begin - 1, -1):
-                    own = group if self.order.places is not None else int(columns[place]) // self.group_size
-                    scale, zero = self.scales[:, own], self.zeros[:, own]
-                    code = self.form.round(work[place].unsqueeze(-1), scale, zero)
-                    codes[place] = code.squeeze(-1)
-                    values[place] = self.form.values(code, scale, zero).squeeze(-1)
-                    torch.sub(work[place], values[place], out=errors[place]).div_(inverse[place, place])
-                    work[begin:place].addr_(inverse[place, begin:place], errors[place], alpha=-1)
-                work[:begin].addmm_(inverse[begin:end, :begin].t(), errors[begin:end], alpha=-1)
-        self.codes[:, columns] = codes.t()
-        moved = self.weight[:, columns].to(torch.float32).t() - values
-        self.error += float(errors.square_().sum())
-        self.moved += float(moved.square().sum())
-        if span.start:
-            self.pending[:, : span.start].addmm_(moved.t(), self.factor[span.start : span.stop, : span.start])
+    def value(self, work: torch.Tensor, place: int, column: int, group: int) -> torch.Tensor:
+        """The value of the nearest code, which is kept; 0 where the weight goes."""
+        own = group if self.order.places is not None else column // self.group_size
+        scale, zero = self.scales[:, own], self.zeros[:, own]
+        code = self.form.round(work[place].unsqueeze(-1), scale, zero)
+        if self.kept is not None:
+            code = torch.where(self.kept[place].unsqueeze(-1), code, zero.unsqueeze(-1))
+        self.codes[:, column] = code.squeeze(-1)
+        return self.form.values(code, scale, zero).squeeze(-1)
 
-
-def _inverse(block: torch.Tensor) -> torch.Tensor:
-    """Of a lower triangular block."""
-    found: torch.Tensor = torch.linalg.solve_triangular(block, torch.eye(len(block)), upper=False)
-    return found
+    def leave(self, columns: torch.Tensor, values: torch.Tensor) -> None:
+        """Nothing: codes are kept as they are found."""

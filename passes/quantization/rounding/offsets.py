@@ -48,6 +48,7 @@ class TrainedRounding:
         """
         self.form, self.reach, self.columns = form, reach, weight.shape[1]
         self.exact = weight.detach().to(torch.float32)
+        self._kept = self._grouped((self.exact != 0).to(torch.float32)) if form.keep_zeros else None
         self.latent = self._grouped(self.exact)
         known = self._grouped(importance.unsqueeze(0)).squeeze(0) if importance is not None else None
         self._fitted, self._zero = form.fit(self.latent, known)
@@ -89,6 +90,8 @@ class TrainedRounding:
     def codes(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Codes as floats, ``[rows, groups, group]``."""
         steps = round_through(self.latent / scale.unsqueeze(-1) + self.offsets)
+        if self._kept is not None:
+            steps = steps * self._kept
         return (steps + zero.unsqueeze(-1)).clamp(*self._ends())
 
     def dense(self) -> torch.Tensor:

@@ -34,6 +34,8 @@ extern const FloatLinearKernels float_linear;
 extern const KronKernels kron_linear;
 extern const RowKernels row_kernels;
 extern const AttentionKernels attention;
+extern const SparseByteKernels sparse_bytes;
+extern const SparseFloatKernels sparse_floats_kernels;
 
 const KernelTable kernels = {.dot_u8s8 = dot_u8s8,
                              .byte_linear = &byte_linear,
@@ -41,6 +43,8 @@ const KernelTable kernels = {.dot_u8s8 = dot_u8s8,
                              .float_linear = &float_linear,
                              .kron_linear = &kron_linear,
                              .attention = &attention,
-                             .rows = &row_kernels};
+                             .rows = &row_kernels,
+                             .sparse_bytes = &sparse_bytes,
+                             .sparse_floats = &sparse_floats_kernels};
 
 }  // namespace graphwright::avx2

@@ -30,6 +30,7 @@ extern const FloatLinearKernels float_linear;
 extern const KronKernels kron_linear;
 extern const RowKernels row_kernels;
 extern const AttentionKernels attention;
+extern const SparseFloatKernels sparse_floats_kernels;
 
 const KernelTable kernels = {.dot_u8s8 = dot_u8s8,
                              .byte_linear = &byte_linear,
@@ -37,6 +38,7 @@ const KernelTable kernels = {.dot_u8s8 = dot_u8s8,
                              .float_linear = &float_linear,
                              .kron_linear = &kron_linear,
                              .attention = &attention,
-                             .rows = &row_kernels};
+                             .rows = &row_kernels,
+                             .sparse_floats = &sparse_floats_kernels};
 
 }  // namespace graphwright::avx512

@@ -1,0 +1,65 @@
+// Sparse codes in 512-bit vectors: a word of the mask is a vector, for one row and a few in registers.
+#include <immintrin.h>
+
+#include "sparse_linear_kernels.h"
+
+namespace graphwright::avx512_vbmi2 {
+namespace {
+
+#include "vectors_512.inc"
+
+struct V : Vectors {
+  // GCC 12 copies the sums around the intrinsic, twice for each product.
+  static Int dot(Int acc, Int w, Int x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+  }
+  // Into `fill`: the form that clears by itself waits for its target's old value on some CPUs.
+  static Int expand(Int fill, std::uint64_t mask, Int values) { return _mm512_mask_expand_epi8(fill, mask, values); }
+  // Of small numbers, one to a lane.
+  static Int each_byte(Int v) { return _mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101)); }
+  static void prefetch_near(const std::uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+#include "math.inc"
+#include "epilogue.inc"
+
+struct S {
+  // The codes of two words as they are stored, from the lowest byte on, and how many bytes of values that took.
+  template <bool kInt4>
+  static std::size_t load(const std::uint8_t* values, const std::uint64_t* masks, __m512i (&codes)[2]) {
+    const auto first = static_cast<std::size_t>(_mm_popcnt_u64(masks[0]));
+    const auto second = static_cast<std::size_t>(_mm_popcnt_u64(masks[1]));
+    codes[0] = _mm512_loadu_si512(values);
+    if constexpr (!kInt4) {
+      codes[1] = _mm512_loadu_si512(values + first);
+      return first + second;
+    }
+    codes[1] = V::high4(codes[0]);
+    codes[0] = V::low4(codes[0]);
+    return first > second ? first : second;
+  }
+
+  template <bool kInt4>
+  static std::size_t expand(const std::uint8_t* values, const std::uint64_t* masks, const std::uint8_t* fill,
+                            std::uint8_t raise, std::uint8_t* to) {
+    __m512i codes[2];
+    const std::size_t taken = load<kInt4>(values, masks, codes);
+    for (int word = 0; word < 2; ++word) {
+      const __m512i raised = _mm512_add_epi8(codes[word], _mm512_set1_epi8(static_cast<char>(raise)));
+      _mm512_storeu_si512(to + word * 64, V::expand(_mm512_loadu_si512(fill + word * 64), masks[word], raised));
+    }
+    return taken;
+  }
+};
+
+#include "sparse_bytes.inc"
+#include "sparse_few.inc"
+
+}  // namespace
+
+extern const SparseByteKernels sparse_bytes;
+const SparseByteKernels sparse_bytes = {
+    .isa = "avx512_vbmi2", .expand = expand, .few = sparse_few, .few_rows = kFewSparseRows};
+
+}  // namespace graphwright::avx512_vbmi2

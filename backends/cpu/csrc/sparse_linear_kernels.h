@@ -1,0 +1,66 @@
+// The kernels of linears whose weights are mostly zeros. Plain data: see kernel_table.h.
+//
+// A weight is stored as the dense one would be (linear.h, float_linear_kernels.h), panels of 64 outputs and steps in them,
+// but of each step only a mask and the values that are not zero, one after another in the order of the dense layout. A
+// kernel makes dense weights of them, in registers or in a cache, and multiplies those: sums are the dense kernels', to the
+// last bit.
+//
+// With codes a step is four columns, 256 codes, and has four words of 64 bits, a bit for each code. 4-bit codes become bytes
+// in it; those of two words share bytes, the first's in the low halves and the second's in the high ones, as many bytes as
+// the fuller of them needs: to part them takes half the instructions that neighbours would. With floats a step is one column
+// and has one word, a bit for each output.
+#pragma once
+
+#include "float_linear_kernels.h"
+#include "linear.h"
+#include "linear_kernels.h"
+
+namespace graphwright {
+
+enum class SparseValues : std::uint8_t { kFloat32, kBfloat16, kInt8, kInt4 };
+
+// Values of so many steps have an offset of their own.
+inline constexpr std::size_t kSparseSteps = kBlockSteps;
+// A kernel may read so many bytes beyond the last value.
+inline constexpr std::size_t kSparseBeyond = 64;
+
+struct SparseWeights {
+  const std::uint64_t* masks;    // [panels][steps][words of a step]
+  const std::uint8_t* values;
+  const std::uint64_t* offsets;  // [panels][blocks of kSparseSteps], in bytes; and where the last one ends
+  std::size_t outputs, panels, steps;
+  SparseValues kind;
+
+  std::size_t blocks() const { return (steps + kSparseSteps - 1) / kSparseSteps; }
+  std::size_t words() const { return kind == SparseValues::kInt8 || kind == SparseValues::kInt4 ? 4 : 1; }
+};
+
+// A part of a panel: `begin` is a multiple of kSparseSteps.
+struct SparsePart {
+  std::size_t panel, begin, end;
+};
+
+// What a code is where none is stored.
+struct SparseFill {
+  const std::uint8_t* zeros;  // of the panel's groups, [groups][64], or null: `middle` everywhere
+  std::size_t group_steps;    // of a group
+  std::uint8_t middle;
+  std::uint8_t raise;         // added to every code, zero points too
+};
+
+struct SparseByteKernels {
+  const char* isa;
+  // Writes codes, 256 bytes a step.
+  void (*expand)(const SparseWeights&, const SparsePart&, const SparseFill&, std::uint8_t* codes);
+  // Up to `few_rows` rows with codes that are expanded in registers; null where they are not.
+  void (*few)(const SparseWeights&, const PackedLinear&, const ByteRows&, const LinearOutput&, const LinearBlock&);
+  std::size_t few_rows;
+};
+
+struct SparseFloatKernels {
+  const char* isa;
+  // As FloatLinearKernels::float32.
+  void (*run)(const SparseWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
+};
+
+}  // namespace graphwright

@@ -1,0 +1,1 @@
+"""Triton kernels, one file for each family; nothing here is imported before triton is wanted."""

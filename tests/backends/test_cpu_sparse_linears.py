@@ -1,0 +1,295 @@
+"""Sparse linears: the dense kernels' results to the last bit, on every instruction set, for any number of threads."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import graphwright as gw
+from graphwright.backends.cpu import CpuBackend, features, native_status
+from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
+from graphwright.backends.cpu.kernels.byte_packing import pack_nbits
+from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
+from graphwright.backends.cpu.kernels.sparse_linear import SparseLinear
+from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
+from graphwright.ir import ops
+from graphwright.ir.errors import BackendError
+from graphwright.ir.ops.quantization import pack
+from graphwright.ir.ops.sparse import compress, pack_codes
+
+pytestmark = pytest.mark.skipif(not native_status().available, reason=native_status().message)
+
+UNIT = 2.0**-24
+ROWS = (0, 1, 2, 3, 4, 5, 9)
+# (outputs, columns): around panels of 64, steps of four columns and blocks of 128 steps.
+SHAPES = [(1, 1), (3, 5), (33, 7), (64, 64), (65, 127), (130, 520)]
+SHARES = (0.0, 0.2, 0.6, 1.0)
+
+
+def isas() -> list[str]:
+    return [isa.name for isa in features().instruction_sets if isa.usable]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def stored_at(outputs: int, columns: int, share: float) -> torch.Tensor:
+    """Which weights are there; one row has none."""
+    stored = torch.rand(outputs, columns, generator=torch.Generator().manual_seed(outputs)) < share
+    stored[outputs // 2] = share == 1.0
+    return stored
+
+
+def sparse_floats(weight: torch.Tensor) -> PackedSparse:
+    return pack_sparse(*compress(weight, weight != 0), None, None, "float", 0, weight.shape[1])
+
+
+class Coded:
+    """A weight of codes, packed for the sparse and for the dense kernels."""
+
+    def __init__(
+        self, bits: int, outputs: int, columns: int, group: int, share: float, *, zeros: bool, half: bool = False
+    ) -> None:
+        draw = torch.Generator().manual_seed(outputs + columns)
+        groups = -(-columns // group)
+        self.group, format = group, f"int{bits}"
+        self.zeros = torch.randint(0, 2**bits, (outputs, groups), generator=draw, dtype=torch.uint8) if zeros else None
+        self.scales = torch.rand(outputs, groups, generator=draw) + 0.1
+        if half:
+            self.scales = self.scales.half()
+        middle = torch.full((outputs, groups), 2 ** (bits - 1), dtype=torch.uint8)
+        wide = (middle if self.zeros is None else self.zeros).repeat_interleave(group, 1)[:, :columns]
+        codes = torch.randint(0, 2**bits, (outputs, columns), generator=draw, dtype=torch.uint8)
+        codes = torch.where(stored_at(outputs, columns, share), codes, wide)
+        self.weight = (codes.double() - wide.double()) * self.scales.double().repeat_interleave(group, 1)[:, :columns]
+        mask, values, offsets = compress(codes, codes != wide)
+        values = pack_codes(values, format)
+        self.sparse = pack_sparse(mask, values, offsets, self.scales, self.zeros, format, group, columns)
+        whole = group if group * bits % 8 == 0 else None
+        if whole is not None:
+            self.dense = pack_nbits(pack(codes, bits, group, self.zeros), self.scales, self.zeros, bits, columns)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the last bit, NaN in the same places."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+# -- floats ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_floats_are_the_dense_kernels(shape: tuple[int, int], share: float) -> None:
+    outputs, columns = shape
+    weight, bias = random(outputs, columns) * stored_at(outputs, columns, share), random(outputs)
+    packed, dense = sparse_floats(weight), FloatLinear(pack_floats(weight), "scalar", bias)
+    for rows in ROWS:
+        x, residual = random(rows, columns), random(rows, outputs, seed=1)
+        wanted = x.double() @ weight.double().t() + bias.double()
+        # One rounding for each product's addition, and one for the bias (Higham 2002, lemma 3.1).
+        error = (columns + 8) * UNIT
+        bound = error * (x.double().abs() @ weight.double().abs().t() + bias.double().abs())
+        for isa in isas():
+            kernel = SparseLinear(packed, isa, "float32", bias)
+            found = kernel(x)
+            assert ((found.double() - wanted).abs() <= bound).all(), (isa, rows)
+            if outputs > 32:  # narrower dense linears have another kernel
+                assert same(found, dense(x)), (isa, rows)
+            after = (found.double() + residual.double() - kernel(x, None, residual).double()).abs()
+            assert (after <= UNIT * (found.double() + residual.double()).abs() * 1.01).all()
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_bfloat16_weights_are_exact_in_float32(share: float) -> None:
+    weight = (random(70, 133) * stored_at(70, 133, share)).bfloat16()
+    x = random(3, 133)
+    for isa in isas():
+        found = SparseLinear(sparse_floats(weight), isa, "float32")(x)
+        assert same(found, SparseLinear(sparse_floats(weight.float()), isa, "float32")(x)), isa
+
+
+# -- codes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rounded_activations_are_the_dense_kernels(shape: tuple[int, int], bits: int, zeros: bool) -> None:
+    outputs, columns = shape
+    bias = random(outputs)
+    for share in SHARES:
+        for group in (columns + -columns % 8, 32, 8):
+            case = Coded(bits, outputs, columns, group, share, zeros=zeros, half=group == 32)
+            dense = ByteLinear(case.dense, "scalar", "symmetric", bias)
+            for rows in ROWS:
+                x = random(rows, columns)
+                wanted = dense(x)
+                for isa in isas():
+                    found = SparseLinear(case.sparse, isa, "int8", bias)(x)
+                    assert same(found, wanted), (isa, rows, share, group)
+
+
+def test_rounded_activations_are_within_their_step() -> None:
+    """Against float64: each activation is off by half a step, of its row's largest value over 127."""
+    for bits in (8, 4):
+        case = Coded(bits, 70, 96, 96, 0.3, zeros=False)
+        x = random(5, 96)
+        step = x.abs().amax(1, keepdim=True).double() / 127
+        bound = 0.5 * step * case.weight.abs().sum(1) * (1 + 1e-5)
+        for isa in isas():
+            found = SparseLinear(case.sparse, isa, "int8")(x)
+            assert ((found.double() - x.double() @ case.weight.t()).abs() <= bound).all(), isa
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_float_activations(bits: int, zeros: bool, compute: str) -> None:
+    for (outputs, columns), group in (((3, 5), 8), ((65, 127), 32), ((70, 130), 136), ((66, 96), 24)):
+        case = Coded(bits, outputs, columns, group, 0.4, zeros=zeros)
+        bias = random(outputs)
+        for rows in (1, 3, 7, 40):
+            x = random(rows, columns)
+            wanted = x.double() @ case.weight.t() + bias.double()
+            size = x.double().abs() @ case.weight.abs().t()
+            for isa in isas():
+                found = SparseLinear(case.sparse, isa, compute, bias)(x)
+                dense = NbitsLinear(case.dense, group, isa, bias, bfloat16=compute == "bfloat16")(x)
+                unit = 2.0**-8 if compute == "bfloat16" and rows > 8 else UNIT
+                # Products of codes and of zero points are summed apart, and each is rounded as a float is.
+                apart = x.double().abs() @ (2**bits * case.scales.double().repeat_interleave(group, 1)[:, :columns]).t()
+                bound = (columns + 8) * UNIT * apart + 4 * unit * size + UNIT * (wanted.abs() + bias.double().abs())
+                assert ((found.double() - wanted).abs() <= bound).all(), (isa, rows)
+                if bits == 8:
+                    assert same(found, dense), (isa, rows)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite(bad: float) -> None:
+    weight = random(70, 40) * stored_at(70, 40, 0.3)
+    for rows in (1, 6):
+        x = random(rows, 40)
+        x[0, 7] = bad
+        wanted = ops.get("linear_sparse").target(x, *compress(weight, weight != 0), None, None, None, "float", 0)
+        case = Coded(8, 70, 40, 40, 0.3, zeros=False)
+        for isa in isas():
+            found = SparseLinear(sparse_floats(weight), isa, "float32")(x)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+            rounded = SparseLinear(case.sparse, isa, "int8")(x)
+            assert rounded[0].isnan().all()
+            assert rounded[1:].isfinite().all()
+    weight[3, 5] = bad
+    for isa in isas():
+        found = SparseLinear(sparse_floats(weight), isa, "float32")(torch.ones(1, 40))
+        assert not found[0, 3].isfinite()
+        assert found.isfinite().sum() == 69
+
+
+@pytest.mark.parametrize("rows", [1, 4, 70])
+def test_the_number_of_threads_changes_nothing(rows: int) -> None:
+    weight, x = random(700, 300) * stored_at(700, 300, 0.3), random(rows, 300)
+    case = Coded(4, 700, 300, 304, 0.3, zeros=True)
+    before = torch.get_num_threads()
+    try:
+        for isa in isas():
+            kernels = (
+                SparseLinear(sparse_floats(weight), isa, "float32"),
+                SparseLinear(case.sparse, isa, "int8"),
+                SparseLinear(case.sparse, isa, "float32"),
+            )
+            for kernel in kernels:
+                found = []
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    found.append(kernel(x))
+                assert all(torch.equal(each, found[0]) for each in found), isa
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_streamed_is_a_bit_for_each_weight_and_the_values() -> None:
+    case = Coded(8, 128, 512, 512, 0.2, zeros=False)
+    count = int((case.weight != 0).sum())
+    assert case.sparse.count == count
+    assert case.sparse.masks.nbytes == 128 * 512 // 8
+    assert case.sparse.values.nbytes == count + 64
+    weight = random(128, 64) * stored_at(128, 64, 0.2)
+    packed = sparse_floats(weight)
+    assert (packed.masks.nbytes, packed.values.nbytes) == (128 * 64 // 8, 4 * int((weight != 0).sum()) + 64)
+
+
+# -- in programs -------------------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Two sparse linears with an activation and a residual."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 96, dtype=dtype), nn.Linear(96, 64, dtype=dtype)
+        with torch.no_grad():
+            for linear in (self.up, self.down):
+                linear.weight *= torch.rand(linear.weight.shape) < 0.2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.down(torch.relu(self.up(x)))
+        return y
+
+
+def test_it_runs_in_a_program_with_its_epilogues_and_from_a_file(tmp_path: Path) -> None:
+    model, x = Mlp().eval(), random(2, 3, 64)
+    small = gw.optimize(model, [gw.CompressLinears()], example_inputs=(x,), target="cpu")
+    kernels = [use.kernel for use in small.explain()]
+    assert kernels[0].startswith("sparse_linear ")
+    assert "float32 weights of which 8" in kernels[0]
+    assert kernels[1].startswith("epilogue of sparse_linear")
+    torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-5)
+    small.save_packed(tmp_path / "model.packed")
+    assert torch.equal(gw.load_packed(tmp_path / "model.packed")(x), small(x))
+
+
+@pytest.mark.parametrize("compute", ["float32", "int8"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_run_as_the_dense_ones(bits: int, compute: str) -> None:
+    model, x = Mlp().eval(), random(5, 64)
+    passes = [gw.QuantizeLinears(bits=bits, group_size=32)]
+    dense, sparse = (
+        gw.optimize(model, [*passes, *more], example_inputs=(x,), target=CpuBackend(compute=compute))
+        for more in ([], [gw.CompressLinears()])
+    )
+    assert sparse.explain()[0].kernel.startswith("sparse_linear ")
+    torch.testing.assert_close(sparse(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_kernel_runs_the_reference_and_says_why() -> None:
+    double, x = Mlp(torch.float64).eval(), random(2, 64).double()
+    small = gw.optimize(double, [gw.CompressLinears()], example_inputs=(x,), target="cpu")
+    use = small.explain()[0]
+    assert (use.kernel, use.reason) == ("reference", "the kernels compute in float32")
+    torch.testing.assert_close(small(x), double(x))
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    weight = random(70, 40) * stored_at(70, 40, 0.3)
+    kernel = SparseLinear(sparse_floats(weight), isas()[-1], "float32")
+    with pytest.raises(BackendError, match="40 features"):
+        kernel(torch.zeros(2, 39))
+    with pytest.raises(ValueError, match="number of columns"):
+        kernel._kernel.run(np.zeros((2, 39), np.float32), np.zeros((2, 70), np.float32), 1)
+    with pytest.raises(ValueError, match="wrong shape"):
+        kernel._kernel.run(np.zeros((2, 40), np.float32), np.zeros((2, 69), np.float32), 1)
+    with pytest.raises(ValueError, match="multiplied as floats"):
+        SparseLinear(sparse_floats(weight), isas()[-1], "int8")
+    mask, values, offsets = compress(weight, weight != 0)
+    with pytest.raises(ValueError, match="as many values"):
+        pack_sparse(mask, values[:-1], offsets, None, None, "float", 0, 40)
+    with pytest.raises(ValueError, match="other values than its offsets"):
+        pack_sparse(mask ^ 1, values, offsets, None, None, "float", 0, 40)

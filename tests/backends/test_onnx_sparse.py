@@ -1,0 +1,46 @@
+"""Sparse linears in ONNX files: written densely, under their old names, and equal to the program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import graphwright as gw
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+
+
+class Sparse(nn.Module):
+    """A linear of which most weights are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(64, 48)
+        with torch.no_grad():
+            self.up.weight *= torch.rand(48, 64) < 0.2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.up(x)
+        return y
+
+
+@pytest.mark.parametrize("mode", ["runtime", "portable"])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_a_sparse_linear_is_written_densely(tmp_path: Path, bits: int, mode: str) -> None:
+    passes = [gw.QuantizeLinears(bits=bits, group_size=32)] if bits else []
+    small = gw.optimize(Sparse().eval(), [*passes, gw.CompressLinears()], example_inputs=(X,), target="reference")
+    export = small.export_onnx(tmp_path / "model.onnx", mode=mode)
+    assert export.error < 1e-4
+    nodes = [node.op_type for node in onnx.load(export.path, load_external_data=False).graph.node]
+    if bits:
+        assert list(export.quantized.values()) == ["MatMulNBits"]
+    else:
+        assert "Gemm" in nodes
+    names = {each.name for each in onnx.load(export.path, load_external_data=False).graph.initializer}
+    assert not any("mask" in name for name in names)
