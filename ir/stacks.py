@@ -161,11 +161,11 @@ def _calls(stack: Stack) -> int:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Whether a call gives tensors, not a size."""
+    """Whether a call works on tensors and does not give a size; checks of metadata give nothing."""
     if node.op != "call_function":
         return False
     if VAL in node.meta:
-        return isinstance(node.meta[VAL], torch.Tensor | tuple | list)
+        return node.meta[VAL] is None or isinstance(node.meta[VAL], torch.Tensor | tuple | list)
     return not op_name(node).startswith(("py.", "aten.sym_")) or op_name(node) == "py.getitem"
 
 

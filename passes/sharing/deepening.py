@@ -120,15 +120,17 @@ def repeat(rewriter: Rewriter, stack: Stack, order: Sequence[int], where: str) -
     inside = [{*layer.nodes, *layer.aside} for layer in stack.layers]
     behind = [[user for user in layer.exit.users if user not in inside[at]] for at, layer in enumerate(stack.layers)]
     current, used, found, kept = stack.layers[0].entry, -1, list[Layer](), list[Cache]()
+    entries = [layer.entry for layer in stack.layers]  # as the layers read them now
     for unique in order:
         layer, cache = stack.layers[unique], own[unique]
         if unique == used + 1:
             if unique:
                 _lead(behind[unique - 1], stack.layers[unique - 1].exit, current)
+                entries[unique] = current
             current, used = layer.exit, unique
             found.append(layer)
         else:
-            layer, cache = _copied(rewriter, layer, cache, current)
+            layer, cache = _copied(rewriter, layer, cache, entries[unique], current)
             current = layer.exit
             found.append(layer)
         kept += [cache] if cache is not None else []
@@ -145,10 +147,12 @@ def _lead(readers: Sequence[fx.Node], old: fx.Node, new: fx.Node) -> None:
             reader.replace_input_with(old, new)
 
 
-def _copied(rewriter: Rewriter, layer: Layer, cache: Cache | None, entry: fx.Node) -> tuple[Layer, Cache | None]:
-    """The layer once more behind ``entry``, with a cache of its own."""
+def _copied(
+    rewriter: Rewriter, layer: Layer, cache: Cache | None, old: fx.Node, entry: fx.Node
+) -> tuple[Layer, Cache | None]:
+    """The layer, which reads ``old``, once more behind ``entry``, with a cache of its own."""
     graph = rewriter.program.graph
-    copies: dict[fx.Node, fx.Node] = {layer.entry: entry}
+    copies: dict[fx.Node, fx.Node] = {layer.entry: entry, old: entry}
     if cache is not None:
         copies[cache.keys], copies[cache.values] = add_cache(rewriter, cache)
     order = {node: place for place, node in enumerate(rewriter.program.nodes)}

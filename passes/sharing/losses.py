@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from graphwright.ir.errors import InputError
+from graphwright.passes.distillation.losses import kl_divergence
 
 
 def repetition_weights(count: int, given: Sequence[float] | None = None) -> tuple[float, ...]:
@@ -71,9 +72,6 @@ def repetition_loss(
     for factor, each in zip(factors, logits, strict=True):
         loss = functional.cross_entropy(each[kept], labels[kept])
         if teacher is not None:
-            wanted = functional.log_softmax(teacher[kept].detach() / temperature, -1)
-            found = functional.log_softmax(each[kept] / temperature, -1)
-            distance = functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
-            loss = (1 - mix) * loss + mix * temperature**2 * distance
+            loss = (1 - mix) * loss + mix * kl_divergence(each, teacher, kept, temperature)
         total = total + factor * loss
     return total
