@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from graphwright.backends.cpu import PackedModel as PackedModel
     from graphwright.backends.onnx import export_genai as export_genai
     from graphwright.backends.onnx import export_onnx as export_onnx
+    from graphwright.backends.reference.depth import DepthSchedule as DepthSchedule
+    from graphwright.backends.reference.depth import ScheduledSession as ScheduledSession
     from graphwright.backends.triton import TritonBackend as TritonBackend
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
@@ -86,8 +88,11 @@ if TYPE_CHECKING:
     from graphwright.ir.provenance import tags_of as tags_of
     from graphwright.ir.pruned import PrunedWeight as PrunedWeight
     from graphwright.ir.pruned import pruned_weights as pruned_weights
+    from graphwright.ir.repetitions import Sharing as Sharing
+    from graphwright.ir.repetitions import repetitions_of as repetitions_of
     from graphwright.ir.rewriter import Rewriter as Rewriter
     from graphwright.ir.sparsity import SparsityPattern as SparsityPattern
+    from graphwright.ir.stacks import find_stacks as find_stacks
     from graphwright.ir.taps import Tapped as Tapped
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
@@ -213,6 +218,13 @@ if TYPE_CHECKING:
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.sharing import ClassifyRepetitions as ClassifyRepetitions
+    from graphwright.passes.sharing import DeepenLayers as DeepenLayers
+    from graphwright.passes.sharing import DropBlocks as DropBlocks
+    from graphwright.passes.sharing import ShareLayers as ShareLayers
+    from graphwright.passes.sharing import TruncateDepth as TruncateDepth
+    from graphwright.passes.sharing import repetition_loss as repetition_loss
+    from graphwright.passes.sharing import repetition_weights as repetition_weights
     from graphwright.passes.sparsity import CubicSchedule as CubicSchedule
     from graphwright.passes.sparsity import HoldMasks as HoldMasks
     from graphwright.passes.sparsity import LadderSchedule as LadderSchedule
@@ -252,6 +264,7 @@ _EXPORTS: dict[str, str] = {
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
+    "ClassifyRepetitions": "graphwright.passes.sharing",
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
     "Compacter": "graphwright.passes.adapters",
@@ -266,11 +279,14 @@ _EXPORTS: dict[str, str] = {
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
     "DecompressLinears": "graphwright.passes.sparsity.compression",
+    "DeepenLayers": "graphwright.passes.sharing",
     "DeleteRanks": "graphwright.passes.adapters",
+    "DepthSchedule": "graphwright.backends.reference.depth",
     "Dim": "graphwright.ir.types",
     "Distilled": "graphwright.passes.distillation",
     "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
+    "DropBlocks": "graphwright.passes.sharing",
     "DumpIR": "graphwright.passes.hooks",
     "ETHER": "graphwright.passes.adapters",
     "ETHERPlus": "graphwright.passes.adapters",
@@ -376,11 +392,14 @@ _EXPORTS: dict[str, str] = {
     "Sampling": "graphwright.frontends.generation.sampling",
     "SavedModel": "graphwright.frontends.huggingface.quantized",
     "ScaleSalientChannels": "graphwright.passes.quantization",
+    "ScheduledSession": "graphwright.backends.reference.depth",
     "SearchSpace": "graphwright.frontends.autoquantize",
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
     "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
+    "ShareLayers": "graphwright.passes.sharing",
+    "Sharing": "graphwright.ir.repetitions",
     "SmoothActivations": "graphwright.passes.quantization",
     "SoRA": "graphwright.passes.adapters",
     "SparseGpt": "graphwright.passes.sparsity",
@@ -403,6 +422,7 @@ _EXPORTS: dict[str, str] = {
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
     "TritonBackend": "graphwright.backends.triton",
+    "TruncateDepth": "graphwright.passes.sharing",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
     "UnmergeAdapters": "graphwright.passes.adapters",
@@ -432,6 +452,7 @@ _EXPORTS: dict[str, str] = {
     "either": "graphwright.ir.pattern",
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
+    "find_stacks": "graphwright.ir.stacks",
     "hidden_cosine": "graphwright.passes.distillation",
     "kl_divergence": "graphwright.passes.distillation",
     "kronecker_shapes": "graphwright.passes.adapters",
@@ -448,6 +469,9 @@ _EXPORTS: dict[str, str] = {
     "parse": "graphwright.ir.parser",
     "path_of": "graphwright.ir.provenance",
     "pruned_weights": "graphwright.ir.pruned",
+    "repetition_loss": "graphwright.passes.sharing",
+    "repetition_weights": "graphwright.passes.sharing",
+    "repetitions_of": "graphwright.ir.repetitions",
     "run_passes": "graphwright.passes.pipeline",
     "save_adapter": "graphwright.passes.adapters",
     "save_quantized": "graphwright.frontends.huggingface.quantized",
