@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -193,8 +193,7 @@ class _Layers:
             elif op_name(node) in _CASTS and kind == self.program.type_of(argument(node, "self")):
                 target[node] = known(argument(node, "self"))
             elif node.op == "call_function":
-                operands = fx.node.map_arg((node.args, node.kwargs), lambda each: _Number(known(each)))
-                target[node] = self._number(op_name(node), repr(operands))
+                target[node] = self._number(op_name(node), repr(_operands(node, known)))
         return inside
 
     def _number(self, *key: Any) -> int:
@@ -204,3 +203,9 @@ class _Layers:
 @dataclass(frozen=True)
 class _Number:
     value: int
+
+
+def _operands(node: fx.Node, known: Callable[[fx.Node], int]) -> Any:
+    """What a node is called with, numbers in place of nodes."""
+    number: Callable[[fx.Node], Any] = lambda each: _Number(known(each))  # noqa: E731 - its type is what matters
+    return fx.node.map_arg((node.args, node.kwargs), number)
