@@ -27,7 +27,8 @@ def repeated_model(groups: int, repeats: int, *, vocabulary: int, hidden: int, f
         bos_token_id=None,
         eos_token_id=None,
     )
-    model: Any = transformers.LlamaForCausalLM(config).eval()
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.train(False)
     layers = model.model.layers
     for place in range(groups, groups * repeats):
         source = layers[place % groups]

@@ -23,7 +23,8 @@ import importlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def main() -> int:
     for part in given.parts:
         {"trained": trained, "stages": stages, "weights": weights}[part](rows, given.quick)
         rows.write(given.json)
-    return rows.finish(given.json)
+    return int(rows.finish(given.json))
 
 
 # -- trained decoders --------------------------------------------------------------------------------------------------
@@ -81,10 +82,10 @@ def trained(rows: Rows, quick: bool) -> None:
         )
         rows.require(differ == 0, f"{name}: {differ} answers differ from ordinary decoding's")
         systems: dict[str, Callable[[list[int]], Any]] = {
-            f"12 separate layers, {deep_kind}": lambda prompt: deep.generate([prompt], **given),
-            f"{groups} layers": lambda prompt, shallow=shallow: shallow.generate([prompt], **given),
-            f"{name} ordinary": lambda prompt, shared=shared: shared.generate([prompt], **given),
-            f"{name} pipelined": lambda prompt, shared=shared: shared.generate([prompt], pipeline=True, **given),
+            f"12 separate layers, {deep_kind}": partial(generated, deep, given),
+            f"{groups} layers": partial(generated, shallow, given),
+            f"{name} ordinary": partial(generated, shared, given),
+            f"{name} pipelined": partial(generated, shared, {**given, "pipeline": True}),
         }
         rates: dict[str, list[float]] = {system: [] for system in systems}
         for prompt in prompts[: 20 if quick else 100]:
@@ -135,6 +136,11 @@ def _prompts(quick: bool) -> tuple[list[list[int]], list[int]]:
         return torch.randint(0, SMALL["vocabulary"], (20, 30), generator=random).tolist(), []
     found = [each.prompt for each in task._read("testset_w_refs.csv")]
     return found[::16] if quick else found, [task.end]
+
+
+def generated(decoder: Any, options: Mapping[str, Any], prompt: list[int]) -> Any:
+    """To one prompt."""
+    return decoder.generate([prompt], **options)
 
 
 # -- stages at 1.1 B width ---------------------------------------------------------------------------------------------

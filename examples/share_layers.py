@@ -85,7 +85,9 @@ def small_llama() -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.train(False)
+    return model
 
 
 def bytes_of_text() -> tuple[torch.Tensor, torch.Tensor]:
