@@ -240,9 +240,12 @@ def test_blocks_are_skipped_where_that_is_faster() -> None:
             y: torch.Tensor = self.up(x)
             return y
 
-    passes, x = [gw.QuantizeLinears(bits=8), gw.CompressLinears()], random(128, 256)
+    x = random(128, 256)
     for share in (0.1, 0.35):
-        small = gw.optimize(Sparse(share).eval(), passes, example_inputs=(x,), target=CpuBackend(compute="int8"))
+        program = gw.trace(Sparse(share).eval(), x)
+        for item in (gw.QuantizeLinears(bits=8), gw.CompressLinears()):
+            item(program)
+        small = CpuBackend(compute="int8").lower(program)
         label = small.explain()[0].kernel
         if blocks_pay(str(features().selected), "int8", 128, share):
             assert label.startswith("sparse_linear ")
@@ -367,10 +370,11 @@ def test_the_dense_kernel_runs_where_it_is_faster_and_says_from_where_on_zeros_p
     model, x = Mlp().eval(), random(rows, 64)
     with torch.no_grad():
         model.down.weight.copy_(random(64, 96) * (random(64, 96).abs() > 0.02))
-    item = gw.CompressLinears(min_sparsity=0.0)
+    program = gw.trace(model, x)
+    gw.CompressLinears(min_sparsity=0.0)(program)
     for isa in isas():
         monkeypatch.setenv(ISA_VARIABLE, isa)
-        small = gw.optimize(model, [item], example_inputs=(x,), target="cpu")
+        small = CpuBackend().lower(program)
         labels = [use.kernel for use in small.explain() if use.op == "graphwright.linear_sparse"]
         seen = max(rows, 2)  # a size that varies is never traced as 1
         least = least_sparsity(isa, "float32", seen)
@@ -384,7 +388,7 @@ def test_the_dense_kernel_runs_where_it_is_faster_and_says_from_where_on_zeros_p
             else:
                 assert label.startswith("sparse_linear ")
                 assert label.endswith(f"faster than dense from {least:.0%} zeros on")
-        torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(small(x)[0], model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_more_zeros_never_make_a_sparse_linear_slower() -> None:
