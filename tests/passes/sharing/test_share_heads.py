@@ -23,7 +23,7 @@ def test_the_most_alike_share_first() -> None:
     program = traced()
     planted(program)
     model = llama()
-    model.load_state_dict(program.state_dict())
+    model.load_state_dict(program.state_dict(), strict=False)
     with torch.no_grad():
         for name, rows in (("q_proj", 16), ("k_proj", 8)):
             source = getattr(model.model.layers[0].self_attn, name).weight[:rows]
