@@ -87,9 +87,8 @@ def base_model(layers: int) -> Any:
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config)
-    model.train(False)
-    return model
+    model: Any = LlamaForCausalLM(config)
+    return model.eval()
 
 
 def program_of(name: str) -> gw.Program:

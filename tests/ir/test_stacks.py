@@ -89,6 +89,18 @@ def test_names_that_say_nothing() -> None:
         assert [node.target for node in one.nodes] == [node.target for node in other.nodes]
 
 
+def test_blocks_fall_back_on_structure() -> None:
+    program = named(**dict.fromkeys(WORDS, 16))
+    assert [block.path for block in blocks_of(program) if block.path] == list(WORDS)
+    batch = {"ids": torch.arange(6).reshape(2, 3), "scale": torch.ones(1)}
+    program(**batch).sum().backward()
+    plain = {name: each.grad.clone() for name, each in program.named_parameters() if each.grad is not None}
+    program.zero_grad()
+    gw.checkpoint_blocks(program)
+    program(**batch).sum().backward()
+    assert all(torch.equal(each.grad, plain[name]) for name, each in program.named_parameters())  # type: ignore[arg-type]
+
+
 def test_what_all_layers_read_belongs_to_none() -> None:
     program = named(**dict.fromkeys(WORDS[:3], 16))
     gw.Cleanup()(program)  # the context is computed in the first layer only now

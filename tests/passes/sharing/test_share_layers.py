@@ -17,6 +17,7 @@ from graphwright.backends.cpu import native_status
 from graphwright.backends.reference import ReferenceBackend
 from graphwright.ir.program import Program
 from graphwright.ir.repetitions import repetition_of
+from graphwright.ir.stages import cut_stage
 from graphwright.passes.sharing.orders import layer_order
 
 
@@ -144,6 +145,11 @@ def test_repetitions_are_found_after_other_passes(tmp_path: Path) -> None:
         caches = [sorted(name for name in names if "_" in name) for names in inputs]
         assert caches == [["keys_0", "keys_1", "values_0", "values_1"], ["keys_2", "keys_3", "values_2", "values_3"]]
     assert repetition_of(program.output) is None
+
+
+def test_a_stage_of_the_pipeline_is_one_repetition() -> None:
+    stage = cut_stage(prepared_step())
+    assert (stage.layers, stage.repeats) == (2, 2)
 
 
 def test_programs_without_repetitions() -> None:
