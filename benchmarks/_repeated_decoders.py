@@ -27,14 +27,14 @@ def repeated_model(groups: int, repeats: int, *, vocabulary: int, hidden: int, f
         bos_token_id=None,
         eos_token_id=None,
     )
-    model: Any = transformers.LlamaForCausalLM(config).eval()
+    model: Any = transformers.LlamaForCausalLM(config)
     layers = model.model.layers
     for place in range(groups, groups * repeats):
         source = layers[place % groups]
         layers.append(copy.deepcopy(source, {id(each): each for each in source.parameters()}))
         layers[place].self_attn.layer_idx = place
     model.config.num_hidden_layers = groups * repeats
-    return model
+    return model.eval()
 
 
 def lowered(model: Any, kind: str) -> Any:

@@ -23,7 +23,7 @@ import importlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +80,18 @@ def trained(rows: Rows, quick: bool) -> None:
             occupancy=made.occupancy,
         )
         rows.require(differ == 0, f"{name}: {differ} answers differ from ordinary decoding's")
-        systems: dict[str, Callable[[list[int]], Any]] = {
-            f"12 separate layers, {deep_kind}": lambda prompt: deep.generate([prompt], **given),
-            f"{groups} layers": lambda prompt, shallow=shallow: shallow.generate([prompt], **given),
-            f"{name} ordinary": lambda prompt, shared=shared: shared.generate([prompt], **given),
-            f"{name} pipelined": lambda prompt, shared=shared: shared.generate([prompt], pipeline=True, **given),
+        systems: dict[str, tuple[Any, bool]] = {
+            f"12 separate layers, {deep_kind}": (deep, False),
+            f"{groups} layers": (shallow, False),
+            f"{name} ordinary": (shared, False),
+            f"{name} pipelined": (shared, True),
         }
         rates: dict[str, list[float]] = {system: [] for system in systems}
         for prompt in prompts[: 20 if quick else 100]:
-            answers = {system: run(prompt) for system, run in systems.items()}
+            answers = {
+                system: decoder.generate([prompt], pipeline=pipeline, **given)
+                for system, (decoder, pipeline) in systems.items()
+            }
             if min(answer.counts.new_tokens for answer in answers.values()) < 4:
                 continue  # too short to time
             for system, answer in answers.items():
