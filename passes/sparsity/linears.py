@@ -81,6 +81,7 @@ class PruneLinears(Pass):
     name: ClassVar[str] = "prune-linears"
     # Most of a linear may go, and sums of inputs that nearly cancel show it enlarged.
     contract: ClassVar[Contract] = Approximate(max_local_error=2.0)
+    after: ClassVar[tuple[str, ...]] = ("rotate-hidden-states",)  # which mixes columns, zeros with all others
     before: ClassVar[tuple[str, ...]] = ("quantize-linears", "insert-fake-quantize")
     not_after: ClassVar[Mapping[str, str]] = {
         "quantize-linears": "the weights are packed by then, and zeros are chosen before codes: prune first, then "

@@ -130,12 +130,13 @@ def test_a_cache_is_shared_by_prompts_of_one_adapter_alone() -> None:
     first = decoder.generate(same, adapters=["low", "kron", None, "low"], max_new_tokens=COUNT, cache=cache)
     assert first.counts.reused_tokens == len(prompt) - 1  # the last row has what the first computed
     assert first.tokens == wanted(same, ["low", "kron", None, "low"])
-    for row in ("kron", None, "low"):
-        again = decoder.generate(prompt, adapters=row, max_new_tokens=COUNT, cache=cache)
+    for name in ("kron", None, "low"):
+        again = decoder.generate(prompt, adapters=name, max_new_tokens=COUNT, cache=cache)
         assert again.counts.reused_tokens == len(prompt) - 1
-        assert again.tokens == wanted([prompt], [row])
-    for row in ("factors", {"low": 0.5}):
-        assert decoder.generate(prompt, adapters=row, max_new_tokens=1, cache=cache).counts.reused_tokens == 0
+        assert again.tokens == wanted([prompt], [name])
+    others: list[Any] = ["factors", {"low": 0.5}]
+    for other in others:
+        assert decoder.generate(prompt, adapters=other, max_new_tokens=1, cache=cache).counts.reused_tokens == 0
     assert {len(chosen) for chosen in cache.chosen} == {3}
 
 

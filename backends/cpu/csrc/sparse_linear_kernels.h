@@ -57,10 +57,21 @@ struct SparseByteKernels {
   std::size_t few_rows;
 };
 
+// Rows of floats, in tiles of `height` rows, each of them column by column; what is padded to `width` rows is 0.
+struct TurnedRows {
+  const float* values;  // [tiles][columns][width]
+  std::size_t rows, height, width, tiles;
+};
+
 struct SparseFloatKernels {
   const char* isa;
   // As FloatLinearKernels::float32.
   void (*run)(const SparseWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
+  // Many rows, all of them finite: all rows of a panel, zeros being skipped. Scratch: [2][tiles][64][width].
+  void (*skip)(const SparseWeights&, const TurnedRows&, const LinearOutput&, std::size_t panel, float* scratch);
+  // Turns a tile of rows; whether all of them are finite.
+  bool (*turn)(const float* x, std::size_t stride, std::size_t rows, std::size_t columns, std::size_t width, float* to);
+  std::size_t lanes, most_rows;  // a tile's width is a multiple of the one, and the other at most
 };
 
 }  // namespace graphwright
