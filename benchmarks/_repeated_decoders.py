@@ -12,8 +12,10 @@ import graphwright as gw
 from graphwright.backends.pipeline import PipelineSession
 
 
-def repeated_model(groups: int, repeats: int, *, vocabulary: int, hidden: int, feed_forward: int, heads: int) -> Any:
-    """A Llama of ``groups`` layers, each ``repeats`` times, and tied embeddings. Shared weights exist once."""
+def repeated_model(
+    groups: int, repeats: int, *, vocabulary: int, hidden: int, feed_forward: int, heads: int, tied: bool = True
+) -> Any:
+    """A Llama of ``groups`` layers, each ``repeats`` times; ``tied``: to have one table as embeddings and head."""
     torch.manual_seed(0)
     config: Any = transformers.LlamaConfig(
         vocab_size=vocabulary,
@@ -23,7 +25,7 @@ def repeated_model(groups: int, repeats: int, *, vocabulary: int, hidden: int, f
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 8),
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
     )

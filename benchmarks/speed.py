@@ -36,7 +36,7 @@ from graphwright.frontends.generation.prompt_cache import PromptCache
 
 PARTS = ("trained", "stages", "weights")
 SMALL = {"vocabulary": 1024, "hidden": 256, "feed_forward": 512, "heads": 4}
-WIDE = {"hidden": 2048, "feed_forward": 5632, "heads": 32}
+WIDE = {"hidden": 2048, "feed_forward": 5632, "heads": 32, "tied": False}  # a tied head is not quantised
 SHAPES = {"4x3": (4, 3), "2x6": (2, 6), "3x4": (3, 4)}
 PAPER = {"2x6": "13-17", "4x3": "6-14"}  # percent of predictions that change after the first group
 
@@ -189,10 +189,10 @@ def _stage_costs(rows: Rows, title: str, decoder: Any, count: int) -> None:
 
 
 def _replayed(rows: Rows, title: str, decoder: Any, flips: float, until: int, pairs: int) -> None:
-    tokens, prompt = 64, [5, 6, 7, 8]
+    tokens, prompt = 128, [5, 6, 7, 8]
     ordinary, pipelined, made = list[float](), list[float](), None
-    plain = decoder.prompt_cache(capacity=80)
-    inner = decoder.pipeline_session(slots=1, capacity=80)
+    plain = decoder.prompt_cache(capacity=144)
+    inner = decoder.pipeline_session(slots=1, capacity=144)
     replayed = PromptCache(ReplayedPredictions(inner, flips, until), decoder)
     given: dict[str, Any] = {"max_new_tokens": tokens, "stop_tokens": []}
     for pair in range(-1, pairs):
