@@ -12,8 +12,10 @@ import graphwright as gw
 from graphwright.backends.pipeline import PipelineSession
 
 
-def repeated_model(groups: int, repeats: int, *, vocabulary: int, hidden: int, feed_forward: int, heads: int) -> Any:
-    """A Llama of ``groups`` layers, each ``repeats`` times, and tied embeddings. Shared weights exist once."""
+def repeated_model(
+    groups: int, repeats: int, *, vocabulary: int, hidden: int, feed_forward: int, heads: int, tied: bool = True
+) -> Any:
+    """A Llama of ``groups`` layers, each ``repeats`` times; ``tied``: to have one table as embeddings and head."""
     torch.manual_seed(0)
     config: Any = transformers.LlamaConfig(
         vocab_size=vocabulary,
@@ -23,18 +25,18 @@ def repeated_model(groups: int, repeats: int, *, vocabulary: int, hidden: int, f
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 8),
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
     )
-    model: Any = transformers.LlamaForCausalLM(config).eval()
+    model: Any = transformers.LlamaForCausalLM(config)
     layers = model.model.layers
     for place in range(groups, groups * repeats):
         source = layers[place % groups]
         layers.append(copy.deepcopy(source, {id(each): each for each in source.parameters()}))
         layers[place].self_attn.layer_idx = place
     model.config.num_hidden_layers = groups * repeats
-    return model
+    return model.eval()
 
 
 def lowered(model: Any, kind: str) -> Any:
