@@ -13,10 +13,11 @@ from graphwright.ir.arguments import arguments_of
 from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.ops.quantization import pack, unpack
-from graphwright.ir.ops.sparse import bits_of, compress, decompress, dense_codes, pack_codes
+from graphwright.ir.ops.sparse import bits_of, compress, decompress, dense_codes, pack_codes, unpack_mask
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import TAGS, path_of, tags_of
+from graphwright.ir.pruned import follow
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact
@@ -165,6 +166,7 @@ class CompressLinears(Pass):
         parts = {"mask": mask, "values": values, "row_offsets": offsets}
         base = str(weight.target)
         made = [rewriter.weight(f"{base}_{part}", each, like=first, tags=(SPARSE,)) for part, each in parts.items()]
+        follow(program, [base], str(made[0].target), stored)
         for node in nodes:
             given = arguments_of(node)
             scales, zeros, group = (given.get(each) for each in ("scales", "zero_points", "group_size"))
@@ -263,6 +265,7 @@ def _decompress(program: Program, rewriter: Rewriter, node: fx.Node, dense: dict
         codes = dense_codes(mask, values, offsets, zeros, format, group, columns)
         dense[name] = pack(codes, bits_of(format), group, zeros)
     weight = rewriter.weight(name.removesuffix("_mask"), dense[name], like=node)
+    follow(program, [name], str(weight.target), unpack_mask(mask, columns))
     if format == "float":
         new = rewriter.call("aten.linear", given["x"], weight, given["bias"], like=node)
     else:
