@@ -62,7 +62,10 @@ class CompressLinears(Pass):
 
     name: ClassVar[str] = "compress-linears"
     contract: ClassVar[Contract] = Exact()
-    after: ClassVar[tuple[str, ...]] = ("quantize-linears", "merge-adapters", "fuse-qkv", "fuse-gate-up")
+    after: ClassVar[tuple[str, ...]] = (
+        *("prune-linears", "prune-by-masks", "release-masks", "quantize-linears"),
+        *("merge-adapters", "fuse-qkv", "fuse-gate-up"),
+    )
 
     min_sparsity: float = 0.5
 
@@ -78,7 +81,9 @@ class CompressLinears(Pass):
 
     def run(self, program: Program) -> bool:
         """Compress every linear that is selected and has enough zeros."""
-        chosen, groups, reasons = self.selected(program), {}, {}
+        chosen = self.selected(program)
+        groups: dict[str, list[fx.Node]] = {}
+        reasons: dict[fx.Node, str] = {}
         for node in program.nodes:
             if node.op != "call_function" or op_name(node) not in _LINEARS:
                 continue
@@ -208,8 +213,9 @@ class DecompressLinears(Pass):
 
     def run(self, program: Program) -> bool:
         """Decompress every sparse linear that is selected; those that share a weight share the dense one."""
-        chosen, reasons, dense = self.selected(program), {}, dict[str, torch.Tensor]()
-        count = 0
+        chosen, count = self.selected(program), 0
+        reasons: dict[fx.Node, str] = {}
+        dense: dict[str, torch.Tensor] = {}
         with program.edit() as rewriter:
             for node in program.nodes:
                 if node.op != "call_function" or op_name(node) != "graphwright.linear_sparse":
