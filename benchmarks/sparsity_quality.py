@@ -7,6 +7,7 @@ published algorithm in float64 on the transformers model and shares no code with
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import _oracle_sparsegpt
@@ -25,17 +26,24 @@ def main() -> int:
     """Run the comparison; the exit code is 1 when a target is missed."""
     parser = _rows.parser(__doc__)
     parser.add_argument("--windows", type=int, default=1, metavar="N", help="judge on every N-th window of the text")
+    parser.add_argument(
+        "--done", type=Path, metavar="FILE", help="rows of an earlier run on the same windows to go on from"
+    )
     options = parser.parse_args()
     step, count = (59, 8) if options.quick else (options.windows, 32)
     rows = _rows.Rows()
+    rows.take([options.done] if options.done is not None else [])
+    known = {(row["case"], row["system"]): float(row["perplexity"]) for row in rows.rows}
     folder = llama_folder()
     windows, texts = evaluation_windows(folder)[::step], calibration_windows(folder, count)
     calibration = [inputs(window) for window in texts]
     program = gw.load_huggingface(folder, dtype="float32")
-    base = perplexity(program, windows)
+    base = known.get(("Llama 5.8M fp32", "graphwright")) or perplexity(program, windows)
     rows.add("Llama 5.8M fp32", "graphwright", perplexity=base, windows=len(windows))
 
     def judge(case: str, *passes: gw.Pass) -> float:
+        if (f"Llama 5.8M {case}", "graphwright") in known:
+            return known[f"Llama 5.8M {case}", "graphwright"]
         small = gw.optimize(program, list(passes), example_inputs=inputs(windows[0, :32]), verify=False)
         entries = gw.pruned_weights(small)
         sizes = {row.weight: row.parameters for row in gw.describe_sparsity(small).linears}
@@ -50,6 +58,8 @@ def main() -> int:
     def oracle(case: str, sparsity: float, among: int = 0) -> float:
         import transformers
 
+        if (f"Llama 5.8M {case}", "published, float64") in known:
+            return known[f"Llama 5.8M {case}", "published, float64"]
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model.train(False)
         _oracle_sparsegpt.prune(model, list(texts), sparsity, among=among)
