@@ -107,7 +107,7 @@ class TapWrongly(gw.Pass):
                 rewriter.replace(linear, rewriter.call("aten.linear", *linear.args[:2], like=linear), equivalent=False)
             return True
         with program.edit() as rewriter:
-            program.output.args = (program.output.args[0][:1],)  # type: ignore[index]
+            program.output.args = (program.output.args[0][:1],)
             spec = pytree.tree_structure({"hidden": 0})
             program.signature = dataclasses.replace(program.signature, out_spec=spec)
             rewriter.changed = True
