@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,13 @@ class Tapped:
 
     def __getitem__(self, key: Any) -> Any:
         return self.output[key]
+
+
+def differ_by_taps(before: Sequence[str], after: Sequence[str]) -> bool:
+    """Whether of two lists of outputs one is the other with taps behind it."""
+    both = min(len(before), len(after))
+    rest = (*before[both:], *after[both:])
+    return bool(rest) and before[:both] == after[:both] and all(name.startswith(PREFIX) for name in rest)
 
 
 def _apart(value: Tapped) -> tuple[list[Any], list[str]]:

@@ -158,7 +158,6 @@ if TYPE_CHECKING:
     from graphwright.passes.decoding import TabulatePositions as TabulatePositions
     from graphwright.passes.decoding import UnflattenRows as UnflattenRows
     from graphwright.passes.distillation import CrossEntropy as CrossEntropy
-    from graphwright.passes.distillation import Distilled as Distilled
     from graphwright.passes.distillation import HiddenCosine as HiddenCosine
     from graphwright.passes.distillation import KLDivergence as KLDivergence
     from graphwright.passes.distillation import NearestNeighbours as NearestNeighbours
@@ -168,12 +167,7 @@ if TYPE_CHECKING:
     from graphwright.passes.distillation import TaskLoss as TaskLoss
     from graphwright.passes.distillation import Term as Term
     from graphwright.passes.distillation import class_distillation as class_distillation
-    from graphwright.passes.distillation import cross_entropy as cross_entropy
     from graphwright.passes.distillation import distill as distill
-    from graphwright.passes.distillation import hidden_cosine as hidden_cosine
-    from graphwright.passes.distillation import kl_divergence as kl_divergence
-    from graphwright.passes.distillation import nearest_neighbours as nearest_neighbours
-    from graphwright.passes.distillation import square_head as square_head
     from graphwright.passes.distillation import teacher_of as teacher_of
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
@@ -284,7 +278,6 @@ _EXPORTS: dict[str, str] = {
     "DeleteRanks": "graphwright.passes.adapters",
     "DepthSchedule": "graphwright.backends.reference.depth",
     "Dim": "graphwright.ir.types",
-    "Distilled": "graphwright.passes.distillation",
     "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
     "DropBlocks": "graphwright.passes.sharing",
@@ -446,7 +439,6 @@ _EXPORTS: dict[str, str] = {
     "class_distillation": "graphwright.passes.distillation",
     "const": "graphwright.ir.pattern",
     "cost_of": "graphwright.ir.cost",
-    "cross_entropy": "graphwright.passes.distillation",
     "describe_sparsity": "graphwright.passes.sparsity",
     "diff": "graphwright.ir.diff",
     "distill": "graphwright.passes.distillation",
@@ -455,8 +447,6 @@ _EXPORTS: dict[str, str] = {
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
     "find_stacks": "graphwright.ir.stacks",
-    "hidden_cosine": "graphwright.passes.distillation",
-    "kl_divergence": "graphwright.passes.distillation",
     "kronecker_shapes": "graphwright.passes.adapters",
     "load_adapter": "graphwright.passes.adapters",
     "load_decoder": "graphwright.frontends.huggingface",
@@ -464,7 +454,6 @@ _EXPORTS: dict[str, str] = {
     "load_packed": "graphwright.frontends.generation.packed",
     "load_recipe": "graphwright.frontends.recipes",
     "maybe": "graphwright.ir.pattern",
-    "nearest_neighbours": "graphwright.passes.distillation",
     "op": "graphwright.ir.pattern",
     "op_name": "graphwright.ir.names",
     "optimize": "graphwright.frontends.api",
@@ -481,7 +470,6 @@ _EXPORTS: dict[str, str] = {
     "sensitivities": "graphwright.passes.quantization",
     "shrink_gates": "graphwright.passes.adapters",
     "skip_by_kurtosis": "graphwright.passes.quantization",
-    "square_head": "graphwright.passes.distillation",
     "structurally_equal": "graphwright.ir.equality",
     "tags_of": "graphwright.ir.provenance",
     "teacher_of": "graphwright.passes.distillation",

@@ -65,7 +65,7 @@ class TaskLoss(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy(Term):
-    """Cross entropy of the student's logits; see :func:`graphwright.cross_entropy`.
+    """Cross entropy of the student's logits; see :func:`.cross_entropy`.
 
     Attributes:
         causal: the labels are the tokens themselves, and each is foretold by those before it. Without labels in the
@@ -94,7 +94,7 @@ class CrossEntropy(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class KLDivergence(Term):
-    """Divergence of the student's predictions from the teacher's; see :func:`graphwright.kl_divergence`.
+    """Divergence of the student's predictions from the teacher's; see :func:`.kl_divergence`.
 
     Attributes:
         temperature: above 0.
@@ -112,7 +112,7 @@ class KLDivergence(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class SquareHead(Term):
-    """Relative squared error of the features of every layer; see :func:`graphwright.square_head`."""
+    """Relative squared error of the features of every layer; see :func:`.square_head`."""
 
     def __call__(self, student: Tapped, teacher: Tapped | None, batch: Mapping[str, Any]) -> torch.Tensor:
         """Of all tapped layers."""
@@ -128,7 +128,7 @@ class SquareHead(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenCosine(Term):
-    """Direction of the last layer's hidden states; see :func:`graphwright.hidden_cosine`."""
+    """Direction of the last layer's hidden states; see :func:`.hidden_cosine`."""
 
     def __call__(self, student: Tapped, teacher: Tapped | None, batch: Mapping[str, Any]) -> torch.Tensor:
         """Of the last tapped layer."""
@@ -138,7 +138,7 @@ class HiddenCosine(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class NearestNeighbours(Term):
-    """Distance to the nearest teacher features of the same class; see :func:`graphwright.nearest_neighbours`.
+    """Distance to the nearest teacher features of the same class; see :func:`.nearest_neighbours`.
 
     Attributes:
         k: neighbours.

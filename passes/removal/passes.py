@@ -16,12 +16,12 @@ from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of
-from graphwright.passes.adapters.blocks import FEED_FORWARD, Block, blocks
 from graphwright.passes.base import Pass
 from graphwright.passes.calibration import CalibrationData
 from graphwright.passes.contract import Contract, Retrain
 from graphwright.passes.removal.cutting import cut
 from graphwright.passes.removal.following import follow
+from graphwright.passes.removal.linears import feed_forward_at
 from graphwright.passes.removal.operators import ATTENTION
 from graphwright.passes.removal.scores import SCORES, Score, unit_scores
 from graphwright.passes.removal.units import Axis
@@ -189,15 +189,8 @@ class RemoveChannels(RemoveStructure):
 
     def places(self, program: Program, chosen: Predicate) -> list[Axis | Refusal]:
         """What the last linear of every feed-forward block reads."""
-        found: list[Axis | Refusal] = []
-        for node, block in blocks(program, (FEED_FORWARD,)):
-            if not chosen(node):
-                continue
-            if isinstance(block, Block):
-                x = block.last.x
-                found.append(Axis(x, len(x.meta["val"].shape) - 1))
-            else:
-                found.append(Refusal(self.name, node.name, path_of(node), block, 1))
+        ends = [feed_forward_at(node) for node in program.nodes if node.op == "call_function" and chosen(node)]
+        found: list[Axis | Refusal] = [Axis(end.x, len(end.x.meta["val"].shape) - 1) for end in ends if end is not None]
         if not found:
             raise SelectionError("there is no feed-forward block", where=self.name)
         return found

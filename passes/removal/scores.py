@@ -8,14 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from graphwright.ir.arguments import arguments_of
 from graphwright.ir.errors import InputError
-from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.passes.calibration import Batch
 from graphwright.passes.calibration.batches import flatten
 from graphwright.passes.quantization.sensitivity.gradients import arguments_only
 from graphwright.passes.quantization.sensitivity.losses import LossFunction, model_loss
+from graphwright.passes.removal.linears import linear_at
 from graphwright.passes.removal.units import Units
 
 Score = Literal["magnitude", "activation", "taylor"]
@@ -81,13 +80,13 @@ def _weights(units: Units) -> dict[str, torch.Tensor]:
 
 def _read(program: Program, batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
     """Squares of weights times those of what they are multiplied with, by name."""
-    targets = {node: found for node in program.nodes if (found := _linear(node)) is not None}
+    targets = {node: found for node in program.nodes if (found := linear_at(node)) is not None}
     sums: dict[fx.Node, torch.Tensor] = {}
 
     class Run(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             if n in targets:
-                x = self.env[targets[n][0]].detach()
+                x = self.env[targets[n].x].detach()
                 found = x.reshape(-1, x.shape[-1]).double().square().sum(0)
                 sums[n] = sums[n] + found if n in sums else found
             return super().run_node(n)
@@ -99,27 +98,12 @@ def _read(program: Program, batches: Iterable[Batch]) -> dict[str, torch.Tensor]
         raise InputError("there is no calibration data", where="calibration", hint="give at least one batch")
     parts: dict[str, torch.Tensor] = {}
     for node, total in sums.items():
-        _, weight, transposed = targets[node]
-        part = program.tensor(weight).detach().double().square() * (total.unsqueeze(1) if transposed else total)
-        name = str(weight.target)
+        linear = targets[node]
+        weight = program.tensor(linear.weight).detach().double().square()
+        part = weight * (total.unsqueeze(1) if linear.transposed else total)
+        name = str(linear.weight.target)
         parts[name] = parts[name] + part if name in parts else part
     return parts
-
-
-def _linear(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
-    """What a linear reads, its weight, and whether that is stored ``[in, out]``; in any floating dtype."""
-    given = arguments_of(node) if node.op == "call_function" else {}
-    name = op_name(node)
-    if name == "aten.linear":
-        x, weight = given["input"], given["weight"]
-    elif name == "aten.addmm":
-        x, weight = given["mat1"], given["mat2"]
-    elif name in ("aten.mm", "aten.matmul"):
-        x, weight = given["self"], given.get("mat2", given.get("other"))
-    else:
-        return None
-    held = isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.meta["val"].shape) == 2
-    return (x, weight, name != "aten.linear") if held else None
 
 
 def _gradients(

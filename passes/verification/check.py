@@ -13,6 +13,7 @@ from graphwright.ir.completion import completed
 from graphwright.ir.errors import ContractViolation, InputError
 from graphwright.ir.mapped import give_back_freed, streaming
 from graphwright.ir.program import Program, Snapshot
+from graphwright.ir.taps import differ_by_taps
 from graphwright.ir.types import DTYPE_NAMES, TensorType
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Approximate, Contract, Exact, Retrain
@@ -245,12 +246,11 @@ class Verifier(Hook):
         )
 
     def _follow_outputs(self, program: Program, item: Pass) -> None:
-        """Go along with outputs that the pass has added behind the others or taken from there (taps)."""
+        """Go along with taps that the pass has added behind the other outputs, or taken from there."""
         names = program.signature.output_names()
-        both = min(len(names), len(self.names))
-        if names == self.names or names[:both] != self.names[:both]:
+        if not differ_by_taps(self.names, names):
             return
-        self.names = names
+        both, self.names = min(len(names), len(self.names)), names
         for case in self.cases:
             added = _run(program, case.inputs, item, case.label)[both:]
             case.original, case.previous = [*case.original[:both], *added], [*case.previous[:both], *added]

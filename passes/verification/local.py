@@ -18,6 +18,7 @@ from graphwright.ir.mapped import streaming
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program, Snapshot
 from graphwright.ir.provenance import path_of
+from graphwright.ir.taps import differ_by_taps
 from graphwright.ir.types import VAL
 from graphwright.passes.verification.comparison import Difference, compare
 from graphwright.passes.verification.constants import native_constant
@@ -220,7 +221,7 @@ class _Check:
         old_items, new_items = old_output.args[0], output.args[0]
         assert isinstance(old_items, tuple | list)
         assert isinstance(new_items, tuple | list)
-        if len(old_items) != len(new_items) and not self._has_more_or_fewer_outputs():
+        if len(old_items) != len(new_items) and not self._has_other_taps():
             self.found.append(NodeDifference(output.name, "", old_output.name, compare((), (0,))))
             return
         for index, (old, new) in enumerate(zip(old_items, new_items, strict=False)):
@@ -230,12 +231,9 @@ class _Check:
             difference = compare(value, self._old_output(old))
             self.found.append(NodeDifference(output.name, f"output {index}", old_output.name, difference))
 
-    def _has_more_or_fewer_outputs(self) -> bool:
-        """Whether the signature says so: outputs were added behind the others, or taken from there."""
+    def _has_other_taps(self) -> bool:
         before = self.before.signature.output_names() if self.before.signature is not None else []
-        after = self.program.signature.output_names()
-        both = min(len(before), len(after))
-        return len(before) != len(after) and before[:both] == after[:both]
+        return differ_by_taps(before, self.program.signature.output_names())
 
     def _old_output(self, item: Any) -> Any:
         return wide(self._old_value(item)) if isinstance(item, fx.Node) else item

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import graphwright as gw
+from graphwright.passes import distillation
 
 GENERATOR = torch.Generator().manual_seed(5)
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
@@ -37,8 +38,8 @@ def test_kl_divergence(mask: torch.Tensor | None, temperature: float) -> None:
         p, q = softmax(teacher[b, t] / temperature), softmax(student[b, t] / temperature)
         total += sum(a * math.log(a / c) for a, c in zip(p, q, strict=True))
     wanted = temperature**2 * total / len(places)
-    assert float(gw.kl_divergence(student, teacher, mask, temperature)) == pytest.approx(wanted, rel=1e-12)
-    assert float(gw.kl_divergence(teacher, teacher, mask, temperature)) == 0.0
+    assert float(distillation.kl_divergence(student, teacher, mask, temperature)) == pytest.approx(wanted, rel=1e-12)
+    assert float(distillation.kl_divergence(teacher, teacher, mask, temperature)) == 0.0
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
@@ -52,9 +53,11 @@ def test_square_head(mask: torch.Tensor | None) -> None:
                 error += (float(goal[b, t, i]) - float(mine[b, t, i])) ** 2
                 size += float(goal[b, t, i]) ** 2
         wanted += error / size
-    assert float(gw.square_head(student, teacher, mask)) == pytest.approx(wanted, rel=1e-12)
-    assert float(gw.square_head([torch.zeros_like(each) for each in student], teacher, mask)) == pytest.approx(2.0)
-    assert float(gw.square_head(teacher, teacher, mask)) == 0.0
+    assert float(distillation.square_head(student, teacher, mask)) == pytest.approx(wanted, rel=1e-12)
+    assert float(
+        distillation.square_head([torch.zeros_like(each) for each in student], teacher, mask)
+    ) == pytest.approx(2.0)
+    assert float(distillation.square_head(teacher, teacher, mask)) == 0.0
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
@@ -65,7 +68,7 @@ def test_hidden_cosine(mask: torch.Tensor | None) -> None:
         dot = sum(float(a) * float(c) for a, c in zip(student[b, t], teacher[b, t], strict=True))
         lengths = [math.sqrt(sum(float(a) ** 2 for a in each[b, t])) for each in (student, teacher)]
         total += 1 - dot / (lengths[0] * lengths[1])
-    assert float(gw.hidden_cosine(student, teacher, mask)) == pytest.approx(total / len(places), rel=1e-12)
+    assert float(distillation.hidden_cosine(student, teacher, mask)) == pytest.approx(total / len(places), rel=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -80,14 +83,14 @@ def test_nearest_neighbours(k: int) -> None:
             if labels[s] == labels[x]
         ]
         wanted += sum(sorted(kin)[:k])
-    assert float(gw.nearest_neighbours(student, teacher, labels, k)) == pytest.approx(wanted / 7, rel=1e-12)
+    assert float(distillation.nearest_neighbours(student, teacher, labels, k)) == pytest.approx(wanted / 7, rel=1e-12)
 
 
 def test_cross_entropy() -> None:
     logits, labels = drawn(3, 4, 5), torch.tensor([[0, 1, 2, 3], [4, -100, 0, -100], [-100, 2, -100, 1]])
     chosen = [(b, t) for b, t in positions(None, 3, 4) if labels[b, t] >= 0]
     wanted = sum(-math.log(softmax(logits[b, t])[int(labels[b, t])]) for b, t in chosen) / len(chosen)
-    assert float(gw.cross_entropy(logits, labels)) == pytest.approx(wanted, rel=1e-12)
+    assert float(distillation.cross_entropy(logits, labels)) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_padding_may_hold_anything_and_the_teacher_takes_no_gradient() -> None:
@@ -95,9 +98,9 @@ def test_padding_may_hold_anything_and_the_teacher_takes_no_gradient() -> None:
     clean = student.clone().requires_grad_(), teacher.clone().requires_grad_()
     student[1, 2:], teacher[2, 1:] = float("nan"), float("inf")
     losses: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
-        lambda s, t: gw.kl_divergence(s, t, MASK),
-        lambda s, t: gw.square_head([s], [t], MASK),
-        lambda s, t: gw.hidden_cosine(s, t, MASK),
+        lambda s, t: distillation.kl_divergence(s, t, MASK),
+        lambda s, t: distillation.square_head([s], [t], MASK),
+        lambda s, t: distillation.hidden_cosine(s, t, MASK),
     ]
     for loss in losses:
         wanted = loss(*clean)
@@ -112,24 +115,24 @@ def test_padding_may_hold_anything_and_the_teacher_takes_no_gradient() -> None:
 def test_half_precision_is_widened() -> None:
     student, teacher = drawn(2, 3, 5), drawn(2, 3, 5)
     low = student.bfloat16(), teacher.bfloat16()
-    found = gw.kl_divergence(*low)
+    found = distillation.kl_divergence(*low)
     assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(float(gw.kl_divergence(low[0].double(), low[1].double())), rel=1e-5)
+    assert float(found) == pytest.approx(float(distillation.kl_divergence(low[0].double(), low[1].double())), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: gw.kl_divergence(drawn(2, 3), drawn(2, 4)), "of the student have shape"),
-        (lambda: gw.kl_divergence(drawn(2, 3), drawn(2, 3), temperature=0.0), "above 0"),
-        (lambda: gw.kl_divergence(drawn(2, 3), drawn(2, 3), torch.zeros(2)), "everything is padding"),
-        (lambda: gw.kl_divergence(drawn(2, 3), drawn(2, 3), torch.ones(3)), "what it covers"),
-        (lambda: gw.square_head([drawn(2, 3, 4)], []), "1 layers of the student, 0 of the teacher"),
-        (lambda: gw.square_head([drawn(2, 3)], [torch.zeros(2, 3)]), "zeros only"),
-        (lambda: gw.nearest_neighbours(drawn(2, 3), drawn(2, 3), torch.zeros(2), 0), "from 1"),
-        (lambda: gw.nearest_neighbours(drawn(2, 3), drawn(2, 3), torch.zeros(3), 1), "the labels"),
-        (lambda: gw.cross_entropy(drawn(2, 3), torch.zeros(3)), "the logits"),
-        (lambda: gw.cross_entropy(drawn(2, 3), torch.tensor([-100, -100])), "all -100"),
+        (lambda: distillation.kl_divergence(drawn(2, 3), drawn(2, 4)), "of the student have shape"),
+        (lambda: distillation.kl_divergence(drawn(2, 3), drawn(2, 3), temperature=0.0), "above 0"),
+        (lambda: distillation.kl_divergence(drawn(2, 3), drawn(2, 3), torch.zeros(2)), "everything is padding"),
+        (lambda: distillation.kl_divergence(drawn(2, 3), drawn(2, 3), torch.ones(3)), "what it covers"),
+        (lambda: distillation.square_head([drawn(2, 3, 4)], []), "1 layers of the student, 0 of the teacher"),
+        (lambda: distillation.square_head([drawn(2, 3)], [torch.zeros(2, 3)]), "zeros only"),
+        (lambda: distillation.nearest_neighbours(drawn(2, 3), drawn(2, 3), torch.zeros(2), 0), "from 1"),
+        (lambda: distillation.nearest_neighbours(drawn(2, 3), drawn(2, 3), torch.zeros(3), 1), "the labels"),
+        (lambda: distillation.cross_entropy(drawn(2, 3), torch.zeros(3)), "the logits"),
+        (lambda: distillation.cross_entropy(drawn(2, 3), torch.tensor([-100, -100])), "all -100"),
         (lambda: gw.SquareHead(weight=float("nan")), "a number from 0"),
         (lambda: gw.NearestNeighbours(pool="max"), "'mean' or 'first'"),
     ],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from tests.passes.adapters.families import BATCH, FAMILIES, traced
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import graphwright as gw
 
@@ -66,7 +70,7 @@ def test_only_some_layers_and_other_taps() -> None:
         gw.optimize(tapped, [gw.TapFeatures()], example_inputs=BATCH)
 
 
-def test_a_layer_that_gives_two_values_is_refused(stack: nn.Module) -> None:
+def test_a_layer_that_gives_two_values_is_refused() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -85,3 +89,36 @@ def test_a_layer_that_gives_two_values_is_refused(stack: nn.Module) -> None:
         gw.TapFeatures()(program)
     with pytest.raises(gw.SelectionError, match="there is no layer to tap"):
         gw.TapFeatures()(gw.trace(nn.Linear(4, 4), torch.ones(2, 4)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapWrongly(gw.Pass):
+    """Taps, and leaves the last linear without its bias; or takes an output that is no tap."""
+
+    name: ClassVar[str] = "tap-wrongly"
+    contract: ClassVar[gw.Exact] = gw.Exact(bitwise=True)
+    way: str = "bias"
+
+    def run(self, program: gw.Program) -> bool:
+        if self.way == "bias":
+            gw.TapFeatures().run(program)
+            linear = [node for node in program.nodes if gw.op_name(node) == "aten.linear"][-1]
+            with program.edit() as rewriter:
+                rewriter.replace(linear, rewriter.call("aten.linear", *linear.args[:2], like=linear), equivalent=False)
+            return True
+        with program.edit() as rewriter:
+            program.output.args = (program.output.args[0][:1],)
+            spec = pytree.tree_structure({"hidden": 0})
+            program.signature = dataclasses.replace(program.signature, out_spec=spec)
+            rewriter.changed = True
+        return True
+
+
+@pytest.mark.parametrize("way", ["bias", "output"])
+def test_whoever_changes_the_other_outputs_is_caught(
+    way: str, stack: nn.Module, batch: dict[str, torch.Tensor]
+) -> None:
+    program = gw.trace(stack, batch)
+    gw.optimize(program, [gw.TapFeatures()], example_inputs=batch)
+    with pytest.raises(gw.ContractViolation, match="promises exact"):
+        gw.optimize(program, [TapWrongly(way=way)], example_inputs=batch)

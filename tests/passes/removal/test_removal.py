@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,13 @@ def stirred(program: gw.Program) -> gw.Program:
 
 
 def prepared(family: str, *, fused: bool = True) -> tuple[gw.Program, dict[str, Any]]:
-    """A program of a family, or the classifier, with its batch."""
+    """A program of a family, or the classifier, with its batch; its weights are not to be written into."""
+    program, batch = _prepared(family, fused)
+    return program.clone(), batch
+
+
+@functools.cache
+def _prepared(family: str, fused: bool) -> tuple[gw.Program, dict[str, Any]]:
     if family == "classifier":
         batch = batch_for(MODELS["bert"]())
         program = stirred(gw.trace(MODELS["bert"](), batch))
@@ -59,8 +66,17 @@ def logits(program: gw.Program, batch: dict[str, Any]) -> torch.Tensor:
     return value.double()
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["traced", "fused"])
-@pytest.mark.parametrize("family", ["bert", "classifier", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize(
+    ("family", "fused"),
+    [
+        ("bert", True),
+        ("classifier", False),
+        ("gpt2", False),
+        ("llama", False),
+        ("llama", True),
+        ("t5", True),
+    ],
+)
 def test_every_kind_equals_zeros(family: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     program, batch = prepared(family, fused=fused)
     before = {name: tensor.clone() for name, tensor in program.tensors().items()}
