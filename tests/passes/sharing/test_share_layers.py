@@ -250,7 +250,7 @@ def test_gradients_of_all_repetitions_are_added() -> None:
     program(**texts(labels=True)).loss.backward()
     model(**texts(labels=True)).loss.backward()
     name = "mlp.up_proj.weight"
-    wanted = sum(model.model.layers[number].get_parameter(name).grad for number in (1, 3))  # type: ignore[union-attr]
+    wanted = sum(model.model.layers[number].get_parameter(name).grad for number in (1, 3))
     found = program.tensor(f"model.layers.1.{name}").grad
     assert found is not None
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
@@ -306,7 +306,7 @@ def test_too_late(first: gw.Pass) -> None:
 )
 def test_wrong_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(gw.InputError, match=message):
-        gw.ShareLayers(**options)  # type: ignore[arg-type]
+        gw.ShareLayers(**options)
 
 
 def test_least_squares_without_data() -> None:
@@ -318,7 +318,7 @@ def test_what_is_tied_to_something_else() -> None:
     program = named(ash=16, birch=16)
     with program.edit() as rewriter:
         weight = next(node for node in program.nodes if node.target == "birch.norm.bias")
-        last = program.output.args[0][0]  # type: ignore[index]
+        last = program.output.args[0][0]
         rewriter.call("aten.add.Tensor", weight, weight, like=last)
         extra = max(weight.users)
         rewriter.call("aten.sum", extra, like=last)
