@@ -98,7 +98,7 @@ def test_blocks_fall_back_on_structure() -> None:
     program.zero_grad()
     gw.checkpoint_blocks(program)
     program(**batch).sum().backward()
-    assert all(torch.equal(each.grad, plain[name]) for name, each in program.named_parameters())  # type: ignore[arg-type]
+    assert all(torch.equal(each.grad, plain[name]) for name, each in program.named_parameters())
 
 
 def test_what_all_layers_read_belongs_to_none() -> None:
