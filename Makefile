@@ -63,8 +63,8 @@ sanitize: setup ## the tests of the C++ kernels under AddressSanitizer and Undef
 demo: setup ## make a real model small and fast, and prove that it still gives the same answers
 	@$(BIN)/python examples/minilm_demo.py
 
-bench: setup ## the quick form of every comparison in benchmarks/
-	@set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
+bench: setup ## the quick form of every comparison in benchmarks/ but gpu.py, which needs a GPU
+	@set -e; for script in $(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script --quick; done
 
 clean: ## remove what was built; .venv stays

@@ -35,7 +35,13 @@ class KernelUse:
 
 
 class Executable(ABC):
-    """A lowered program: called with the program's flat inputs."""
+    """A lowered program: called with the program's flat inputs.
+
+    Attributes:
+        device: where inputs lie.
+    """
+
+    device = torch.device("cpu")
 
     @abstractmethod
     def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:

@@ -76,8 +76,11 @@ class OptimizedModel(Program):
         """
         self.require_values()
         with torch.no_grad():
-            found, wanted = self._executable(*self.examples), self.body(*self.examples)
-        pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True) if torch.is_floating_point(b)]
+            inputs = [each.to(self._executable.device) for each in self.examples]
+            found, wanted = self._executable(*inputs), self.body(*self.examples)
+        pairs = [
+            (a.cpu().double(), b.double()) for a, b in zip(found, wanted, strict=True) if torch.is_floating_point(b)
+        ]
         return [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs]
 
     def save_packed(self, path: str | os.PathLike[str]) -> None:
@@ -137,7 +140,8 @@ def optimize(
             needed for any other module.
         target: what runs the result: ``"reference"`` (plain PyTorch), ``"cpu"`` (C++ kernels; inference only), the same
             computing otherwise (``"cpu:int8"``, ``"cpu:bfloat16"``, see :class:`CpuBackend`), ``"onnx"`` (onnxruntime;
-            inference only), or a backend, such as ``CpuBackend(compute="int8")``. For a folder ``"cpu"`` keeps no
+            inference only), ``"cuda"`` (Triton kernels; inputs lie on the GPU), or a backend, such as
+            ``CpuBackend(compute="int8")``. For a folder ``"cpu"`` keeps no
             weights that have been packed (``CpuBackend(keep_weights=False)``): the folder still has them.
         dynamic: which sizes may vary, see :func:`graphwright.trace`.
         verify: ``False`` to check structure only, or how thoroughly to verify.
@@ -226,12 +230,19 @@ def _onnx() -> Backend:
     return OnnxBackend()
 
 
+def _cuda() -> Backend:
+    from graphwright.backends.triton import TritonBackend
+
+    return TritonBackend()
+
+
 # target name -> how to make its backend
 BACKENDS: dict[str, Callable[..., Backend]] = {
     "reference": _reference,
     "cpu": _cpu,
     "cpu:bfloat16": partial(_cpu, "bfloat16"),
     "cpu:int8": partial(_cpu, "int8"),
+    "cuda": _cuda,
     "onnx": _onnx,
 }
 

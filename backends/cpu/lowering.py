@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphwright.backends.cpu.epilogues import epilogue_of, sum_before
 from graphwright.backends.cpu.kernels import LOWERINGS, Kernel, Site
 from graphwright.backends.cpu.kernels.attention import Attention
 from graphwright.backends.cpu.kernels.heads import HeadsAttention
@@ -17,6 +16,7 @@ from graphwright.backends.cpu.kernels.linear import Linear
 from graphwright.backends.cpu.kernels.norms import LayerNorm, RmsNorm
 from graphwright.backends.cpu.spent import SpentWeights
 from graphwright.backends.cpu.views import VIEWS, heads_around
+from graphwright.backends.epilogues import epilogue_of, sum_before
 from graphwright.backends.executable import KernelUse
 from graphwright.ir import ops
 from graphwright.ir.arguments import arguments_of

@@ -4,6 +4,7 @@ Importing this needs neither triton nor CUDA. ``triton_status()`` says whether t
 ``python -m graphwright.backends.triton.compile`` compiles every kernel for GPUs that need not be there.
 """
 
+from graphwright.backends.triton.executable import TritonBackend, TritonExecutable
 from graphwright.backends.triton.status import TritonStatus, triton_status
 
-__all__ = ["TritonStatus", "triton_status"]
+__all__ = ["TritonBackend", "TritonExecutable", "TritonStatus", "triton_status"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +14,16 @@ from graphwright.backends.triton.kernels.attention import attention
 from graphwright.backends.triton.kernels.cached_attention import append, cached_attention
 from graphwright.backends.triton.kernels.epilogue import Epilogue
 from graphwright.backends.triton.kernels.kron_linear import kron_linear
+from graphwright.backends.triton.kernels.linear_fp8 import OLDEST as OLDEST_FP8
+from graphwright.backends.triton.kernels.linear_fp8 import linear_fp8
+from graphwright.backends.triton.kernels.linear_int8 import Codes, multiply_codes, round_rows
 from graphwright.backends.triton.kernels.linear_nbits import fused_linear_nbits, input_gradient
 from graphwright.backends.triton.kernels.nbits_weight import NbitsWeight, repack
+from graphwright.backends.triton.kernels.sparse_linear import BlockWeight, linear_blocks
 
 _HALF = torch.bfloat16
-_META = torch.device("meta")
+
+_DEVICE: ContextVar[str] = ContextVar("device of the cases", default="meta")
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Case:
 
     Attributes:
         name: what it is.
-        run: on the ``meta`` device.
+        run: on the device of :func:`on`; by default ``meta``, where nothing can be launched.
         table: the entry of :data:`graphwright.backends.triton.configurations.TABLE` that it takes, if any.
         oldest: architecture that it needs, as of NVIDIA.
     """
@@ -40,9 +47,26 @@ class Case:
         return int(target[3:]) >= self.oldest if target.startswith("sm_") else self.oldest <= 80
 
 
-def tensor(*shape: int, dtype: torch.dtype = _HALF, grad: bool = False) -> torch.Tensor:
-    """Without values."""
-    return torch.empty(shape, dtype=dtype, device=_META, requires_grad=grad)
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Run the cases of the block on a device, with random values."""
+    token = _DEVICE.set(str(device))
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
+
+
+def tensor(*shape: int, dtype: torch.dtype = _HALF, grad: bool = False, fill: int = 0) -> torch.Tensor:
+    """Of random numbers, and of ``fill`` where they are places; without values on ``meta``."""
+    device = _DEVICE.get()
+    if dtype in (torch.int32, torch.int64):
+        return torch.full(shape, fill, dtype=dtype, device=device)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 2 if dtype == torch.bool else 127, shape, device=device).to(dtype)
+    if dtype.itemsize == 1:
+        return torch.zeros(shape, dtype=torch.float16, device=device).to(dtype)
+    return torch.randn(shape, dtype=dtype, device=device, requires_grad=grad)
 
 
 def _norms() -> None:
@@ -117,18 +141,48 @@ def _cached_case(length: int, dtype: torch.dtype = _HALF, cache: torch.dtype = _
 
     def run() -> None:
         query, new = tensor(1, 32, length, 128, dtype=dtype), tensor(1, 8, length, 128, dtype=dtype)
-        keys, places = tensor(1, 8, 32768, 128, dtype=cache), tensor(1, dtype=torch.int64)
+        keys, slots = tensor(1, 8, 32768, 128, dtype=cache), tensor(1, dtype=torch.int64)
+        starts = tensor(1, dtype=torch.int64, fill=32768 - length)
         scales = tensor(1, 8, 32768, dtype=torch.float32) if cache == torch.int8 else None
-        append(keys, scales, new, places, places)
+        append(keys, scales, new, slots, starts)
         slopes = tensor(32, dtype=torch.float32)
         for window, softcap, biased in ((0, 0.0, None), (1024, 50.0, None), (0, 0.0, slopes)):
             cached_attention(
-                *(query, keys, keys, places, places, biased, 0.1, window, softcap),
+                *(query, keys, keys, slots, starts, biased, 0.1, window, softcap),
                 key_scales=scales,
                 value_scales=scales,
             )
 
     return Case(f"{kind} {length} tokens, {str(cache).removeprefix('torch.')} cache", run, kind)
+
+
+def _int8() -> None:
+    x, weight, scales = tensor(4096, 4096), tensor(4096, 4096, dtype=torch.int8), tensor(4096, dtype=torch.float32)
+    sums, steps = tensor(4096, dtype=torch.int32), tensor(4096, dtype=torch.float32)
+    for codes in (round_rows(x), round_rows(x, steps=steps, zero_point=128)):
+        multiply_codes(codes, weight, scales, sums, Epilogue(tensor(4096)), _HALF)
+    multiply_codes(round_rows(x), weight, scales, sums, Epilogue(None, "silu", x, x), _HALF)
+
+
+def _int8_groups() -> None:
+    x, weight = tensor(4096, 4096), tensor(4096, 4096, dtype=torch.int8)
+    for size in (64, 128):
+        codes: Codes = round_rows(x, group_size=size)
+        scales = tensor(4096, 4096 // size, dtype=torch.float32)
+        multiply_codes(codes, weight, scales, tensor(4096, dtype=torch.int32), Epilogue(), _HALF)
+
+
+def _fp8() -> None:
+    x, weight = tensor(4096, 4096), tensor(4096, 4096, dtype=torch.float8_e4m3fn)
+    linear_fp8(x, weight, tensor(4096, dtype=torch.float32))
+    linear_fp8(x, weight, tensor(4096, 32, dtype=torch.float32), Epilogue(None, "silu", x, x))
+
+
+def _blocks() -> None:
+    for size in (16, 32, 64):
+        places = tensor(4096 // size + 1, dtype=torch.int32)
+        weight = BlockWeight(tensor(1000, size, size), places, tensor(1000, dtype=torch.int32), (4096, 4096))
+        linear_blocks(tensor(512, 4096), weight, Epilogue(tensor(4096)))
 
 
 CASES: tuple[Case, ...] = (
@@ -147,4 +201,8 @@ CASES: tuple[Case, ...] = (
     _attention_case(128, torch.float32),
     *(_cached_case(length, _HALF, cache) for length in (1, 512) for cache in (_HALF, torch.int8)),
     _cached_case(1, torch.float32, torch.float32),
+    Case("linear_int8", _int8, "linear_int8"),
+    Case("linear_int8 of groups", _int8_groups, "linear_int8 groups"),
+    Case("linear_fp8", _fp8, "linear_fp8", OLDEST_FP8),
+    Case("linear_blocks", _blocks, "linear_blocks"),
 )

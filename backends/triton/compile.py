@@ -123,7 +123,7 @@ def launches_of(case: Case, target: str, *, every: bool) -> Iterator[Launch]:
             if case.table is not None:
                 take_tuned(case.table, arch, None)
         for each in launches:
-            key = f"{each} {[_kind(value) for value in each.arguments.values()]}"
+            key = f"{each.name} {each.config} {_specialized(each)}"
             if key not in seen:
                 seen.add(key)
                 yield each

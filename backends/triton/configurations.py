@@ -72,13 +72,16 @@ TABLE: dict[str, dict[int, tuple[Config, ...]]] = {
             for bm, bn, warps, stages in ((128, 128, 8, 3), (64, 128, 4, 4), (16, 64, 4, 4))
         ),
     },
+    # BK becomes the size of the groups.
+    "linear_int8 groups": {80: (Config({"BM": 64, "BN": 64, "BK": 128}, 4, 3),)},
     "linear_fp8": {
         80: (Config({"BM": 64, "BN": 64, "BK": 64}, 4, 3),),
         90: (Config({"BM": 128, "BN": 128, "BK": 128}, 8, 3), Config({"BM": 64, "BN": 128, "BK": 128}, 4, 4)),
     },
     "attention 64": {
-        80: (Config({"BQ": 128, "BT": 64}, 4, 3), Config({"BQ": 64, "BT": 64}, 4, 3)),
-        90: (Config({"BQ": 128, "BT": 128}, 8, 2), Config({"BQ": 128, "BT": 64}, 4, 3)),
+        80: (Config({"BQ": 128, "BT": 64}, 8, 3), Config({"BQ": 64, "BT": 64}, 4, 3)),
+        90: (Config({"BQ": 128, "BT": 128}, 8, 2), Config({"BQ": 128, "BT": 64}, 8, 3)),
+        942: (Config({"BQ": 64, "BT": 64}, 4, 1),),
     },
     "attention 128": {
         80: (Config({"BQ": 64, "BT": 32}, 4, 2), Config({"BQ": 64, "BT": 64}, 4, 2)),

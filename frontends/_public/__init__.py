@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphwright.backends.onnx import export_onnx as export_onnx
     from graphwright.backends.reference.depth import DepthSchedule as DepthSchedule
     from graphwright.backends.reference.depth import ScheduledSession as ScheduledSession
+    from graphwright.backends.triton import TritonBackend as TritonBackend
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
     from graphwright.frontends.autoquantize import Absolute as Absolute
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from graphwright.frontends.generation.packed import load_packed as load_packed
     from graphwright.frontends.generation.prompt_cache import PromptCache as PromptCache
     from graphwright.frontends.generation.result import Generation as Generation
+    from graphwright.frontends.generation.result import Pipelining as Pipelining
     from graphwright.frontends.generation.sampling import Sampling as Sampling
     from graphwright.frontends.generation.stream import Stream as Stream
     from graphwright.frontends.huggingface import load_decoder as load_decoder
@@ -210,6 +212,9 @@ if TYPE_CHECKING:
     from graphwright.passes.quantization import allocate as allocate
     from graphwright.passes.quantization import sensitivities as sensitivities
     from graphwright.passes.quantization import skip_by_kurtosis as skip_by_kurtosis
+    from graphwright.passes.removal import RemoveChannels as RemoveChannels
+    from graphwright.passes.removal import RemoveHeads as RemoveHeads
+    from graphwright.passes.removal import RemoveHiddenDims as RemoveHiddenDims
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
@@ -221,16 +226,20 @@ if TYPE_CHECKING:
     from graphwright.passes.sharing import TruncateDepth as TruncateDepth
     from graphwright.passes.sharing import repetition_loss as repetition_loss
     from graphwright.passes.sharing import repetition_weights as repetition_weights
+    from graphwright.passes.sparsity import CubicSchedule as CubicSchedule
     from graphwright.passes.sparsity import HoldMasks as HoldMasks
+    from graphwright.passes.sparsity import LadderSchedule as LadderSchedule
     from graphwright.passes.sparsity import LinearSparsity as LinearSparsity
     from graphwright.passes.sparsity import LossDriven as LossDriven
     from graphwright.passes.sparsity import Magnitude as Magnitude
     from graphwright.passes.sparsity import PruneByMasks as PruneByMasks
+    from graphwright.passes.sparsity import PruneGradually as PruneGradually
     from graphwright.passes.sparsity import PruneLinears as PruneLinears
     from graphwright.passes.sparsity import PruningMethod as PruningMethod
     from graphwright.passes.sparsity import ReleaseMasks as ReleaseMasks
     from graphwright.passes.sparsity import SparseGpt as SparseGpt
     from graphwright.passes.sparsity import SparsityDescription as SparsityDescription
+    from graphwright.passes.sparsity import SparsitySchedule as SparsitySchedule
     from graphwright.passes.sparsity import Wanda as Wanda
     from graphwright.passes.sparsity import describe_sparsity as describe_sparsity
     from graphwright.passes.sparsity.compression import CompressLinears as CompressLinears
@@ -265,6 +274,7 @@ _EXPORTS: dict[str, str] = {
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
     "CrossEntropy": "graphwright.passes.distillation",
+    "CubicSchedule": "graphwright.passes.sparsity",
     "DePT": "graphwright.passes.adapters",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
@@ -313,6 +323,7 @@ _EXPORTS: dict[str, str] = {
     "KLDivergence": "graphwright.passes.distillation",
     "KronA": "graphwright.passes.adapters",
     "KronABlock": "graphwright.passes.adapters",
+    "LadderSchedule": "graphwright.passes.sparsity",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
     "LinearSparsity": "graphwright.passes.sparsity",
@@ -343,6 +354,7 @@ _EXPORTS: dict[str, str] = {
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "Pipelining": "graphwright.frontends.generation.result",
     "PrefixTuning": "graphwright.passes.adapters",
     "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
@@ -353,6 +365,7 @@ _EXPORTS: dict[str, str] = {
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
     "PruneByMasks": "graphwright.passes.sparsity",
+    "PruneGradually": "graphwright.passes.sparsity",
     "PruneLinears": "graphwright.passes.sparsity",
     "PrunedWeight": "graphwright.ir.pruned",
     "PruningMethod": "graphwright.passes.sparsity",
@@ -365,7 +378,10 @@ _EXPORTS: dict[str, str] = {
     "Relative": "graphwright.frontends.autoquantize",
     "ReleaseMasks": "graphwright.passes.sparsity",
     "RemoveAdapters": "graphwright.passes.adapters",
+    "RemoveChannels": "graphwright.passes.removal",
     "RemoveDeadCode": "graphwright.passes.cleanup",
+    "RemoveHeads": "graphwright.passes.removal",
+    "RemoveHiddenDims": "graphwright.passes.removal",
     "RemoveNoOps": "graphwright.passes.cleanup",
     "RemoveTaps": "graphwright.passes.distillation",
     "Report": "graphwright.passes.report",
@@ -391,6 +407,7 @@ _EXPORTS: dict[str, str] = {
     "SparseGpt": "graphwright.passes.sparsity",
     "SparsityDescription": "graphwright.passes.sparsity",
     "SparsityPattern": "graphwright.ir.sparsity",
+    "SparsitySchedule": "graphwright.passes.sparsity",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "SquareHead": "graphwright.passes.distillation",
@@ -406,6 +423,7 @@ _EXPORTS: dict[str, str] = {
     "TrainingMemory": "graphwright.passes.training",
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
+    "TritonBackend": "graphwright.backends.triton",
     "TruncateDepth": "graphwright.passes.sharing",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",

@@ -53,6 +53,15 @@ class NbitsWeight:
         zeros = 0 if self.zero_points is None else self.zero_points.nbytes
         return self.packed.nbytes + self.scales.nbytes + zeros
 
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that the codes stand for, ``[out, in]``, in plain torch; the inverse of :func:`repack`."""
+        codes = self.packed.unflatten(1, (-1, self.half))
+        codes = torch.stack((codes & 15, codes >> 4), 2) if self.bits == 4 else codes
+        codes = codes.flatten(1)[:, : self.columns].to(dtype)
+        group = torch.arange(self.columns, device=codes.device) // self.group_size
+        zeros = 2 ** (self.bits - 1) if self.zero_points is None else self.zero_points.to(dtype)[:, group]
+        return (codes - zeros) * self.scales.to(dtype)[:, group]
+
 
 def refusal(bits: int, group_size: int, zero_points: torch.Tensor | None) -> str | None:
     """Why kernels cannot read a weight, or ``None`` where they can."""

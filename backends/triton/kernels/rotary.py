@@ -112,7 +112,8 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _rotate(grads[0], *ctx.saved_tensors, ctx.interleaved, True), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, sin, ctx.interleaved, True), None, None, None
 
 
 def rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:

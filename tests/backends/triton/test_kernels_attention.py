@@ -74,9 +74,9 @@ def test_cached_attention(options: tuple[int, float, bool], length: int, splits:
     torch.testing.assert_close(keys, wanted_keys, rtol=0, atol=0, equal_nan=True)
     slopes = random(heads).abs() if has_slopes else None
     found = cached_attention(query, keys, values, slots, starts, slopes, 0.2, window, softcap, splits=splits)
-    given = [each.double() for each in (query, wanted_keys, wanted_values)]
+    keys, values = wanted_keys.double(), wanted_values.double()
     wide = None if slopes is None else slopes.double()
-    check(found, cached_reference(*given, slots, starts, wide, 0.2, window, softcap), dtype)
+    check(found, cached_reference(query.double(), keys, values, slots, starts, wide, 0.2, window, softcap), dtype)
 
 
 def test_an_int8_cache() -> None:
@@ -93,13 +93,10 @@ def test_an_int8_cache() -> None:
             <= 0.5 * float(own.nan_to_num().max()) + 1e-6
         )
         tensors.append(wide)
-    found = cached_attention(
-        *(query, *codes, slots, starts, None, 0.3, 0, 0.0),
-        key_scales=scales[0],
-        value_scales=scales[1],
-        splits=2,
-    )
-    check(found, cached_reference(query.double(), *tensors, slots, starts, None, 0.3, 0, 0.0), roundings=8)
+    given = {"key_scales": scales[0], "value_scales": scales[1]}
+    found = cached_attention(query, codes[0], codes[1], slots, starts, None, 0.3, 0, 0.0, splits=2, **given)
+    keys, values = tensors
+    check(found, cached_reference(query.double(), keys, values, slots, starts, None, 0.3, 0, 0.0), roundings=8)
 
 
 def test_nothing_is_written_beyond_the_capacity() -> None:

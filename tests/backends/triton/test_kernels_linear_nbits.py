@@ -45,6 +45,7 @@ def made(out: int, columns: int, bits: int, group: int, asymmetric: bool) -> tup
 @pytest.mark.parametrize("case", WEIGHTS, ids=str)
 def test_values(case: tuple[int, int, int, int, bool], rows: int) -> None:
     weight, numbers = made(*case)
+    torch.testing.assert_close(weight.dense(torch.float64), numbers, rtol=0, atol=0)
     dtype = DTYPES[rows % 3]
     x, bias = random(rows, case[1], dtype=dtype), random(case[0], dtype=dtype)
     check(linear_nbits(x, weight, bias), functional.linear(x.double(), numbers, bias.double()), dtype)

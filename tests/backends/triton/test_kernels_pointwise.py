@@ -95,7 +95,7 @@ def test_both_orders_are_among_the_shapes() -> None:
 def test_gradients_of_kron_linear(a: tuple[int, int], b: tuple[int, int]) -> None:
     x, left, right = random(2, 2, a[1] * b[1]), random(*a), random(*b, seed=1)
     slope = random(2, 2, a[0] * b[0], seed=2)
-    found = gradients(lambda *given: kron_linear(*given, 0.5), (x, left, right), slope)
+    found = gradients(lambda x, a, b: kron_linear(x, a, b, 0.5), (x, left, right), slope)
     wide = [each.double() for each in (x, left, right)]
-    for one, other in zip(found, gradients(lambda *given: kron_reference(*given, 0.5), wide, slope.double())):
+    for one, other in zip(found, gradients(lambda x, a, b: kron_reference(x, a, b, 0.5), wide, slope.double())):
         check(one, other, roundings=8)

@@ -1,0 +1,106 @@
+"""The Triton backend and what it makes of a program."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.backends.session import CACHES, Session
+from graphwright.backends.triton.memory import room_for
+from graphwright.backends.triton.status import need_gpu, need_triton
+from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.errors import BackendError, InputError
+from graphwright.ir.program import Program
+
+if TYPE_CHECKING:
+    from graphwright.backends.triton.lowering import Lowered
+
+
+class TritonExecutable(Executable):
+    """A program on a GPU. Gradients flow where they are wanted: through kernels that have them, else the reference."""
+
+    def __init__(self, program: Program, lowered: Lowered, device: torch.device) -> None:
+        self.program, self.lowered, self.device = program, lowered, device
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
+        """Run on flat inputs, which lie on the device, and give flat outputs there.
+
+        Raises:
+            InputError: an input lies elsewhere.
+        """
+        for node, value in zip(self.program.inputs, inputs):
+            if isinstance(value, torch.Tensor) and value.device.type != self.device.type:
+                raise InputError(
+                    f"is on {value.device}, the program runs on {self.device}",
+                    where=f"input {str(node.target)!r}",
+                    hint=f"move it there: x.to({str(self.device)!r}), or optimise the model for another target",
+                )
+        results: tuple[Any, ...] = self.lowered.body(*inputs)
+        return results
+
+    def explain(self) -> list[KernelUse]:
+        """The kernel of every node, what its first run launched, and why it is torch's where there could be ours."""
+        return [use.shown() for use in self.lowered.uses]
+
+    def session(
+        self, *, slots: int = 1, capacity: int = 2048, cache: str = "float32", capture: bool | None = None
+    ) -> Session:
+        """Decoding on caches that stay where they are; see :meth:`Executable.session`.
+
+        Args:
+            slots: sequences held at a time.
+            capacity: tokens that each can hold.
+            cache: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+            capture: record short steps as CUDA graphs, one for each shape; by default on a GPU.
+        """
+        from graphwright.backends.triton.session import TritonSession
+
+        layout = DecoderLayout.of(self.program)
+        if cache not in CACHES:
+            raise InputError(f"must be one of {', '.join(CACHES)}, not {cache!r}", where="session: cache")
+        wanted = self.device.type == "cuda" if capture is None else capture
+        return TritonSession(self, layout, slots=slots, capacity=capacity, cache=cache, capture=wanted)
+
+
+class TritonBackend(Backend):
+    """Triton kernels on a GPU.
+
+    Args:
+        device: such as ``"cuda"`` or ``"cuda:1"``; ``"cpu"`` only where triton's interpreter runs the kernels, which is
+            for tests.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: str | torch.device = "cuda") -> None:
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise InputError(f"there is no device {device!r}", where="TritonBackend", hint="use 'cuda'") from error
+
+    def lower(self, program: Program) -> TritonExecutable:
+        """Choose kernels, and move packed weights to the GPU; the program keeps its own.
+
+        Raises:
+            BackendError: triton is not installed; there is no GPU, or it is too old; the weights do not fit; the
+                file with what tuning has found is damaged.
+        """
+        status = need_triton()
+        if self.device.type == "cuda":
+            need_gpu(self.device)
+        if status.interpreted != (self.device.type == "cpu") or self.device.type not in ("cpu", "cuda"):
+            mode = "interprets" if status.interpreted else "compiles"
+            raise BackendError(
+                f"triton {mode} kernels in this process, they do not run on {self.device}",
+                where="TritonBackend",
+                hint="use device='cuda' without TRITON_INTERPRET; target='cpu' has kernels for the CPU",
+            )
+        from graphwright.backends.triton.lowering import lower
+        from graphwright.backends.triton.tuning import load_choices
+
+        load_choices(self.device)
+        with room_for(program, self.device):
+            return TritonExecutable(program, lower(program, self.device), self.device)
+        raise AssertionError("room_for has raised")
