@@ -38,7 +38,8 @@ class Segment:
             correspond to each other one by one.
         weights: the ``get_attr`` nodes, likewise.
         inputs: the program's inputs that are read, likewise, such as caches.
-        aside: calls that no value of the stream depends on (checks of metadata), or that select rows.
+        aside: calls that no value of the stream depends on (checks of metadata, what leads to other outputs), or that
+            select rows.
         form: what is computed, up to numbers and sizes.
     """
 

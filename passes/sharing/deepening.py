@@ -97,11 +97,12 @@ def check_contained(stack: Stack, where: str) -> None:
         InputError: something does; names it.
     """
     for number, layer in enumerate(stack.layers):
-        if any(not node.name.startswith("_assert") and node.users for node in layer.aside):
+        read = [node for node in layer.aside if node.users]
+        if read:
             raise InputError(
-                f"%{layer.aside[0].name} of layer {number} is read outside of the layers",
+                f"%{read[0].name} of layer {number} is read outside of the layers",
                 where=where,
-                hint="run it before passes that select rows (PrepareDecoder)",
+                hint="run it before passes that select rows (PrepareDecoder) or add outputs (ClassifyRepetitions)",
             )
         if number + 1 < len(stack.layers) and any(user.op == "output" for user in layer.exit.users):
             raise InputError(

@@ -258,17 +258,20 @@ class Verifier(Hook):
     def _check_outputs(self, program: Program, item: Pass, contract: Contract, record: PassRecord) -> None:
         self._follow_outputs(program, item)
         names = program.signature.output_names()
+        if names != self.names:
+            self._require_same_outputs(item, contract)
         for case in self.cases:
             outputs = _run(program, case.inputs, item, case.label)
-            # A pass that is trained afterwards may add outputs, or take some away; the others are compared.
-            before = dict(zip(self.names, zip(case.original, case.previous, strict=True), strict=True))
+            known: list[tuple[Any, Any] | None] = list(zip(case.original, case.previous, strict=True))
             if names != self.names:
-                self._require_same_outputs(item, contract)
-                case.original = [before.get(name, (value,))[0] for name, value in zip(names, outputs, strict=True)]
-            for name, value in zip(names, outputs, strict=True):
-                if name not in before:
+                # A pass that is trained afterwards may add outputs, or take some away; the others are compared.
+                before = dict(zip(self.names, known, strict=True))
+                known = [before.get(name) for name in names]
+                case.original = [value if pair is None else pair[0] for value, pair in zip(outputs, known, strict=True)]
+            for name, value, pair in zip(names, outputs, known, strict=True):
+                if pair is None:
                     continue
-                original, previous = before[name]
+                original, previous = pair
                 to_previous, to_original = compare(value, previous), compare(value, original)
                 self._hold_output(item, contract, case, name, value, previous, to_previous, to_original)
                 self._note_output(record, name, value, original, to_previous, to_original)

@@ -226,7 +226,7 @@ def test_refusals() -> None:
         gw.TruncateDepth(layers=1)(prepared)
     gw.ShareLayers(groups=1)(step)
     gw.ClassifyRepetitions()(step)
-    with pytest.raises(gw.ProgramError, match="besides its caches"):
+    with pytest.raises(gw.InputError, match="add outputs"):
         gw.TruncateDepth(repetitions=1)(step)
 
 
