@@ -50,7 +50,8 @@ def main() -> int:
     for part in given.parts:
         {"trained": trained, "stages": stages, "weights": weights}[part](rows, given.quick)
         rows.write(given.json)
-    return rows.finish(given.json)
+    code: int = rows.finish(given.json)
+    return code
 
 
 # -- trained decoders --------------------------------------------------------------------------------------------------
