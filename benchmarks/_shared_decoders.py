@@ -50,15 +50,15 @@ _STATE, _DONE = "state.safetensors", "trained.json"
 VOCABULARY = 1024
 
 
-class SmallE2e(E2e):
+class SmallE2e(E2e):  # type: ignore[misc]
     """E2E in the words of its development set: a tokenizer of 1024 pieces, trained on it."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Byte-level BPE; the same each time."""
         found = Tokenizer(models.BPE())
-        found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-        found.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        found.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
         text = need(SHARED / "data" / "e2e" / "devset.csv").read_text(encoding="utf-8")
@@ -87,7 +87,8 @@ def base_model(layers: int) -> Any:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.eval()
 
 
 def program_of(name: str) -> gw.Program:

@@ -232,7 +232,8 @@ def dynamic_model(weight: torch.Tensor, scales: torch.Tensor) -> onnx.ModelProto
     """What onnxruntime's dynamic quantisation runs."""
     node = helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft")
     weights = {"w": np.ascontiguousarray(weight.t().numpy()), "s": scales.numpy()}
-    return linear_model([node], weights, weight.shape[1], weight.shape[0])
+    made: onnx.ModelProto = linear_model([node], weights, weight.shape[1], weight.shape[0])
+    return made
 
 
 def torch_dynamic(weight: torch.Tensor, scales: torch.Tensor, copies: int) -> list[Callable[[np.ndarray], Any]]:

@@ -177,9 +177,9 @@ def attention_cases(limits: Any, device: torch.device, *, quick: bool) -> list[C
         scale, macs = width**-0.5, 2 * 16 * length * length * width / (2 if causal else 1)
 
         def check() -> tuple[float, float]:
-            given = [each[:, :2, -512:] for each in (q, k, v)]
-            wanted = reference(*(each.double() for each in given), None, None, scale, causal, 0)
-            return error(attention(*given, None, scale, causal, 0), wanted), 2e-2
+            query, key, value = (each[:, :2, -512:] for each in (q, k, v))
+            wanted = reference(query.double(), key.double(), value.double(), None, None, scale, causal, 0)
+            return error(attention(query, key, value, None, scale, causal, 0), wanted), 2e-2
 
         def flash() -> Sequence[Callable[[], object]]:
             from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -230,7 +230,7 @@ def attention_cases(limits: Any, device: torch.device, *, quick: bool) -> list[C
         if quick
         else [(64, 4096, True), (128, 4096, True), (128, 4096, False), (64, 16384, True), (128, 16384, True)]
     )
-    return [step, *(lambda given=each: forward(*given) for each in wanted)]  # type: ignore[misc]
+    return [step, *(lambda given=each: forward(*given) for each in wanted)]
 
 
 def row_cases(limits: Any, device: torch.device, *, quick: bool) -> list[Callable[[], Case]]:
@@ -307,7 +307,7 @@ def decode_cases(limits: Any, device: torch.device, *, quick: bool) -> list[Call
             model, inputs = torch_step(
                 shape, context, device, lambda m: quantize_(m, Int4WeightOnlyConfig(group_size=128))
             )
-            quickened = torch.compile(model, fullgraph=True)
+            quickened: Any = torch.compile(model, fullgraph=True)
             return [lambda: quickened(*inputs)]
 
         rival = "torchao int4 + torch.compile"
@@ -378,7 +378,7 @@ def main() -> int:
         run(make(), rows, median_ms)
         torch.cuda.empty_cache()
         rows.write(options.json)
-    return rows.finish(options.json)
+    return int(rows.finish(options.json))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> int:
         entries = gw.pruned_weights(small)
         sizes = {row.weight: row.parameters for row in gw.describe_sparsity(small).linears}
         zeros = sum(entry.sparsity * sizes[name] for name, entry in entries.items()) / sum(sizes[n] for n in entries)
-        found = perplexity(small, windows)
+        found: float = perplexity(small, windows)
         rows.add(
             f"Llama 5.8M {case}", "graphwright", perplexity=found, ratio_to_fp32=found / base, percent_zeros=100 * zeros
         )
@@ -53,7 +53,7 @@ def main() -> int:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model.train(False)
         _oracle_sparsegpt.prune(model, list(texts), sparsity, among=among)
-        found = perplexity(model, windows)
+        found: float = perplexity(model, windows)
         rows.add(f"Llama 5.8M {case}", "published, float64", perplexity=found, ratio_to_fp32=found / base)
         rows.write(options.json)
         return found
@@ -65,6 +65,7 @@ def main() -> int:
         ours = judge(f"{percent} % SparseGPT", gw.PruneLinears(method="sparsegpt", **data))
         theirs = oracle(f"{percent} % SparseGPT", sparsity)
         rows.require(ours <= _NOISE * theirs, f"{percent} %: SparseGPT {ours:.1f}, the oracle {theirs:.1f}")
+        judge(f"{percent} % SparseGPT, sequential", gw.PruneLinears(method="sparsegpt", sequential=True, **data))
         judge(f"{percent} % magnitude", gw.PruneLinears(sparsity=sparsity))
         judge(f"{percent} % Wanda", gw.PruneLinears(method="wanda", **data))
     for percent in () if options.quick else levels:
@@ -73,7 +74,7 @@ def main() -> int:
         judge(f"{percent} % magnitude, global", gw.PruneLinears(sparsity=sparsity, allocation="global"))
         judge(f"{percent} % SparseGPT, ERK", gw.PruneLinears(method="sparsegpt", allocation="erk", **data))
         judge(f"{percent} % SparseGPT, loss-driven", gw.PruneLinears(method="sparsegpt", allocation="loss", **data))
-        int4 = {"bits": 4, "group_size": 32, "calibration": calibration}
+        int4: dict[str, Any] = {"bits": 4, "group_size": 32, "calibration": calibration}
         judge(
             f"{percent} % SparseGPT, then INT4 g32 GPTQ",
             gw.PruneLinears(method="sparsegpt", **data),

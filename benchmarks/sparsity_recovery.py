@@ -206,7 +206,7 @@ def minilm(quick: bool) -> Loaded:
     judged = [each.ids for each in tokenizer.encode_batch([*one, *two])]
 
     def judge(program: gw.Program) -> float:
-        return correlation(embedded(program, judged), scores)
+        return float(correlation(embedded(program, judged), scores))
 
     return Loaded(dense, batches[40:], batches[32:40], batches[: 4 if quick else 32], judge, "spearman")
 

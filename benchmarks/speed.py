@@ -50,8 +50,7 @@ def main() -> int:
     for part in given.parts:
         {"trained": trained, "stages": stages, "weights": weights}[part](rows, given.quick)
         rows.write(given.json)
-    code: int = rows.finish(given.json)
-    return code
+    return int(rows.finish(given.json))
 
 
 # -- trained decoders --------------------------------------------------------------------------------------------------

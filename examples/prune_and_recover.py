@@ -84,7 +84,7 @@ def accuracy(program: gw.Program) -> float:
     word, step = (each.flatten() for each in torch.meshgrid(torch.arange(WORDS), torch.arange(8), indexing="ij"))
     with torch.no_grad():
         said = program(word=word, step=step)["logits"].argmax(-1)
-    return (said == (word + step) % WORDS).float().mean().item()
+    return float((said == (word + step) % WORDS).float().mean())
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def small_llama() -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config)
 
 
 def bytes_of_text() -> tuple[torch.Tensor, torch.Tensor]:

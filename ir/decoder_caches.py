@@ -37,8 +37,17 @@ class Cache:
 
 
 def caches_of(layout: DecoderLayout, inputs: Sequence[fx.Node], results: Sequence[Any]) -> list[Cache]:
-    """The caches of a decoding step, in order."""
+    """The caches of a decoding step, in order.
+
+    Raises:
+        ProgramError: it has inputs or outputs behind the caches.
+    """
     count = layout.layers
+    if len(inputs) != _OTHERS + 2 * count or len(results) != 1 + 2 * count:
+        raise ProgramError(
+            "the decoding step has inputs or outputs besides its caches, so its layers stay as they are",
+            hint="change its layers before passes that add some (GateAdapters, ClassifyRepetitions)",
+        )
     keys, values = inputs[_OTHERS : _OTHERS + count], inputs[_OTHERS + count :]
     new_keys, new_values = results[1 : 1 + count], results[1 + count :]
     return [Cache(*each) for each in zip(keys, values, new_keys, new_values, strict=True)]

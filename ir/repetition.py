@@ -52,9 +52,16 @@ def find_repetition(program: Program, layout: DecoderLayout) -> Repetition:
         layout: its layout.
 
     Raises:
-        ProgramError: layers are not joined by one value, or are no cycle; the message has their order.
+        ProgramError: layers are not joined by one value, or are no cycle; the message has their order. Or adapters are
+            switched as it runs.
     """
     where = f"program {program.title!r}"
+    if layout.adapters:
+        raise ProgramError(
+            "switches adapters by an input, which a stage of a pipeline does not take",
+            where=where,
+            hint="merge one adapter, or decode without pipeline=True",
+        )
     found = _Layers(program, layout)
     boundaries = found.boundaries()
     expressions, ends = found.expressions(boundaries)
@@ -97,7 +104,7 @@ class _Layers:
         self.place = {node: index for index, node in enumerate(self.nodes)}
         inputs = program.inputs
         self.rows = inputs[3]
-        self.caches = {node: index % layout.layers for index, node in enumerate(inputs[4:])}
+        self.caches = {node: index % layout.layers for index, node in enumerate(layout.caches(program))}
         self.content = self._content(inputs[0])
         self.numbers: dict[Any, int] = {}
         self.outside: dict[fx.Node, int] = {}

@@ -61,6 +61,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "deepen-layers": ("sharing", "DeepenLayers"),
     "drop-blocks": ("sharing", "DropBlocks"),
     "truncate-depth": ("sharing", "TruncateDepth"),
+    "share-heads": ("sharing", "ShareHeads"),
     "prune-linears": ("sparsity", "PruneLinears"),
     "prune-by-masks": ("sparsity", "PruneByMasks"),
     "hold-masks": ("sparsity", "HoldMasks"),

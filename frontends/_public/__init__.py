@@ -221,6 +221,7 @@ if TYPE_CHECKING:
     from graphwright.passes.sharing import ClassifyRepetitions as ClassifyRepetitions
     from graphwright.passes.sharing import DeepenLayers as DeepenLayers
     from graphwright.passes.sharing import DropBlocks as DropBlocks
+    from graphwright.passes.sharing import ShareHeads as ShareHeads
     from graphwright.passes.sharing import ShareLayers as ShareLayers
     from graphwright.passes.sharing import TruncateDepth as TruncateDepth
     from graphwright.passes.sharing import repetition_loss as repetition_loss
@@ -398,6 +399,7 @@ _EXPORTS: dict[str, str] = {
     "SelectionError": "graphwright.ir.errors",
     "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
+    "ShareHeads": "graphwright.passes.sharing",
     "ShareLayers": "graphwright.passes.sharing",
     "Sharing": "graphwright.ir.repetitions",
     "SmoothActivations": "graphwright.passes.quantization",

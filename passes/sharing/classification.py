@@ -141,7 +141,7 @@ def _again(
     copies = {last: exit_}
     for node in tail:
         args, kwargs = (fx.node.map_arg(each, lambda item: copies.get(item, item)) for each in (node.args, node.kwargs))
-        copies[node] = rewriter.call(node.target, *args, like=node, tags=(f"{_TAG}{at}",), **kwargs)  # type: ignore[arg-type, misc]
+        copies[node] = rewriter.call(node.target, *args, like=node, tags=(f"{_TAG}{at}",), **kwargs)  # type: ignore[arg-type]
     return copies
 
 

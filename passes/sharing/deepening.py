@@ -51,6 +51,7 @@ class DeepenLayers(Pass):
     respects: ClassVar[frozenset[str]] = frozenset()
     not_after: ClassVar[Mapping[str, str]] = {
         "hoist-row-selection": "its last layer is computed for the wanted rows only; deepen first",
+        "classify-repetitions": "the outputs that it added would be of other repetitions; classify a clone afterwards",
         "insert-adapters": "what was adapted is written down by place; deepen first",
     }
 

@@ -20,10 +20,14 @@ from graphwright.passes.contract import Contract, Retrain
 from graphwright.passes.sharing.choosing import choose_stack
 from graphwright.passes.sharing.deepening import check_contained
 from graphwright.passes.sharing.parts import check_part, has_attention, is_joint
+from graphwright.passes.sharing.removal import next_token_loss
 from graphwright.passes.sharing.similarity import similarities
+
+_MEASURES = ("similarity", "loss")
 
 _NOT_AFTER: Mapping[str, str] = {
     "hoist-row-selection": "its last layer is computed for the wanted rows only; take layers out first",
+    "classify-repetitions": "the outputs that it added would be of other repetitions; classify a clone afterwards",
     "insert-adapters": "adapters are written down by their places; take layers out first",
 }
 
@@ -40,9 +44,10 @@ class DropBlocks(Pass):
         ->                                                  part="attention"
         %b = aten.add.Tensor(%x, %f)
 
-    Importance is measured on calibration data, once, as the cosine between what enters and what leaves (He et al. 2024,
-    LLM-Drop); or ``layers`` says which. A decoding step loses the caches of what attends no more, and those left are
-    numbered anew. The function changes; training makes up for some of it.
+    Importance is measured on calibration data: once, as the cosine between what enters and what leaves (He et al. 2024,
+    LLM-Drop); or, for language models, by taking out one after the other that whose absence costs the least loss (Song
+    et al. 2024, SLEB). Or ``layers`` says which. A decoding step loses the caches of what attends no more, and those
+    left are numbered anew. The function changes; training makes up for some of it.
 
     It does not fire with ``count=0``. It is an error if a part stands beside another one (GPT-NeoX, Phi, Falcon: drop
     the block), everything would go, or layers share weights and not all of them would any more.
@@ -51,6 +56,7 @@ class DropBlocks(Pass):
         count: how many are taken out; at least one is left.
         part: ``"block"``, ``"attention"`` or ``"feed-forward"``.
         layers: numbers of the layers whose part is taken out, instead of the least important.
+        measure: ``"similarity"`` or ``"loss"``, which runs the model for every candidate.
         calibration: typical inputs; needed unless ``layers`` are given.
     """
 
@@ -62,6 +68,7 @@ class DropBlocks(Pass):
     count: int = 1
     part: str = "block"
     layers: tuple[int, ...] | None = None
+    measure: str = "similarity"
     calibration: Iterable[Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +76,12 @@ class DropBlocks(Pass):
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 0:
             raise InputError(f"must be a number of blocks, not {self.count!r}", where=f"{self.name}: count")
         check_part(self.part, self.name)
+        if self.measure not in _MEASURES:
+            raise InputError(
+                f"there is no measure {self.measure!r}",
+                where=f"{self.name}: measure",
+                hint=f"measures: {', '.join(_MEASURES)}",
+            )
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.calibration is not None:
@@ -113,16 +126,49 @@ class DropBlocks(Pass):
                 )
             data = self.calibration
             assert isinstance(data, CalibrationData)
-            alike = similarities(program, places, data)
-            program.notes["similarity"] = [round(each, 6) for each in alike]
-            # Of equals the later one: what is deep has fewer layers to disturb.
-            ranked = sorted(range(total), key=lambda number: (-alike[number], -number))
-            chosen = sorted(ranked[: self.count])
+            if self.count < total:
+                chosen = (
+                    self._by_loss(program, data)
+                    if self.measure == "loss"
+                    else _most_alike(program, places, data, self.count)
+                )
+            else:
+                chosen = list(range(total))
         if (len(chosen) >= total and self.part == "block") or self.count > total:
             raise InputError(
                 f"{len(chosen)} of {total} layers cannot go: one must stay", where=self.name, context=[str(stack)]
             )
         return chosen
+
+    def _by_loss(self, program: Program, data: CalibrationData) -> list[int]:
+        gone: list[int] = []
+        steps: list[dict[str, float]] = []
+        for _ in range(self.count):
+            losses: dict[int, float] = {}
+            for number in range(len(choose_stack(program, self.selected(program), self.name).layers)):
+                if number in gone:
+                    continue
+                trial = program.clone()
+                stack = choose_stack(trial, self.selected(trial), self.name)
+                without = [*gone, number]
+                places = {at: _stretch(stack.layers[at], self.part, self.name, at) for at in without}
+                drop(trial, stack, places, self.name)
+                trial.body.recompile()
+                losses[number] = next_token_loss(trial, data)
+            gone.append(min(losses, key=lambda each: (losses[each], -each)))
+            steps.append({str(number): round(loss, 6) for number, loss in losses.items()})
+        program.notes["loss_without"] = steps
+        return sorted(gone)
+
+
+def _most_alike(
+    program: Program, places: Sequence[tuple[fx.Node, fx.Node]], data: CalibrationData, count: int
+) -> list[int]:
+    alike = similarities(program, places, data)
+    program.notes["similarity"] = [round(each, 6) for each in alike]
+    # Of equals the later one: what is deep has fewer layers to disturb.
+    ranked = sorted(range(len(alike)), key=lambda number: (-alike[number], -number))
+    return sorted(ranked[:count])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,9 @@ class Norms:
             count += len(rows)
         return cls(total.to(torch.float32), count)
 
+    def __add__(self, other: Norms) -> Norms:
+        return Norms(self.squares + other.squares, self.count + other.count)
+
 
 @dataclass(frozen=True)
 class Pruned:

@@ -17,7 +17,7 @@ from graphwright.backends.cpu.kernels import sparse_linear
 from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
 from graphwright.backends.cpu.kernels.byte_packing import pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
-from graphwright.backends.cpu.kernels.sparse_cost import _FEW_ROWS, _TABLE, least_sparsity
+from graphwright.backends.cpu.kernels.sparse_cost import _FEW_ROWS, _TABLE, blocks_pay, least_sparsity
 from graphwright.backends.cpu.kernels.sparse_linear import SparseLinear
 from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
 from graphwright.frontends.huggingface import load_decoder
@@ -191,6 +191,72 @@ def test_float_activations(bits: int, zeros: bool, compute: str) -> None:
                     assert same(found, dense), (isa, rows)
 
 
+class Blocks(Coded):
+    """Codes with one scale for each output, of which whole blocks of four columns are the middle code."""
+
+    def __init__(self, bits: int, outputs: int, columns: int, share: float, *, half: bool = False) -> None:
+        draw = torch.Generator().manual_seed(columns)
+        stored = (torch.rand(outputs, -(-columns // 4), generator=draw) < share).repeat_interleave(4, 1)[:, :columns]
+        middle = 2 ** (bits - 1)
+        codes = torch.randint(0, 2 * middle, (outputs, columns), generator=draw, dtype=torch.uint8)
+        codes = torch.where(stored, codes, middle).to(torch.uint8)
+        group, format = columns + -columns % 8, f"int{bits}"
+        scales = torch.rand(outputs, 1, generator=draw) + 0.1
+        scales = scales.half() if half else scales
+        mask, values, offsets = compress(codes, codes != middle)
+        self.stored = mask, values, offsets, scales
+        self.sparse = pack_sparse(mask, pack_codes(values, format), offsets, scales, None, format, group, columns)
+        self.dense = pack_nbits(pack(codes, bits, group, None), scales, None, bits, columns)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_many_rows_skip_blocks_of_four_to_the_same_sums(bits: int) -> None:
+    """Tiles of rows, spans of steps, and blocks so full that nothing is skipped."""
+    for outputs, columns, share in ((65, 127, 0.2), (64, 64, 0.0), (130, 1030, 0.3), (70, 260, 0.1), (66, 96, 0.9)):
+        case, bias = Blocks(bits, outputs, columns, share, half=columns == 260), random(outputs)
+        dense = ByteLinear(case.dense, "scalar", "symmetric", bias)
+        dense.activation = "relu"
+        for rows in (31, 32, 33, 129, 300):
+            x, residual = random(rows, columns), random(rows, outputs, seed=1)
+            x[3, 5] = 0.0 if rows == 31 else math.nan
+            wanted = dense(x, None, residual)
+            for isa in isas():
+                kernel = SparseLinear(case.sparse, isa, "int8", bias)
+                kernel.activation = "relu"
+                assert same(kernel(x, None, residual), wanted), (isa, rows, columns)
+        assert kernel._kernel.some_blocks == pytest.approx(share, abs=0.08)
+
+
+def test_blocks_are_skipped_where_that_is_faster() -> None:
+    class Sparse(nn.Module):
+        def __init__(self, share: float) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.up = nn.Linear(256, 128)
+            with torch.no_grad():
+                self.up.weight *= (torch.rand(128, 64) < share).repeat_interleave(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.up(x)
+            return y
+
+    x = random(128, 256)
+    for share in (0.1, 0.35):
+        program = gw.trace(Sparse(share).eval(), x)
+        for item in (gw.QuantizeLinears(bits=8), gw.CompressLinears()):
+            item(program)
+        small = CpuBackend(compute="int8").lower(program)
+        label = small.explain()[0].kernel
+        if blocks_pay(str(features().selected), "int8", 128, share):
+            assert label.startswith("sparse_linear ")
+            assert "skips blocks of four columns, of which" in label
+        else:
+            assert "dense, as the dense kernel is faster with 128 rows" in label
+    assert not blocks_pay("scalar", "int8", 128, 0.1)
+    assert not blocks_pay("avx512_bf16", "int8", 16, 0.1)
+    assert blocks_pay("avx512_bf16", "int8", 128, 0.1)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite(bad: float) -> None:
     weight = random(70, 40) * stored_at(70, 40, 0.3)
@@ -304,10 +370,11 @@ def test_the_dense_kernel_runs_where_it_is_faster_and_says_from_where_on_zeros_p
     model, x = Mlp().eval(), random(rows, 64)
     with torch.no_grad():
         model.down.weight.copy_(random(64, 96) * (random(64, 96).abs() > 0.02))
-    item = gw.CompressLinears(min_sparsity=0.0)
+    program = gw.trace(model, x)
+    gw.CompressLinears(min_sparsity=0.0)(program)
     for isa in isas():
         monkeypatch.setenv(ISA_VARIABLE, isa)
-        small = gw.optimize(model, [item], example_inputs=(x,), target="cpu")
+        small = CpuBackend().lower(program)
         labels = [use.kernel for use in small.explain() if use.op == "graphwright.linear_sparse"]
         seen = max(rows, 2)  # a size that varies is never traced as 1
         least = least_sparsity(isa, "float32", seen)
@@ -321,7 +388,7 @@ def test_the_dense_kernel_runs_where_it_is_faster_and_says_from_where_on_zeros_p
             else:
                 assert label.startswith("sparse_linear ")
                 assert label.endswith(f"faster than dense from {least:.0%} zeros on")
-        torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(small(x)[0], model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_more_zeros_never_make_a_sparse_linear_slower() -> None:

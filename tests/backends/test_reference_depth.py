@@ -73,7 +73,7 @@ def test_rows_have_depths_of_their_own_and_tokens_are_taken_back() -> None:
 )
 def test_wrong_schedules(options: dict[str, float]) -> None:
     with pytest.raises(gw.InputError, match="DepthSchedule"):
-        DepthSchedule(**options)  # type: ignore[arg-type]
+        DepthSchedule(**options)
 
 
 def test_prepared_steps_are_refused() -> None:

@@ -89,6 +89,18 @@ def test_names_that_say_nothing() -> None:
         assert [node.target for node in one.nodes] == [node.target for node in other.nodes]
 
 
+def test_blocks_fall_back_on_structure() -> None:
+    program = named(**dict.fromkeys(WORDS, 16))
+    assert [block.path for block in blocks_of(program) if block.path] == list(WORDS)
+    batch = {"ids": torch.arange(6).reshape(2, 3), "scale": torch.ones(1)}
+    program(**batch).sum().backward()
+    plain = {name: each.grad.clone() for name, each in program.named_parameters() if each.grad is not None}
+    program.zero_grad()
+    gw.checkpoint_blocks(program)
+    program(**batch).sum().backward()
+    assert all(torch.equal(each.grad, plain[name]) for name, each in program.named_parameters())
+
+
 def test_what_all_layers_read_belongs_to_none() -> None:
     program = named(**dict.fromkeys(WORDS[:3], 16))
     gw.Cleanup()(program)  # the context is computed in the first layer only now
@@ -110,7 +122,8 @@ def test_post_norm_layers_begin_behind_the_norm() -> None:
         vocab_size=30, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
     )
     batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
-    program = gw.trace(BertModel(config).eval(), batch)
+    model: Any = BertModel(config)
+    program = gw.trace(model.eval(), batch)
     (stack,) = gw.find_stacks(program)
     assert [layer.path for layer in stack.layers] == [f"encoder.layer.{number}" for number in range(3)]
     assert all(len(set(layer.weights)) == 16 for layer in stack.layers)
@@ -124,7 +137,8 @@ def test_encoder_and_decoder_are_two_stacks() -> None:
     )
     ids = torch.ones(2, 5, dtype=torch.int64)
     batch = {"input_ids": ids, "decoder_input_ids": ids[:, :4], "use_cache": False}
-    program = gw.trace(T5Model(config).eval(), batch)
+    model: Any = T5Model(config)
+    program = gw.trace(model.eval(), batch)
     found = {stack.layers[0].path.split(".")[0]: len(stack.layers) for stack in gw.find_stacks(program)}
     assert found == {"encoder": 3, "decoder": 2}
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 # A core's share of the memory's bandwidth: 19.5 GB/s.
 _NS_PER_BYTE = 0.051
 _FEW_ROWS = {"avx512_vbmi2": 4, "avx512": 4, "avx2": 1}
-_SKIP_ROWS, _SKIP_DENSITY = 32, 0.45
+_SKIP_ROWS, _SKIP_DENSITY, _SKIP_BLOCKS = 32, 0.45, 0.4
 # Vectors that skip zeros wait for their rows now and then, where dense tiles keep them in registers.
 _SKIP_EFFICIENCY, _NS_PER_ENTRY = 0.75, 0.6
+# Of a block of four that is not zeros; its products wait for loads, one for each, where dense tiles make two meanwhile.
+_NS_PER_BLOCK, _LOADS = 1.5, 2.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Arithmetic:
         if skips and rows >= _SKIP_ROWS and density <= _SKIP_DENSITY:
             return density * (64 * _NS_PER_ENTRY + rows * self.dense_row / _SKIP_EFFICIENCY)
         return max(memory, self.expand + rows * self.dense_row)
+
+    def blocks(self, rows: int, share: float) -> float:
+        """Of the sparse one with many rows that skips blocks of four columns, of which a share is not zeros."""
+        return self.least + 16 * share * _NS_PER_BLOCK + rows * self.dense_row * share * _LOADS
 
 
 # By the kernels' instruction set and the kind of values. 4-bit values of two words share bytes, which fills them less.
@@ -93,3 +99,17 @@ def least_sparsity(isa: str, kind: str, rows: int) -> float | None:
         if costs.sparse(rows, 1 - percent / 100, few, skips=skips) < costs.dense(rows):
             return percent / 100
     return None
+
+
+def blocks_pay(isa: str, kind: str, rows: int, share: float) -> bool:
+    """Whether many rows are faster where blocks of four columns are skipped that are zeros.
+
+    Args:
+        isa, kind, rows: as for :func:`least_sparsity`; of codes with a scale for each output and no zero points.
+        share: of the blocks that are not zeros.
+    """
+    own = _BYTES.get(isa, isa)
+    if own != "avx512_vbmi2" or rows < _SKIP_ROWS or share > _SKIP_BLOCKS:
+        return False
+    costs = _TABLE[own, kind]
+    return costs.blocks(rows, share) < costs.dense(rows)

@@ -10,7 +10,7 @@ from graphwright.backends.cpu.kernels.byte_linear import MOST_COLUMNS, ByteLinea
 from graphwright.backends.cpu.kernels.byte_packing import PackedLinear, pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
 from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
-from graphwright.backends.cpu.kernels.sparse_cost import least_sparsity
+from graphwright.backends.cpu.kernels.sparse_cost import blocks_pay, least_sparsity
 from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.ops.quantization import pack
@@ -77,6 +77,12 @@ def _sparse(site: Site) -> Kernel | str:
         return "the kernel rounds activations in groups of whole steps of 4 columns"
     sparsity = 1 - int(offsets[-1]) / (len(mask) * columns)
     against = _against(site, kind, sparsity, rounded=rounded)
+    blocks = (
+        _blocks(mask, columns) if rounded and zeros is None and scales is not None and scales.shape[1] == 1 else 1.0
+    )
+    skips = rounded and blocks_pay(site.isa, kind, _rows(site), blocks)
+    if skips:
+        against = ""
     whole = format == "float" or group * bits_of(format) % 32 == 0 or (scales is not None and scales.shape[1] == 1)
     if against and whole:
         return _dense(site, columns, bias, against)
@@ -87,9 +93,17 @@ def _sparse(site: Site) -> Kernel | str:
         return str(error)
     kernel = SparseLinear(packed, site.isa, site.compute if format != "float" else "float32", bias)
     least = least_sparsity(site.isa, kind, _rows(site))
-    if not against and least is not None:
+    if skips:
+        kernel.label += f"; skips blocks of four columns, of which {1 - blocks:.0%} are zeros"
+    elif not against and least is not None:
         kernel.label += f"; faster than dense from {least:.0%} zeros on"
     return kernel
+
+
+def _blocks(mask: torch.Tensor, columns: int) -> float:
+    """The share of blocks of four columns that are not zeros."""
+    some = int(((mask & 15) != 0).sum()) + int((mask >= 16).sum())
+    return some / (len(mask) * -(-columns // 4))
 
 
 def _rows(site: Site) -> int:

@@ -145,6 +145,25 @@ def test_steps_are_dropped_by_texts() -> None:
     assert len(step.notes["similarity"]) == 4
 
 
+def test_the_loss_without_each_says_which_goes() -> None:
+    """Held against the losses of models built without each layer, and then without each of the others too."""
+    ids = tokens(2, 9)
+
+    def loss(layers: Sequence[int]) -> float:
+        with torch.no_grad():
+            logits = built_of(layers)(ids).logits[:, :-1].double()
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+    first = {number: loss([at for at in range(4) if at != number]) for number in range(4)}
+    gone = min(first, key=first.__getitem__)
+    second = {at: loss([each for each in range(4) if each not in (gone, at)]) for at in range(4) if at != gone}
+    step = step_of()
+    gw.DropBlocks(count=2, measure="loss", calibration=[ids])(step)
+    assert step.notes["dropped"] == sorted((gone, min(second, key=second.__getitem__)))
+    for found, wanted in zip(step.notes["loss_without"], (first, second), strict=True):
+        assert {int(key): value for key, value in found.items()} == pytest.approx(wanted, abs=1e-4)
+
+
 def test_through_optimize() -> None:
     small = gw.optimize(step_of(), [gw.DropBlocks(layers=(2,))], verify=True)
     assert DecoderLayout.of(small).layers == 3
@@ -183,6 +202,12 @@ def test_refusals() -> None:
     step = step_of(2)
     with pytest.raises(gw.InputError, match="needs calibration data"):
         gw.DropBlocks()(step)
+    with pytest.raises(gw.InputError, match="no measure"):
+        gw.DropBlocks(measure="taste")
+    program = named(ash=16, birch=16)
+    batch = {"ids": torch.zeros(2, 3).long(), "scale": torch.ones(1)}
+    with pytest.raises(gw.InputError, match="takes input_ids"):
+        gw.DropBlocks(measure="loss", calibration=[batch])(program)
     with pytest.raises(gw.InputError, match="no layer 2"):
         gw.DropBlocks(layers=(2,))(step)
     with pytest.raises(gw.InputError, match="one must stay"):
@@ -199,6 +224,10 @@ def test_refusals() -> None:
         gw.run_passes(prepared, [gw.TruncateDepth(layers=1)])
     with pytest.raises(gw.InputError, match="PrepareDecoder"):
         gw.TruncateDepth(layers=1)(prepared)
+    gw.ShareLayers(groups=1)(step)
+    gw.ClassifyRepetitions()(step)
+    with pytest.raises(gw.ProgramError, match="besides its caches"):
+        gw.TruncateDepth(repetitions=1)(step)
 
 
 def test_parts_that_stand_beside_each_other_go_together() -> None:
