@@ -14,7 +14,8 @@
   ONNX.
 
 Two systems that are compared run one after the other, many times; what is shown is the median of the ratios, which a
-machine that others use disturbs least.
+machine that others use disturbs least. With one thread the rows of ``stages`` have the ratios of processor time too
+(``cpu_x_of_...``), which does not count the time that others had.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def stages(rows: Rows, quick: bool) -> None:
 def _stage_costs(rows: Rows, title: str, decoder: Any, count: int) -> None:
     session = decoder.pipeline_session(slots=1, capacity=64)
 
-    def run(number: int) -> float:
+    def run(number: int) -> tuple[float, float]:
         given = (
             torch.full((number, 1), 3),
             torch.zeros(number, 1, session.width),
@@ -167,16 +168,19 @@ def _stage_costs(rows: Rows, title: str, decoder: Any, count: int) -> None:
             torch.full((number,), 32),
             torch.zeros(number, 1, dtype=torch.int64),
         )
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         session.stage(*given)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - spent
 
     for number in (1, 2, 3):
         run(number)
     seconds: dict[int, list[float]] = {number: [] for number in (1, 2, 3)}
+    processor: dict[int, list[float]] = {number: [] for number in (1, 2, 3)}
     for _ in range(count):
-        for number, found in seconds.items():
-            found.append(run(number))
+        for number in seconds:
+            passed, spent = run(number)
+            seconds[number].append(passed)
+            processor[number].append(spent)
     costs = {number: _ratio(found, seconds[1]) for number, found in seconds.items()}
     for number, found in seconds.items():
         rows.add(
@@ -184,6 +188,7 @@ def _stage_costs(rows: Rows, title: str, decoder: Any, count: int) -> None:
             "graphwright",
             median_ms=1e3 * statistics.median(found),
             x_of_one_row=costs[number],
+            **_alone("cpu_x_of_one_row", processor[number], processor[1]),
         )
     rows.require(costs[3] <= 1.15, f"{title}: a stage of 3 rows costs {costs[3]:.3f} x one row instead of 1.15")
 
@@ -191,16 +196,22 @@ def _stage_costs(rows: Rows, title: str, decoder: Any, count: int) -> None:
 def _replayed(rows: Rows, title: str, decoder: Any, flips: float, until: int, pairs: int) -> None:
     tokens, prompt = 128, [5, 6, 7, 8]
     ordinary, pipelined, made = list[float](), list[float](), None
+    processor: tuple[list[float], list[float]] = [], []
     plain = decoder.prompt_cache(capacity=144)
     inner = decoder.pipeline_session(slots=1, capacity=144)
     replayed = PromptCache(ReplayedPredictions(inner, flips, until), decoder)
     given: dict[str, Any] = {"max_new_tokens": tokens, "stop_tokens": []}
     for pair in range(-1, pairs):
+        times = [time.process_time()]
         first = decoder.generate([prompt], cache=plain, **given)
+        times.append(time.process_time())
         second = decoder.generate([prompt], cache=replayed, pipeline=True, **given)
+        times.append(time.process_time())
         if pair >= 0:  # the first brings weights and plans into place
             ordinary.append(first.counts.rate)
             pipelined.append(second.counts.rate)
+            processor[0].append(times[1] - times[0])
+            processor[1].append(times[2] - times[1])
         made = second.pipeline
     assert made is not None
     group, head = _bytes(decoder)
@@ -210,6 +221,7 @@ def _replayed(rows: Rows, title: str, decoder: Any, flips: float, until: int, pa
         "pipelined",
         tokens_per_s=statistics.median(pipelined),
         x_of_ordinary=speedup,
+        **_alone("cpu_x_of_ordinary", *processor),
         bound_x=(3 * group + head) / (group + head) * made.tokens_per_stage,
         first_flip_percent=100 * made.first_flip_rate,
         tokens_per_stage=made.tokens_per_stage,
@@ -268,6 +280,11 @@ def _sizes(model: Any) -> dict[str, int]:
         found["saved packed"] = (base / "packed").stat().st_size - 2 * table
         found["in ONNX"] = sum(each.stat().st_size for each in base.glob("step.onnx*")) - table
     return found
+
+
+def _alone(name: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """The ratio of processor times, where only one thread computes: others look for work, which counts."""
+    return {name: _ratio(ours, theirs)} if torch.get_num_threads() == 1 else {}
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

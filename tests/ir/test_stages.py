@@ -107,3 +107,10 @@ def test_what_is_no_decoder_is_refused() -> None:
     program = gw.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
     with pytest.raises(ProgramError, match="is not a decoding step"):
         cut_stage(program)
+
+
+def test_switched_adapters_are_refused() -> None:
+    inserted = gw.InsertAdapters(gw.LoRA(rank=2), where="*q_proj", adapter_name="one")
+    program = gw.optimize(shared_decoder([0, 1]), [inserted, gw.GateAdapters()], verify=False)
+    with pytest.raises(ProgramError, match="switches 1 adapters"):
+        cut_stage(program)
