@@ -2,8 +2,9 @@
 
 Every case is compared with its reference in float64 first; one that is wrong is not timed. Times are medians of CUDA
 graphs of many calls between events, on operands that take turns and that the L2 cache cannot hold. A rival that is not
-installed or does not run is a row that says why. Takes at most eight minutes. Without a GPU it says so and exits with 2;
-exit code 1 when a check fails or a target is missed.
+installed or does not run is a row that says why. Takes at most eight minutes.
+
+Exit code 1 when a check fails or a target is missed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -177,9 +178,9 @@ def attention_cases(limits: Any, device: torch.device, *, quick: bool) -> list[C
         scale, macs = width**-0.5, 2 * 16 * length * length * width / (2 if causal else 1)
 
         def check() -> tuple[float, float]:
-            given = [each[:, :2, -512:] for each in (q, k, v)]
-            wanted = reference(*(each.double() for each in given), None, None, scale, causal, 0)
-            return error(attention(*given, None, scale, causal, 0), wanted), 2e-2
+            a, b, c = (each[:, :2, -512:] for each in (q, k, v))
+            wanted = reference(a.double(), b.double(), c.double(), None, None, scale, causal, 0)
+            return error(attention(a, b, c, None, scale, causal, 0), wanted), 2e-2
 
         def flash() -> Sequence[Callable[[], object]]:
             from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -230,7 +231,7 @@ def attention_cases(limits: Any, device: torch.device, *, quick: bool) -> list[C
         if quick
         else [(64, 4096, True), (128, 4096, True), (128, 4096, False), (64, 16384, True), (128, 16384, True)]
     )
-    return [step, *(lambda given=each: forward(*given) for each in wanted)]  # type: ignore[misc]
+    return [step, *(lambda given=each: forward(*given) for each in wanted)]
 
 
 def row_cases(limits: Any, device: torch.device, *, quick: bool) -> list[Callable[[], Case]]:
@@ -307,7 +308,7 @@ def decode_cases(limits: Any, device: torch.device, *, quick: bool) -> list[Call
             model, inputs = torch_step(
                 shape, context, device, lambda m: quantize_(m, Int4WeightOnlyConfig(group_size=128))
             )
-            quickened = torch.compile(model, fullgraph=True)
+            quickened: Any = torch.compile(model, fullgraph=True)
             return [lambda: quickened(*inputs)]
 
         rival = "torchao int4 + torch.compile"
@@ -378,7 +379,8 @@ def main() -> int:
         run(make(), rows, median_ms)
         torch.cuda.empty_cache()
         rows.write(options.json)
-    return rows.finish(options.json)
+    code: int = rows.finish(options.json)
+    return code
 
 
 if __name__ == "__main__":

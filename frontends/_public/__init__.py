@@ -91,19 +91,21 @@ if TYPE_CHECKING:
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
     from graphwright.ir.verifier import verify as verify
+    from graphwright.passes.adapters import ETHER as ETHER
+    from graphwright.passes.adapters import IA3 as IA3
+    from graphwright.passes.adapters import NOLA as NOLA
+    from graphwright.passes.adapters import OFT as OFT
     from graphwright.passes.adapters import AdapterKind as AdapterKind
     from graphwright.passes.adapters import AdaptersAsInputs as AdaptersAsInputs
     from graphwright.passes.adapters import BitFit as BitFit
     from graphwright.passes.adapters import Compacter as Compacter
-    from graphwright.passes.adapters import DePT as DePT
     from graphwright.passes.adapters import DeleteRanks as DeleteRanks
+    from graphwright.passes.adapters import DePT as DePT
     from graphwright.passes.adapters import DoRA as DoRA
-    from graphwright.passes.adapters import ETHER as ETHER
     from graphwright.passes.adapters import ETHERPlus as ETHERPlus
     from graphwright.passes.adapters import FoldAdapters as FoldAdapters
     from graphwright.passes.adapters import GateAdapters as GateAdapters
     from graphwright.passes.adapters import HoulsbyAdapter as HoulsbyAdapter
-    from graphwright.passes.adapters import IA3 as IA3
     from graphwright.passes.adapters import InsertAdapters as InsertAdapters
     from graphwright.passes.adapters import KronA as KronA
     from graphwright.passes.adapters import KronABlock as KronABlock
@@ -114,8 +116,6 @@ if TYPE_CHECKING:
     from graphwright.passes.adapters import LoRAFA as LoRAFA
     from graphwright.passes.adapters import LoRAXS as LoRAXS
     from graphwright.passes.adapters import MergeAdapters as MergeAdapters
-    from graphwright.passes.adapters import NOLA as NOLA
-    from graphwright.passes.adapters import OFT as OFT
     from graphwright.passes.adapters import ParallelAdapter as ParallelAdapter
     from graphwright.passes.adapters import PrefixTuning as PrefixTuning
     from graphwright.passes.adapters import PromptTuning as PromptTuning
@@ -171,8 +171,8 @@ if TYPE_CHECKING:
     from graphwright.passes.distillation import teacher_of as teacher_of
     from graphwright.passes.fusion import FuseAll as FuseAll
     from graphwright.passes.fusion import FuseAttention as FuseAttention
-    from graphwright.passes.fusion import FuseGateUp as FuseGateUp
     from graphwright.passes.fusion import FuseGatedActivation as FuseGatedActivation
+    from graphwright.passes.fusion import FuseGateUp as FuseGateUp
     from graphwright.passes.fusion import FuseGelu as FuseGelu
     from graphwright.passes.fusion import FuseLayerNorm as FuseLayerNorm
     from graphwright.passes.fusion import FuseQKV as FuseQKV

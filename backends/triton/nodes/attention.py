@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -90,8 +91,8 @@ class CachedAttention(NodeKernel):
         """Without gradients; the reference where they are wanted."""
         rest = slots, starts, slopes, scale, window, softcap
         if isinstance(keys, Cache) and isinstance(values, Cache):
-            stored = keys.values, values.values
-            return cached_attention(query, *stored, *rest, key_scales=keys.scales, value_scales=values.scales)
+            scales: dict[str, Any] = {"key_scales": keys.scales, "value_scales": values.scales}
+            return cached_attention(query, keys.values, values.values, *rest, **scales)
         assert isinstance(keys, torch.Tensor)
         assert isinstance(values, torch.Tensor)
         if wants_gradient(query, keys, values):
