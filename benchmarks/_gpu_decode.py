@@ -49,8 +49,8 @@ class OurStep:
     def __init__(self, shape: Shape, context: int, device: torch.device) -> None:
         self.shape, s = shape, shape
         merged = (s.heads + 2 * s.key_heads) * s.width
-        sizes = [(merged, s.hidden), (s.hidden, s.heads * s.width), (2 * s.feed_forward, s.hidden)]
-        sizes.append((s.hidden, s.feed_forward))
+        sizes = [(merged, s.hidden), (s.hidden, s.heads * s.width)]
+        sizes += [(2 * s.feed_forward, s.hidden), (s.hidden, s.feed_forward)]
         self.layers = [[random_weight(*size, s.group, device) for size in sizes] for _ in range(s.layers)]
         self.head = random_weight(s.vocabulary, s.hidden, s.group, device)
         self.norm = torch.ones(s.hidden, dtype=HALF, device=device)
@@ -99,7 +99,7 @@ class _Layer(nn.Module):
         s = self.shape = shape
         self.qkv = nn.Linear(s.hidden, (s.heads + 2 * s.key_heads) * s.width, bias=False)
         self.out = nn.Linear(s.heads * s.width, s.hidden, bias=False)
-        self.gate_up = nn.Linear(s.hidden, 2 * s.feed_forward, bias=False)
+        self.up = nn.Linear(s.hidden, 2 * s.feed_forward, bias=False)
         self.down = nn.Linear(s.feed_forward, s.hidden, bias=False)
         self.first, self.second = nn.RMSNorm(s.hidden), nn.RMSNorm(s.hidden)
         for name in ("keys", "values"):
@@ -115,7 +115,7 @@ class _Layer(nn.Module):
         self.values[:, :, -1:] = value
         seen = functional.scaled_dot_product_attention(query, self.keys, self.values, enable_gqa=True)
         x = x + self.out(seen.transpose(1, 2).reshape(1, 1, -1))
-        gate, up = self.gate_up(self.second(x)).chunk(2, -1)
+        gate, up = self.up(self.second(x)).chunk(2, -1)
         total: torch.Tensor = x + self.down(functional.silu(gate) * up)
         return total
 

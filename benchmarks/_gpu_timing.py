@@ -42,7 +42,7 @@ def median_ms(calls: Sequence[Callable[[], object]]) -> float:
         stop.record()
         stop.synchronize()
         spent.append(start.elapsed_time(stop) / len(calls))
-    return statistics.median(spent)
+    return float(statistics.median(spent))
 
 
 class Limits:

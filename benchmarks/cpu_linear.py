@@ -13,8 +13,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,44 +21,25 @@ import onnx
 import onnxruntime
 import torch
 from _bounds import Bounds
-from _rival_worker import timed
+from _linear_systems import CHECKED_ROWS, ORT, PAUSE, TORCH, System, here, isa, linear_model, nbits_model, onnx_session
 from _rivals import FOLDER, Rival, RivalError, save, when_needed
 from _rows import Rows, parser
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
-from graphwright.backends.cpu import features
 from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
 from graphwright.backends.cpu.kernels.byte_packing import pack_int8, pack_nbits
 from graphwright.ir.ops.quantization import pack
 
 THREADS = 2
 COLD_BYTES = 160 << 20
-# Seconds: between systems, until a machine that slept is awake again, and of each block that counts.
-PAUSE, WARM, TIMED = 0.1, 0.05, 0.08
-ORT = f"onnxruntime {version('onnxruntime')}"
-TORCH = f"torch {version('torch')}"
+# Seconds: until a machine that slept is awake again, and of each block that counts.
+WARM, TIMED = 0.05, 0.08
 OPENVINO = ["openvino==2026.4.1", "nncf==3.4.0"]
 TORCHAO = ["torch==2.13.0", "torchao==0.18.0", "numpy"]
 SHAPES = [(2048, 2048), (4096, 4096), (11008, 4096), (4096, 11008)]
 ROWS = [1, 4, 32, 128, 512]
 # Relative, against the product in float64 of what the weights stand for: activations in 7 bits stay within it.
-CHECKED_ROWS, ERROR = 4, 0.04
-
-
-@dataclass
-class System:
-    """Something that multiplies some of the prepared rows: ``time`` gives the seconds of each call.
-
-    ``fault`` says why it cannot be measured.
-    """
-
-    name: str
-    bytes: int
-    time: Callable[[int, float, float], list[float]]
-    answer: Callable[[int], np.ndarray]
-    drop: Callable[[], None] = lambda: None
-    fault: str = ""
-    times: list[float] = field(default_factory=list)
+ERROR = 0.04
 
 
 @dataclass
@@ -218,23 +198,6 @@ def check(made: Sequence[System], expected: np.ndarray) -> None:
         raise ValueError(f"{made[0].name}: {made[0].fault}")
 
 
-def here(name: str, size: int, x: np.ndarray, calls: list[Callable[[np.ndarray], Any]]) -> System:
-    """A system in this process: a callable for each copy of its weights."""
-
-    def time_it(rows: int, warm: float, seconds: float) -> list[float]:
-        given, turn = x[:rows], 0
-
-        def call() -> object:
-            nonlocal turn
-            turn = (turn + 1) % len(calls)
-            return calls[turn](given)
-
-        found: list[float] = timed(call, warm, seconds)
-        return found
-
-    return System(name, size, time_it, lambda rows: np.asarray(calls[0](x[:rows])))
-
-
 def there(process: Process, what: str, size: int, copies: int, **settings: Any) -> System:
     """A system in a rival's process, on the weights last saved."""
     name = process.name + what
@@ -261,60 +224,16 @@ def _drop(rival: Rival, name: str) -> None:
         rival.ask("drop", name)
 
 
-def isa() -> str:
-    """The instruction set in use."""
-    found = features().selected
-    assert found is not None, "the C++ kernels are not in this installation"
-    return found
-
-
 def _ours(kernel: ByteLinear) -> Callable[[np.ndarray], Any]:
     return lambda x: kernel(torch.from_numpy(x))
-
-
-def onnx_session(model: onnx.ModelProto) -> Callable[[np.ndarray], Any]:
-    """A call of an onnxruntime session."""
-    options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False  # one pool for all copies, as one model would have
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"x": x})[0]
-
-
-def nbits_model(packed: torch.Tensor, scales: torch.Tensor, columns: int, group: int) -> onnx.ModelProto:
-    """``MatMulNBits`` with int8 activations, symmetric."""
-    outputs = len(packed)
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", "w", "s"],
-        ["y"],
-        domain="com.microsoft",
-        K=columns,
-        N=outputs,
-        bits=4,
-        block_size=group,
-        accuracy_level=4,
-    )
-    weights = {"w": packed.numpy(), "s": scales.float().flatten().numpy()}
-    return _model([node], weights, columns, outputs)
 
 
 def dynamic_model(weight: torch.Tensor, scales: torch.Tensor) -> onnx.ModelProto:
     """What onnxruntime's dynamic quantisation runs."""
     node = helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft")
     weights = {"w": np.ascontiguousarray(weight.t().numpy()), "s": scales.numpy()}
-    return _model([node], weights, weight.shape[1], weight.shape[0])
-
-
-def _model(nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], columns: int, outputs: int) -> onnx.ModelProto:
-    graph = helper.make_graph(
-        nodes,
-        "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", columns])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", outputs])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    made: onnx.ModelProto = linear_model([node], weights, weight.shape[1], weight.shape[0])
+    return made
 
 
 def torch_dynamic(weight: torch.Tensor, scales: torch.Tensor, copies: int) -> list[Callable[[np.ndarray], Any]]:

@@ -2,9 +2,8 @@
 
 Every case is compared with its reference in float64 first; one that is wrong is not timed. Times are medians of CUDA
 graphs of many calls between events, on operands that take turns and that the L2 cache cannot hold. A rival that is not
-installed or does not run is a row that says why. Takes at most eight minutes.
-
-Exit code 1 when a check fails or a target is missed, 2 without a GPU.
+installed or does not run is a row that says why. Takes at most eight minutes. Without a GPU it says so and exits with
+2; exit code 1 when a check fails or a target is missed.
 """
 
 from __future__ import annotations
@@ -178,9 +177,9 @@ def attention_cases(limits: Any, device: torch.device, *, quick: bool) -> list[C
         scale, macs = width**-0.5, 2 * 16 * length * length * width / (2 if causal else 1)
 
         def check() -> tuple[float, float]:
-            a, b, c = (each[:, :2, -512:] for each in (q, k, v))
-            wanted = reference(a.double(), b.double(), c.double(), None, None, scale, causal, 0)
-            return error(attention(a, b, c, None, scale, causal, 0), wanted), 2e-2
+            query, key, value = (each[:, :2, -512:] for each in (q, k, v))
+            wanted = reference(query.double(), key.double(), value.double(), None, None, scale, causal, 0)
+            return error(attention(query, key, value, None, scale, causal, 0), wanted), 2e-2
 
         def flash() -> Sequence[Callable[[], object]]:
             from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -379,8 +378,7 @@ def main() -> int:
         run(make(), rows, median_ms)
         torch.cuda.empty_cache()
         rows.write(options.json)
-    code: int = rows.finish(options.json)
-    return code
+    return int(rows.finish(options.json))
 
 
 if __name__ == "__main__":

@@ -178,8 +178,9 @@ def optimize(
     all_hooks = list(hooks)
     if verify is not False:
         all_hooks.insert(0, Verifier(examples, verify if isinstance(verify, Verification) else None))
+    names = [node.name for node in program.inputs]
     report = run_passes(program, list(passes), all_hooks)
-    examples = completed(program, examples)
+    examples = completed(program, examples, names)
     if DecoderLayout.find(program) is None:
         return OptimizedModel(program, report, backend, examples)
     from graphwright.frontends.generation.optimized import OptimizedDecoder

@@ -18,6 +18,8 @@ from graphwright.passes.base import Pass
 from graphwright.passes.pipeline import Pipeline
 from graphwright.passes.quantization.rounding import METHODS, Rounding, rounding_of
 from graphwright.passes.selection import Select, Where
+from graphwright.passes.sparsity.methods import METHODS as PRUNING
+from graphwright.passes.sparsity.methods import PruningMethod, method_of
 
 # TOML has no null; this stands for it where an option may be absent.
 NONE = "none"
@@ -48,6 +50,9 @@ class Family:
 
 FAMILIES = (
     Family(Rounding, "rounding method", "method", tuple(METHODS), lambda name: type(rounding_of(name, where="method"))),
+    Family(
+        PruningMethod, "pruning method", "method", tuple(PRUNING), lambda name: type(method_of(name, where="method"))
+    ),
     Family(AdapterKind, "adapter", "kind", tuple(KINDS), lambda name: type(kind_of(name, where="kind"))),
 )
 

@@ -28,7 +28,7 @@ class PrunedWeight:
     """A weight with a mask, as the records have it.
 
     Attributes:
-        name: of the weight; of its codes, where it is packed.
+        name: of the weight; of its codes, where it is packed, of its mask, where it is compressed.
         pattern: that its zeros keep to, such as ``"2:4"``.
         sparsity: fraction of zeros.
         digest: of which weights are not 0, in the order in which they are stored.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -52,9 +52,16 @@ def find_repetition(program: Program, layout: DecoderLayout) -> Repetition:
         layout: its layout.
 
     Raises:
-        ProgramError: layers are not joined by one value, or are no cycle; the message has their order.
+        ProgramError: layers are not joined by one value, or are no cycle; the message has their order. Or adapters are
+            switched as it runs.
     """
     where = f"program {program.title!r}"
+    if layout.adapters:
+        raise ProgramError(
+            "switches adapters by an input, which a stage of a pipeline does not take",
+            where=where,
+            hint="merge one adapter, or decode without pipeline=True",
+        )
     found = _Layers(program, layout)
     boundaries = found.boundaries()
     expressions, ends = found.expressions(boundaries)
@@ -97,7 +104,7 @@ class _Layers:
         self.place = {node: index for index, node in enumerate(self.nodes)}
         inputs = program.inputs
         self.rows = inputs[3]
-        self.caches = {node: index % layout.layers for index, node in enumerate(inputs[4:])}
+        self.caches = {node: index % layout.layers for index, node in enumerate(layout.caches(program))}
         self.content = self._content(inputs[0])
         self.numbers: dict[Any, int] = {}
         self.outside: dict[fx.Node, int] = {}
@@ -186,8 +193,7 @@ class _Layers:
             elif op_name(node) in _CASTS and kind == self.program.type_of(argument(node, "self")):
                 target[node] = known(argument(node, "self"))
             elif node.op == "call_function":
-                operands = fx.node.map_arg((node.args, node.kwargs), lambda each: _Number(known(each)))
-                target[node] = self._number(op_name(node), repr(operands))
+                target[node] = self._number(op_name(node), repr(_operands(node, known)))
         return inside
 
     def _number(self, *key: Any) -> int:
@@ -197,3 +203,9 @@ class _Layers:
 @dataclass(frozen=True)
 class _Number:
     value: int
+
+
+def _operands(node: fx.Node, known: Callable[[fx.Node], int]) -> Any:
+    """What a node is called with, numbers in place of nodes."""
+    number: Callable[[fx.Node], Any] = lambda each: _Number(known(each))  # noqa: E731 - its type is what matters
+    return fx.node.map_arg((node.args, node.kwargs), number)

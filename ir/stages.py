@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.errors import ProgramError
 from graphwright.ir.names import op_name, resolve_target
 from graphwright.ir.program import Program
 from graphwright.ir.repetition import Repetition, find_repetition
@@ -62,10 +63,16 @@ def cut_stage(program: Program) -> Stage:
         program: a decoding step, before or after passes; it stays as it is.
 
     Raises:
-        ProgramError: it is no decoding step, or it does not repeat its layers as a cycle (then the message says in
-            what order it has them).
+        ProgramError: it is no decoding step, it switches adapters, or it does not repeat its layers as a cycle (then
+            the message says in what order it has them).
     """
     layout = DecoderLayout.of(program)
+    if layout.adapters:
+        raise ProgramError(
+            f"switches {layout.adapters} adapters, which stages have no place for",
+            where=f"program {program.title!r}",
+            hint="merge the adapters or take them out, or decode without pipeline=True",
+        )
     return _Cut(program, layout, find_repetition(program, layout)).stage()
 
 

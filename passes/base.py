@@ -33,6 +33,8 @@ class Pass(ABC):
     - ``needs``: names of passes that must have run before it.
     - ``not_after``: names of passes after which it cannot run -> the reason, with the order that works.
     - ``respects``: tags of nodes it leaves alone.
+    - ``judges_history``: whether ``run`` itself refuses what an earlier pass has made impossible, by the nodes that it
+      meets; ``not_after`` then counts among passes given together, before anything runs, not for what was done before.
 
     Attributes:
         where: nodes it may touch (see :mod:`graphwright.passes.selection`); all by default.
@@ -47,6 +49,7 @@ class Pass(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     not_after: ClassVar[Mapping[str, str]] = {}
     respects: ClassVar[frozenset[str]] = frozenset({"adapter"})
+    judges_history: ClassVar[bool] = False
 
     where: Where = None
     ignore: Where = None

@@ -23,8 +23,9 @@ def check_order(passes: Sequence[Pass], history: Sequence[str] = ()) -> None:
     seen: list[str] = list(history)
     for index, item in enumerate(passes):
         later = {other.name for other in passes[index + 1 :]}
+        barred = seen[len(history) :] if item.judges_history else seen
         for earlier, reason in item.conflicts().items():
-            if earlier in seen:
+            if earlier in barred:
                 done = earlier in history and earlier not in {other.name for other in passes[:index]}
                 raise OrderError(
                     f"{item.name!r} cannot run after {earlier!r}: {reason}",

@@ -63,6 +63,9 @@ class SparseLinear(LinearInstruction):
         bias: npt.NDArray[np.float32] | None,
     ) -> None: ...
     @property
+    def some_blocks(self) -> float:
+        """The share of blocks of four columns that are not zeros; 1 where kernels do not skip such blocks."""
+    @property
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
     def run(

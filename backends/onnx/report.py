@@ -27,6 +27,7 @@ class OnnxExport:
         quantized: node of each quantised linear -> runtime operator that runs it; empty if unchecked.
         kernels: what runs, by count; ``None`` if unchecked.
         differences: per output and call, how far the file is from the program; empty if unchecked.
+        sparse: names of weights that are stored as sparse initialisers.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class OnnxExport:
     quantized: Mapping[str, str]
     kernels: KernelTable | None
     differences: tuple[Difference, ...]
+    sparse: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -62,6 +64,7 @@ class OnnxExport:
             "inputs": list(self.input_names),
             "outputs": list(self.output_names),
             "quantized": dict(self.quantized),
+            "sparse": list(self.sparse),
             "kernels": [{"kernel": row.kernel, "count": row.count, "note": row.note} for row in self.kernels or ()],
             "differences": [
                 {
@@ -79,6 +82,9 @@ class OnnxExport:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.bytes / 2**20:.1f} MiB, ONNX opset {self.opset}, {self.mode} mode"]
+        if self.sparse:
+            count = f"{len(self.sparse)} weight" + ("s" if len(self.sparse) > 1 else "")
+            lines.append(f"{count} stored as sparse initialisers: onnxruntime makes them dense, they save no time")
         if self.kernels is None:
             return "\n".join([*lines, "not checked"])
         for each in self.differences:

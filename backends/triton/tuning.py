@@ -136,7 +136,7 @@ def median_ms(call: Callable[[], object], repeats: int = 20) -> float:
         stop.record()
         stop.synchronize()
         spent.append(start.elapsed_time(stop))
-    return statistics.median(spent)
+    return float(statistics.median(spent))
 
 
 def _write(path: Path, chosen: dict[str, Config]) -> None:

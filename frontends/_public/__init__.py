@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from graphwright.backends.cpu import PackedModel as PackedModel
     from graphwright.backends.onnx import export_genai as export_genai
     from graphwright.backends.onnx import export_onnx as export_onnx
+    from graphwright.backends.reference.depth import DepthSchedule as DepthSchedule
+    from graphwright.backends.reference.depth import ScheduledSession as ScheduledSession
     from graphwright.backends.triton import TritonBackend as TritonBackend
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from graphwright.frontends.generation.packed import load_packed as load_packed
     from graphwright.frontends.generation.prompt_cache import PromptCache as PromptCache
     from graphwright.frontends.generation.result import Generation as Generation
+    from graphwright.frontends.generation.result import Pipelining as Pipelining
     from graphwright.frontends.generation.sampling import Sampling as Sampling
     from graphwright.frontends.generation.stream import Stream as Stream
     from graphwright.frontends.huggingface import load_decoder as load_decoder
@@ -85,8 +88,11 @@ if TYPE_CHECKING:
     from graphwright.ir.provenance import tags_of as tags_of
     from graphwright.ir.pruned import PrunedWeight as PrunedWeight
     from graphwright.ir.pruned import pruned_weights as pruned_weights
+    from graphwright.ir.repetitions import Sharing as Sharing
+    from graphwright.ir.repetitions import repetitions_of as repetitions_of
     from graphwright.ir.rewriter import Rewriter as Rewriter
     from graphwright.ir.sparsity import SparsityPattern as SparsityPattern
+    from graphwright.ir.stacks import find_stacks as find_stacks
     from graphwright.ir.taps import Tapped as Tapped
     from graphwright.ir.types import Dim as Dim
     from graphwright.ir.types import TensorType as TensorType
@@ -206,19 +212,34 @@ if TYPE_CHECKING:
     from graphwright.passes.quantization import allocate as allocate
     from graphwright.passes.quantization import sensitivities as sensitivities
     from graphwright.passes.quantization import skip_by_kurtosis as skip_by_kurtosis
+    from graphwright.passes.removal import RemoveChannels as RemoveChannels
+    from graphwright.passes.removal import RemoveHeads as RemoveHeads
+    from graphwright.passes.removal import RemoveHiddenDims as RemoveHiddenDims
     from graphwright.passes.report import PassRecord as PassRecord
     from graphwright.passes.report import Report as Report
     from graphwright.passes.selection import Select as Select
+    from graphwright.passes.sharing import ClassifyRepetitions as ClassifyRepetitions
+    from graphwright.passes.sharing import DeepenLayers as DeepenLayers
+    from graphwright.passes.sharing import DropBlocks as DropBlocks
+    from graphwright.passes.sharing import ShareHeads as ShareHeads
+    from graphwright.passes.sharing import ShareLayers as ShareLayers
+    from graphwright.passes.sharing import TruncateDepth as TruncateDepth
+    from graphwright.passes.sharing import repetition_loss as repetition_loss
+    from graphwright.passes.sharing import repetition_weights as repetition_weights
+    from graphwright.passes.sparsity import CubicSchedule as CubicSchedule
     from graphwright.passes.sparsity import HoldMasks as HoldMasks
+    from graphwright.passes.sparsity import LadderSchedule as LadderSchedule
     from graphwright.passes.sparsity import LinearSparsity as LinearSparsity
     from graphwright.passes.sparsity import LossDriven as LossDriven
     from graphwright.passes.sparsity import Magnitude as Magnitude
     from graphwright.passes.sparsity import PruneByMasks as PruneByMasks
+    from graphwright.passes.sparsity import PruneGradually as PruneGradually
     from graphwright.passes.sparsity import PruneLinears as PruneLinears
     from graphwright.passes.sparsity import PruningMethod as PruningMethod
     from graphwright.passes.sparsity import ReleaseMasks as ReleaseMasks
     from graphwright.passes.sparsity import SparseGpt as SparseGpt
     from graphwright.passes.sparsity import SparsityDescription as SparsityDescription
+    from graphwright.passes.sparsity import SparsitySchedule as SparsitySchedule
     from graphwright.passes.sparsity import Wanda as Wanda
     from graphwright.passes.sparsity import describe_sparsity as describe_sparsity
     from graphwright.passes.sparsity.compression import CompressLinears as CompressLinears
@@ -244,6 +265,7 @@ _EXPORTS: dict[str, str] = {
     "CalibrationData": "graphwright.passes.calibration",
     "CanonicalizeLinears": "graphwright.passes.cleanup",
     "Chat": "graphwright.frontends.generation.chat",
+    "ClassifyRepetitions": "graphwright.passes.sharing",
     "Cleanup": "graphwright.passes.cleanup",
     "ClippedNearest": "graphwright.passes.quantization",
     "Compacter": "graphwright.passes.adapters",
@@ -252,16 +274,20 @@ _EXPORTS: dict[str, str] = {
     "ConvertFakeQuantize": "graphwright.passes.quantization",
     "CpuBackend": "graphwright.backends.cpu",
     "CrossEntropy": "graphwright.passes.distillation",
+    "CubicSchedule": "graphwright.passes.sparsity",
     "DePT": "graphwright.passes.adapters",
     "Decoder": "graphwright.frontends.generation.decoder",
     "DecoderDraft": "graphwright.frontends.generation.decoder_draft",
     "DecoderFacts": "graphwright.frontends.generation.facts",
     "DecompressLinears": "graphwright.passes.sparsity.compression",
+    "DeepenLayers": "graphwright.passes.sharing",
     "DeleteRanks": "graphwright.passes.adapters",
+    "DepthSchedule": "graphwright.backends.reference.depth",
     "Dim": "graphwright.ir.types",
     "Distilled": "graphwright.passes.distillation",
     "DoRA": "graphwright.passes.adapters",
     "Draft": "graphwright.frontends.generation.drafts",
+    "DropBlocks": "graphwright.passes.sharing",
     "DumpIR": "graphwright.passes.hooks",
     "ETHER": "graphwright.passes.adapters",
     "ETHERPlus": "graphwright.passes.adapters",
@@ -297,6 +323,7 @@ _EXPORTS: dict[str, str] = {
     "KLDivergence": "graphwright.passes.distillation",
     "KronA": "graphwright.passes.adapters",
     "KronABlock": "graphwright.passes.adapters",
+    "LadderSchedule": "graphwright.passes.sparsity",
     "Limits": "graphwright.frontends.autoquantize",
     "LinearSensitivity": "graphwright.passes.quantization",
     "LinearSparsity": "graphwright.passes.sparsity",
@@ -327,6 +354,7 @@ _EXPORTS: dict[str, str] = {
     "PassError": "graphwright.ir.errors",
     "PassRecord": "graphwright.passes.report",
     "Pipeline": "graphwright.passes.pipeline",
+    "Pipelining": "graphwright.frontends.generation.result",
     "PrefixTuning": "graphwright.passes.adapters",
     "PrepareDecoder": "graphwright.passes.decoding",
     "Program": "graphwright.ir.program",
@@ -337,6 +365,7 @@ _EXPORTS: dict[str, str] = {
     "Proposal": "graphwright.frontends.generation.drafts",
     "Proposer": "graphwright.frontends.generation.drafts",
     "PruneByMasks": "graphwright.passes.sparsity",
+    "PruneGradually": "graphwright.passes.sparsity",
     "PruneLinears": "graphwright.passes.sparsity",
     "PrunedWeight": "graphwright.ir.pruned",
     "PruningMethod": "graphwright.passes.sparsity",
@@ -349,7 +378,10 @@ _EXPORTS: dict[str, str] = {
     "Relative": "graphwright.frontends.autoquantize",
     "ReleaseMasks": "graphwright.passes.sparsity",
     "RemoveAdapters": "graphwright.passes.adapters",
+    "RemoveChannels": "graphwright.passes.removal",
     "RemoveDeadCode": "graphwright.passes.cleanup",
+    "RemoveHeads": "graphwright.passes.removal",
+    "RemoveHiddenDims": "graphwright.passes.removal",
     "RemoveNoOps": "graphwright.passes.cleanup",
     "RemoveTaps": "graphwright.passes.distillation",
     "Report": "graphwright.passes.report",
@@ -361,16 +393,21 @@ _EXPORTS: dict[str, str] = {
     "Sampling": "graphwright.frontends.generation.sampling",
     "SavedModel": "graphwright.frontends.huggingface.quantized",
     "ScaleSalientChannels": "graphwright.passes.quantization",
+    "ScheduledSession": "graphwright.backends.reference.depth",
     "SearchSpace": "graphwright.frontends.autoquantize",
     "Select": "graphwright.passes.selection",
     "SelectionError": "graphwright.ir.errors",
     "Sensitivities": "graphwright.passes.quantization",
     "SerializationError": "graphwright.ir.errors",
+    "ShareHeads": "graphwright.passes.sharing",
+    "ShareLayers": "graphwright.passes.sharing",
+    "Sharing": "graphwright.ir.repetitions",
     "SmoothActivations": "graphwright.passes.quantization",
     "SoRA": "graphwright.passes.adapters",
     "SparseGpt": "graphwright.passes.sparsity",
     "SparsityDescription": "graphwright.passes.sparsity",
     "SparsityPattern": "graphwright.ir.sparsity",
+    "SparsitySchedule": "graphwright.passes.sparsity",
     "SplitOutlierColumns": "graphwright.passes.quantization",
     "SplitOutlierWeights": "graphwright.passes.quantization",
     "SquareHead": "graphwright.passes.distillation",
@@ -387,6 +424,7 @@ _EXPORTS: dict[str, str] = {
     "TransposeLinears": "graphwright.passes.cleanup",
     "Trial": "graphwright.frontends.autoquantize",
     "TritonBackend": "graphwright.backends.triton",
+    "TruncateDepth": "graphwright.passes.sharing",
     "TypeMismatch": "graphwright.ir.errors",
     "UnflattenRows": "graphwright.passes.decoding",
     "UnmergeAdapters": "graphwright.passes.adapters",
@@ -416,6 +454,7 @@ _EXPORTS: dict[str, str] = {
     "either": "graphwright.ir.pattern",
     "export_genai": "graphwright.backends.onnx",
     "export_onnx": "graphwright.backends.onnx",
+    "find_stacks": "graphwright.ir.stacks",
     "hidden_cosine": "graphwright.passes.distillation",
     "kl_divergence": "graphwright.passes.distillation",
     "kronecker_shapes": "graphwright.passes.adapters",
@@ -432,6 +471,9 @@ _EXPORTS: dict[str, str] = {
     "parse": "graphwright.ir.parser",
     "path_of": "graphwright.ir.provenance",
     "pruned_weights": "graphwright.ir.pruned",
+    "repetition_loss": "graphwright.passes.sharing",
+    "repetition_weights": "graphwright.passes.sharing",
+    "repetitions_of": "graphwright.ir.repetitions",
     "run_passes": "graphwright.passes.pipeline",
     "save_adapter": "graphwright.passes.adapters",
     "save_quantized": "graphwright.frontends.huggingface.quantized",

@@ -24,6 +24,7 @@ _OPTIONS = (
     "seed",
     "cache",
     "draft_tokens",
+    "pipeline",
 )
 
 
@@ -40,6 +41,9 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="of sampling: the same seed gives the same answer")
     group.add_argument("--draft", metavar="WHAT", help="guess ahead: prompt-lookup, or a smaller MODEL")
     group.add_argument("--draft-tokens", type=int, metavar="N", help="guessed at a time")
+    group.add_argument(
+        "--pipeline", action="store_true", default=None, help="decode repeated layers as a pipeline; same answers"
+    )
     group = parser.add_argument_group("what runs them")
     group.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="how keys and values are stored")
     group.add_argument("--tokenizer", metavar="FOLDER", help="of the model (default: MODEL's own)")

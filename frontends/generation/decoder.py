@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from graphwright.backends.executable import Executable
+from graphwright.backends.pipeline import PipelineSession
 from graphwright.backends.session import Session
 from graphwright.frontends.generation.adapters import UNSAID, Adapters
 from graphwright.frontends.generation.drafts import Draft
@@ -26,6 +27,8 @@ from graphwright.passes.adapters.gating import switched_adapters
 
 if TYPE_CHECKING:
     from graphwright.frontends.generation.chat import Chat
+
+S = TypeVar("S", bound=Session)
 
 # Tokens that caches hold where neither the caller nor the model says how many.
 _CAPACITY = 2048
@@ -81,26 +84,51 @@ class Decoder(ABC):
         limits = [each for each in (self.facts.context, self.layout.length) if each is not None]
         return min(limits, default=None)
 
-    def session(
-        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32", pipeline: bool = False
-    ) -> Session:
+    def session(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32") -> Session:
         """Caches, and steps on them.
 
         Args:
             slots: sequences held at a time.
             capacity: tokens that each can hold; the model's context by default.
             cache: how keys and values are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
-            pipeline: give a :class:`PipelineSession`, which runs the group of layers that the decoder repeats.
 
         Raises:
             InputError: there are no slots or no capacity, caches are not stored so, or memory does not suffice.
-            BackendError: the target runs no decoding steps, or no stages.
+            BackendError: the target runs no decoding steps.
+        """
+        return self._session(self._lowered().session, slots, capacity, cache)
+
+    def pipeline_session(
+        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32"
+    ) -> PipelineSession:
+        """The same of a decoder that repeats a group of layers, with caches for each repetition.
+
+        Args:
+            slots, capacity, cache: as for :meth:`session`.
+
+        Raises:
+            InputError: see :meth:`session`.
+            BackendError: the target runs no stages.
             ProgramError: the decoder repeats no group of layers.
         """
+        return self._session(self._lowered().pipeline, slots, capacity, cache)
+
+    def prompt_cache(
+        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32", pipeline: bool = False
+    ) -> PromptCache:
+        """A session that remembers its tokens from call to call: give it as ``cache=`` to :meth:`generate`.
+
+        A prompt that begins like one before it, or like its answer, only computes what is new.
+
+        Raises:
+            InputError: see :meth:`session`, and :meth:`pipeline_session` where ``pipeline`` is set.
+        """
+        make = self.pipeline_session if pipeline else self.session
+        return PromptCache(make(slots=slots, capacity=capacity, cache=cache), self)
+
+    def _session(self, make: Callable[..., S], slots: int, capacity: int | None, cache: str) -> S:
         tokens = capacity if capacity is not None else self.context or _CAPACITY
         try:
-            lowered = self._lowered()
-            make = lowered.pipeline if pipeline else lowered.session
             return make(slots=slots, capacity=tokens, cache=cache)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):
@@ -111,19 +139,6 @@ class Decoder(ABC):
                 where="session",
                 hint="take a smaller capacity, max_new_tokens or batch_size, or cache='int8'",
             ) from error
-
-    def prompt_cache(
-        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32", pipeline: bool = False
-    ) -> PromptCache:
-        """A session that remembers its tokens from call to call: give it as ``cache=`` to :meth:`generate`.
-
-        A prompt that begins like one before it, or like its answer, only computes what is new.
-
-        Raises:
-            InputError: see :meth:`session`, as for the others.
-        """
-        given = {"pipeline": True} if pipeline else {}
-        return PromptCache(self.session(slots=slots, capacity=capacity, cache=cache, **given), self)
 
     def generate(
         self,

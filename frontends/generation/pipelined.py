@@ -10,6 +10,7 @@ so the answer is that of ordinary decoding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field, replace
 
@@ -110,8 +111,8 @@ class PipelinedRun(Run):
         repeats = cache.session.repeats
         self._flips, self._completed = [0] * (repeats - 1), 0
         self._first_flips = self._rows = self._lane_stages = self._dropped = self._exits = self._early_flips = 0
-        # Known beforehand, so that a stage makes few tensors.
         self._nothing = torch.zeros(1, cache.session.width)
+        self._first = torch.zeros(repeats * cache.session.slots, 1, dtype=torch.int64)
 
     def result(self) -> Generation:
         """What there is so far."""
@@ -164,24 +165,23 @@ class PipelinedRun(Run):
 
     def _run_stage(self, lanes: Several[_Lane]) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
         flying = [(lane.sequence.slot, flight) for lane in lanes for flight in lane.flights]
-        count = len(flying)
-        logits, hidden = self._pipeline.stage(
-            torch.tensor([[flight.token] for _, flight in flying]),
-            torch.stack([flight.hidden for _, flight in flying]),
-            torch.tensor([flight.depth for _, flight in flying]),
-            torch.tensor([slot for slot, _ in flying]),
-            torch.tensor([flight.position for _, flight in flying]),
-            torch.zeros(count, 1, dtype=torch.int64),
+        # One tensor: each takes as long to make as a small kernel to run.
+        given = torch.tensor([(each.token, each.depth, slot, each.position) for slot, each in flying])
+        tokens, depths, slots, positions = given.unbind(1)
+        hidden = torch.stack([flight.hidden for _, flight in flying])
+        logits, after = self._pipeline.stage(
+            tokens.unsqueeze(1), hidden, depths, slots, positions, self._first[: len(flying)]
         )
-        return logits.view(count, -1).numpy(), hidden
+        return logits.view(len(flying), -1).numpy(), after
 
     def _advance_lane(
         self, lane: _Lane, logits: npt.NDArray[np.float32], hidden: torch.Tensor, best: Several[int]
     ) -> None:
         """Take over what the stage gave for one sequence."""
         flights, repeats = lane.flights, self._pipeline.repeats
+        states = hidden.unbind(0)
         for index, flight in enumerate(flights):
-            flight.hidden = hidden[index]
+            flight.hidden = states[index]
             before = flight.guesses[-1] if flight.guesses else None
             guess = self._guess(lane, index, logits[index], best[index])
             if flight.is_taken:  # what follows it stays, whatever deeper repetitions say
@@ -195,7 +195,7 @@ class PipelinedRun(Run):
         self._take_over(lane, logits, repeats)
 
     def _guess(self, lane: _Lane, index: int, logits: npt.NDArray[np.float32], best: int) -> int | None:
-        if not np.isfinite(logits[best]):  # argmax finds NaN where there is one
+        if not math.isfinite(logits[best]):  # argmax finds NaN where there is one
             return None
         sampling, sequence = self._sampling, lane.sequence
         if sampling.is_plain:
@@ -214,7 +214,7 @@ class PipelinedRun(Run):
         sequence, flights = lane.sequence, lane.flights
         for index, flight in enumerate(flights):
             is_through = flight.depth == repeats
-            if is_through:
+            if is_through and flight.guesses[-1] is None:
                 self._check(sequence, torch.from_numpy(logits[index : index + 1]))
             if not is_through and not self._is_sure(flight, logits[index]):
                 break

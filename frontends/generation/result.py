@@ -10,6 +10,10 @@ from typing import Any
 REASONS = ("stop_token", "stop_string", "length", "cancelled", "capacity")
 
 
+# Trained for it, decoders of the paper change 6 to 17 % of their first predictions.
+_MANY_FLIPS = 0.3
+
+
 @dataclass(frozen=True)
 class Counts:
     """What a generation took.
@@ -105,14 +109,15 @@ class Pipelining:
 
     @property
     def summary(self) -> str:
-        """In one line, and that nothing is gained where that is so."""
+        """In one line, and that nothing is gained, or little, where that is so."""
         rates = ", ".join(f"{100 * rate:.1f} %" for rate in self.flip_rates)
         text = f"pipeline of {self.repeats}: {self.tokens_per_stage:.2f} tokens/stage, flips {rates}"
         if self.exit_confidence is not None:
             text += f", {self.early_exits} early exits at {self.exit_confidence:g}: not ordinary decoding's answers"
-        # Rows beyond the first cost something too.
-        if self.completed and self.gain < 1.15:
-            text += ", nothing is gained: train the model with a loss after every repetition"
+        if self.first_flip_rate > _MANY_FLIPS:
+            # Rows beyond the first cost something too.
+            amount = "nothing" if self.gain < 1.15 else "little"
+            text += f", {amount} is gained: train the model with a loss after every repetition"
         return text
 
 

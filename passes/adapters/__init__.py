@@ -6,7 +6,6 @@
 from graphwright.passes.adapters.base import AdapterKind, Dense, Draw, Factor
 from graphwright.passes.adapters.files import load_adapter, save_adapter
 from graphwright.passes.adapters.folding import FoldAdapters
-from graphwright.passes.adapters.gates import DeleteRanks, shrink_gates
 from graphwright.passes.adapters.gating import GateAdapters, adapter_weights
 from graphwright.passes.adapters.inputs import AdaptersAsInputs, adapter_inputs
 from graphwright.passes.adapters.inserted import adapter_tensors, adapters_of
@@ -35,6 +34,7 @@ from graphwright.passes.adapters.kinds.vera import VeRA
 from graphwright.passes.adapters.merging import MergeAdapters, RemoveAdapters
 from graphwright.passes.adapters.parameters import adapter_parameters
 from graphwright.passes.adapters.projections import ReduceProjections
+from graphwright.passes.adapters.ranks import DeleteRanks, shrink_gates
 from graphwright.passes.adapters.unmerging import UnmergeAdapters
 
 __all__ = [

@@ -83,9 +83,9 @@ class Builder:
             return self.call(self.site.node.target, **{**given, "input": x, "weight": weight, "bias": None})
         return self.linear(x, weight)
 
-    def pointwise(self, x: fx.Node, weight: fx.Node) -> fx.Node:
+    def pointwise(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
         """A convolution ``[out, channels, 1…]`` over the channels of every place, where the site is a convolution."""
-        return self.call(self.site.node.target, x, weight)
+        return self.call(self.site.node.target, x, weight, *([] if bias is None else [bias]))
 
     def scaled(self, x: fx.Node, factor: float) -> fx.Node:
         """``factor · x``; x itself for 1."""

@@ -58,6 +58,7 @@ class SavedAdapter:
         sites: by module path; none yet where ``place`` gives them.
         base: weights of the base that were saved along, by name; the program must have the same.
         place: for files that name no modules: what is at the sites that a program has for the kind, in their order.
+        finish: for files that depend on the base: what is at a site once the layer there is known.
     """
 
     source: str
@@ -66,6 +67,18 @@ class SavedAdapter:
     sites: Mapping[str, SavedSite]
     base: Mapping[str, torch.Tensor] = field(default_factory=dict)
     place: Callable[[Sequence[Site]], Mapping[str, SavedSite]] | None = None
+    finish: Callable[[SavedSite, Site], SavedSite] | None = None
+
+    def finished(self, sites: Mapping[str, Site]) -> SavedAdapter:
+        """The adapter with its tensors as they are beside these layers, by path.
+
+        Raises:
+            InputError: a layer does not fit.
+        """
+        if self.finish is None:
+            return self
+        made = {path: self.finish(each, sites[path]) if path in sites else each for path, each in self.sites.items()}
+        return replace(self, kind=next(iter(made.values())).kind, sites=made, finish=None)
 
     def placed(self, sites: Sequence[Site]) -> SavedAdapter:
         """The adapter with the sites that it has in a program.

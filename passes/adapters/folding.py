@@ -18,7 +18,7 @@ from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import TensorType
 from graphwright.passes.adapters.builder import tag_of
-from graphwright.passes.adapters.inserted import FOLDED, RECORD, adapter_of, forget
+from graphwright.passes.adapters.inserted import FOLDED, RECORD, adapter_of, checked_names, forget
 from graphwright.passes.adapters.sites import ADAPTER
 from graphwright.passes.base import Pass
 from graphwright.passes.cleanup.constant_folding import bytes_of, constant_cones, constant_value
@@ -27,6 +27,8 @@ from graphwright.passes.verification.precise import run_node
 
 # What storing a weight anew may make of a value, in epsilons of its dtype; as for merging.
 _STORED = 32.0
+# What only says how a tensor is seen costs nothing, so it is no reason to store it anew.
+_VIEWS = frozenset({"aten.t", "aten.unsqueeze", "aten.view"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +78,7 @@ class FoldAdapters(Pass):
         super().__post_init__()
         if isinstance(self.max_growth, bool) or not isinstance(self.max_growth, int) or self.max_growth < 0:
             raise InputError(f"must be a number of bytes, not {self.max_growth!r}", where=f"{self.name}: max_growth")
-        names = self.adapters
-        if names is None:
-            return
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"must be names of adapters, not {names!r}", where=f"{self.name}: adapters")
-        object.__setattr__(self, "adapters", tuple(names))
+        object.__setattr__(self, "adapters", checked_names(self.name, self.adapters))
 
     def run(self, program: Program) -> bool:
         """Fold them.
@@ -170,6 +167,8 @@ class _Fold:
         for node in list(self.program.nodes):
             kind = self.program.type_of(node) if not node._erased and node in cones else None
             if not isinstance(kind, TensorType) or all(user in cones for user in node.users):
+                continue
+            if all(each.op == "get_attr" or op_name(each) in _VIEWS for each in cones[node]):
                 continue
             key = _spelled(node, spelled)
             if key not in stored:

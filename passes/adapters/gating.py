@@ -20,7 +20,7 @@ from graphwright.ir.provenance import tags_of
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.types import VAL, TensorType
 from graphwright.passes.adapters.builder import exit_tag, fed_tag, tag_of
-from graphwright.passes.adapters.inserted import FOLDED, GATED, INPUTS, adapter_of, adapters_of, base_of
+from graphwright.passes.adapters.inserted import FOLDED, GATED, INPUTS, adapter_of, adapters_of, base_of, checked_names
 from graphwright.passes.adapters.sites import ADAPTER
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact
@@ -66,14 +66,10 @@ class GateAdapters(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = self.adapters
-        if names is None:
-            return
-        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-            raise InputError(f"must be names of adapters, not {names!r}", where=f"{self.name}: adapters")
-        if len(set(names)) < len(names):
-            raise InputError(f"has a name twice: {names!r}", where=f"{self.name}: adapters")
-        object.__setattr__(self, "adapters", tuple(names))
+        names = checked_names(self.name, self.adapters)
+        if names is not None and len(set(names)) < max(len(names), 1):
+            raise InputError(f"has a name twice, or none: {names!r}", where=f"{self.name}: adapters")
+        object.__setattr__(self, "adapters", names)
 
     def run(self, program: Program) -> bool:
         """Add the input and the gates; all or nothing.

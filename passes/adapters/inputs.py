@@ -12,7 +12,7 @@ from torch import nn
 from graphwright.ir.errors import InputError, SelectionError
 from graphwright.ir.program import Program
 from graphwright.passes.adapters.files import SavedAdapter, load_adapter
-from graphwright.passes.adapters.inserted import INPUTS, RECORD, adapter_of, adapters_of, forget
+from graphwright.passes.adapters.inserted import INPUTS, RECORD, adapter_of, adapters_of, checked_names, forget
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact
 
@@ -46,12 +46,7 @@ class AdaptersAsInputs(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = self.adapters
-        if names is None:
-            return
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"must be names of adapters, not {names!r}", where=f"{self.name}: adapters")
-        object.__setattr__(self, "adapters", tuple(names))
+        object.__setattr__(self, "adapters", checked_names(self.name, self.adapters))
 
     def run(self, program: Program) -> bool:
         """Replace the tensors; all or nothing.

@@ -184,3 +184,20 @@ def adapter_tensors(program: Program, name: str) -> dict[str, torch.Tensor]:
     """
     weights = {weight for site in adapter_of(program, name).sites.values() for weight in site.tensors.values()}
     return {weight: program.tensor(weight) for weight in sorted(weights)}
+
+
+def checked_names(owner: str, names: object) -> tuple[str, ...] | None:
+    """The option ``adapters`` of a pass as a tuple; ``None`` for all of a program.
+
+    Args:
+        owner: the pass, for the message.
+        names: what was given.
+
+    Raises:
+        InputError: it is no list of names.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
+        raise InputError(f"must be names of adapters, not {names!r}", where=f"{owner}: adapters")
+    return tuple(names)

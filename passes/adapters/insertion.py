@@ -149,6 +149,8 @@ class InsertAdapters(Pass):
         sites, refusals = self._sites(program, kind, saved)
         if saved is not None:
             saved = saved.placed([places[0] for places in sites.values()])
+            saved = saved.finished({path: places[0] for path, places in sites.items()})
+            kind = saved.kind
         program.notes["refusals"] = (*program.notes.get("refusals", ()), *refusals)
         kinds = self._kinds(program, kind, saved, sites)
         if saved is not None:

@@ -11,10 +11,9 @@ from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
-from graphwright.ir.provenance import path_of, tags_of
+from graphwright.ir.provenance import path_of
 from graphwright.ir.types import VAL
-from graphwright.passes.adapters.sites import ADAPTER, Site, linear_site, refusal
-from graphwright.passes.quantization.targets import is_head
+from graphwright.passes.adapters.sites import Site, linear_site, sites_by
 from graphwright.passes.selection import Predicate
 
 OPS = ("linear", "embedding", "conv")
@@ -33,20 +32,7 @@ def layer_sites(
         kind: that asks, for the reason.
         head: the output head too.
     """
-    for node in program.nodes:
-        if node.op != "call_function" or ADAPTER in tags_of(node):
-            continue
-        found = layer_site(program, node)
-        if found is None:
-            continue
-        reason = found if isinstance(found, str) else None
-        if not selected(node):
-            reason = "not selected by where= / ignore="
-        elif isinstance(found, Site) and found.op not in ops:
-            reason = f"{found.op} layers are not among the ops={tuple(ops)} of {kind}"
-        elif not head and is_head(program, node):
-            reason = "it is the output head, which is left alone (name it in where= to adapt it)"
-        yield found if isinstance(found, Site) and reason is None else refusal(node, str(reason))
+    return sites_by(layer_site, program, selected, head=head, ops=ops, kind=kind)
 
 
 def layer_site(program: Program, node: fx.Node) -> Site | str | None:

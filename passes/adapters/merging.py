@@ -20,6 +20,7 @@ from graphwright.passes.adapters.inserted import (
     adapter_of,
     adapters_of,
     base_of,
+    checked_names,
     forget,
 )
 from graphwright.passes.adapters.merged import note_merged
@@ -71,6 +72,7 @@ class MergeAdapters(Pass):
     name: ClassVar[str] = "merge-adapters"
     contract: ClassVar[Contract] = Exact(stored=True)
     respects: ClassVar[frozenset[str]] = frozenset()
+    judges_history: ClassVar[bool] = True
 
     adapters: tuple[str, ...] | None = None
     requantize: bool = False
@@ -79,8 +81,7 @@ class MergeAdapters(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adapters is not None:
-            object.__setattr__(self, "adapters", _names(self.name, self.adapters))
+        object.__setattr__(self, "adapters", checked_names(self.name, self.adapters))
 
     def effective_contract(self) -> Contract:
         """Exact, but for packed weights."""
@@ -131,8 +132,7 @@ class RemoveAdapters(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adapters is not None:
-            object.__setattr__(self, "adapters", _names(self.name, self.adapters))
+        object.__setattr__(self, "adapters", checked_names(self.name, self.adapters))
 
     def run(self, program: Program) -> bool:
         """Take them out.
@@ -149,12 +149,6 @@ class RemoveAdapters(Pass):
                 shorten(rewriter, adapter.name)
                 forget(program, adapter.name)
         return bool(chosen)
-
-
-def _names(owner: str, names: object) -> tuple[str, ...]:
-    if isinstance(names, str) or not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
-        raise InputError(f"must be names of adapters, not {names!r}", where=f"{owner}: adapters")
-    return tuple(names)
 
 
 def _chosen(program: Program, names: tuple[str, ...] | None) -> list[Inserted]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,15 +102,39 @@ def linear_sites(program: Program, selected: Predicate, *, head: bool = False) -
         selected: the pass's choice.
         head: the output head too.
     """
+    return sites_by(linear_site, program, selected, head=head)
+
+
+def sites_by(
+    look: Callable[[Program, fx.Node], Site | str | None],
+    program: Program,
+    selected: Predicate,
+    *,
+    head: bool,
+    ops: Sequence[str] | None = None,
+    kind: str = "",
+) -> Iterator[Site | Refusal]:
+    """Every place that is selected and is no part of an adapter.
+
+    Args:
+        look: the place at a node, why it cannot be adapted, or ``None`` where there is none.
+        program: where.
+        selected: the pass's choice.
+        head: the output head too.
+        ops: of the places; selected ones of others say that they are left out. ``None`` for any.
+        kind: that has these ops, for the reason.
+    """
     for node in program.nodes:
         if node.op != "call_function" or ADAPTER in tags_of(node):
             continue
-        found = linear_site(program, node)
+        found = look(program, node)
         if found is None:
             continue
         reason = found if isinstance(found, str) else None
         if not selected(node):
             reason = "not selected by where= / ignore="
+        elif isinstance(found, Site) and ops is not None and found.op not in ops:
+            reason = f"{found.op} layers are not among the ops={tuple(ops)} of {kind}"
         elif not head and is_head(program, node):
             reason = "it is the output head, which is left alone (name it in where= to adapt it)"
         yield found if isinstance(found, Site) and reason is None else refusal(node, str(reason))

@@ -17,7 +17,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.rewriter import Rewriter
 from graphwright.ir.weights_file import WeightsFile
 from graphwright.passes.adapters.files import SavedAdapter, load_adapter
-from graphwright.passes.adapters.inserted import adapter_of
+from graphwright.passes.adapters.inserted import adapter_of, checked_names
 from graphwright.passes.adapters.insertion import InsertAdapters
 from graphwright.passes.adapters.merged import (
     MergedAdapter,
@@ -70,12 +70,7 @@ class UnmergeAdapters(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = self.adapters
-        if names is None:
-            return
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"must be names of adapters, not {names!r}", where=f"{self.name}: adapters")
-        object.__setattr__(self, "adapters", tuple(names))
+        object.__setattr__(self, "adapters", checked_names(self.name, self.adapters))
 
     def effective_contract(self) -> Contract:
         """Exact; but for what rounding cost, and without the adapter it is another function."""

@@ -73,25 +73,10 @@ class Observed:
     @classmethod
     def over(cls, batches: Iterable[torch.Tensor]) -> Observed:
         """Statistics over batches of rows, ``[n, features]`` float32 each; at least one batch."""
-        found: Observed | None = None
-        waiting, filled = torch.empty(0), 0
+        gathering = Gathering()
         for rows in batches:
-            if found is None:
-                found, waiting = cls.nothing(rows.shape[-1]), torch.empty(_CHUNK_ROWS, rows.shape[-1])
-            for start in range(0, len(rows), _CHUNK_ROWS):
-                part = rows[start : start + _CHUNK_ROWS]
-                fits = min(len(part), _CHUNK_ROWS - filled)
-                waiting[filled : filled + fits] = part[:fits]
-                filled += fits
-                if filled == _CHUNK_ROWS:
-                    found._accumulate(waiting)
-                    filled = len(part) - fits
-                    waiting[:filled] = part[fits:]
-        assert found is not None
-        if filled:
-            found._accumulate(waiting[:filled])
-        found._mirror()
-        return found
+            gathering.add(rows)
+        return gathering.done()
 
     def scaled(self, factors: torch.Tensor) -> Observed:
         """Statistics of the same rows with every feature multiplied by its factor, ``[features]``, positive."""
@@ -106,3 +91,34 @@ class Observed:
     def count(self) -> int:
         """How many rows there were."""
         return self._seen
+
+
+class Gathering:
+    """Statistics in the making: of several values at once, where all are computed together."""
+
+    def __init__(self) -> None:
+        """Before the first batch."""
+        self._found: Observed | None = None
+        self._waiting, self._filled = torch.empty(0), 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Count a batch of rows, ``[n, features]`` float32."""
+        if self._found is None:
+            self._found, self._waiting = Observed.nothing(rows.shape[-1]), torch.empty(_CHUNK_ROWS, rows.shape[-1])
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            part = rows[start : start + _CHUNK_ROWS]
+            fits = min(len(part), _CHUNK_ROWS - self._filled)
+            self._waiting[self._filled : self._filled + fits] = part[:fits]
+            self._filled += fits
+            if self._filled == _CHUNK_ROWS:
+                self._found._accumulate(self._waiting)
+                self._filled = len(part) - fits
+                self._waiting[: self._filled] = part[fits:]
+
+    def done(self) -> Observed:
+        """The statistics; at least one batch was counted."""
+        assert self._found is not None
+        if self._filled:
+            self._found._accumulate(self._waiting[: self._filled])
+        self._found._mirror()
+        return self._found

@@ -191,6 +191,17 @@ class Stream:
             what = "its value is not known where the calibration data stands"
             raise ProgramError(what, where=f"%{node.name}") from None
 
+    def ahead(self, nodes: Sequence[fx.Node], batch: int) -> dict[fx.Node, Any]:
+        """Values of the calls that come next, for a batch that stays where it is, besides those known.
+
+        Args:
+            nodes: of the copy: calls from where the batches stand on, in order.
+            batch: its number.
+        """
+        values = {node: self.value(node, batch) for node in self.live()}
+        with torch.no_grad():
+            return run_nodes(self.program, nodes, values, self._weights)
+
     def rows(self, node: fx.Node) -> Iterator[torch.Tensor]:
         """Values of a live node as float32 rows ``[n, features]``, batch by batch, without padding."""
         for batch in range(self.batches):

@@ -100,7 +100,8 @@ class MergeLinears(Pass):
             protected = tags_of(node) & self.respects
             if protected:
                 return f"%{node.name} is tagged {', '.join(sorted(protected))}, which this pass leaves alone"
-        if len({tags_of(node) for node in linears}) > 1:
+        # Groups that share weights may differ, as each has the tag of its repetition.
+        if any(len({tags_of(node) for node in group.linears}) > 1 for group in bucket):
             return "the linears carry different tags"
         first = bucket[0].linears
         weights = [argument(node, "weight") for node in first]

@@ -1,4 +1,8 @@
-"""Pruning every linear for the inputs that it gets from those pruned before it."""
+"""Pruning every linear for the inputs that it gets from the blocks pruned before its own.
+
+Within a block all linears are pruned for what the whole block gives them, as the authors of SparseGPT and Wanda go
+about it, or one after another; the next block is given what the pruned one gives.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of
 from graphwright.ir.pruned import is_masked
 from graphwright.ir.sparsity import SparsityPattern
-from graphwright.passes.calibration import Batch, Observed, Stream
+from graphwright.passes.calibration import Batch, Observed, Stream, blocks_of
+from graphwright.passes.calibration.statistics import Gathering
 from graphwright.passes.calibration.sufficiency import Sufficiency
 from graphwright.passes.progress import Progress, progress
 from graphwright.passes.quantization.checkpoint import Checkpoint, fingerprint_of
@@ -51,6 +56,21 @@ class Task:
 
 
 @dataclass(frozen=True)
+class _Stage:
+    """Weights that are pruned for the inputs that they have together.
+
+    Attributes:
+        first: where the batches must stand.
+        nodes: calls from there on that the inputs are computed by.
+        tasks: the weights.
+    """
+
+    first: fx.Node
+    nodes: tuple[fx.Node, ...]
+    tasks: Sequence[Task]
+
+
+@dataclass(frozen=True)
 class PruningRun:
     """What is done to which weights.
 
@@ -59,12 +79,14 @@ class PruningRun:
         tasks: the weights, in the order of their first linears.
         method: says which weights go.
         checkpoint: folder in which finished weights are kept, see :class:`Checkpoint`; ``None`` for none.
+        sequential: linears are pruned for what those before them in their block give once they are pruned.
     """
 
     program: Program
     tasks: Sequence[Task]
     method: PruningMethod
     checkpoint: str | os.PathLike[str] | None = None
+    sequential: bool = False
 
     def run(self, calibration: Iterable[Batch] | None) -> Iterator[tuple[Task, Pruned]]:
         """The weights with their new values, each as soon as it is known.
@@ -87,42 +109,77 @@ class PruningRun:
             yield from self._through(calibration, shown)
 
     def _through(self, calibration: Iterable[Batch], shown: Progress) -> Iterator[tuple[Task, Pruned]]:
-        by_input: dict[fx.Node, list[Task]] = {}
-        for task in self.tasks:
-            by_input.setdefault(task.targets[0].x, []).append(task)
-        sufficiency = Sufficiency(of_methods=True)
         with Stream(self.program, calibration) as stream:
             kept, done = self._kept(stream.digest() if self.checkpoint is not None else "")
             missing = [task.name for task in self.tasks if task.name not in done]
-            for source, tasks in by_input.items():
-                todo = [task.name for task in tasks if task.name not in done]
-                inputs: Observed | Norms | None = None
+            sufficiency = Sufficiency(of_methods=True)
+            for stage in self._stages(stream):
+                tasks = stage.tasks
+                todo = [task for task in tasks if task.name not in done]
+                inputs: dict[str, Observed | Norms] = {}
                 if missing:
-                    stream.advance(tasks[0].targets[0].node)
+                    stream.advance(stage.first)
                 if todo:
-                    inputs = self._inputs(stream, source, sufficiency, todo[0])
+                    shown.now(path_of(stage.first))
+                    inputs = self._inputs(stream, stage, todo, sufficiency)
                 for task in tasks:
                     found = done.get(task.name)
                     if found is None:
                         missing.remove(task.name)
-                        given = inputs.copy() if isinstance(inputs, Observed) and task.name != todo[-1] else inputs
-                        inputs = None if task.name == todo[-1] else inputs  # moments are the largest things here
+                        todo.remove(task)
+                        source = task.targets[0].x.name
+                        # Moments are the largest things here: the last that reads one may use it up.
+                        given = inputs[source]
+                        if any(other.targets[0].x.name == source for other in todo):
+                            given = given.copy() if isinstance(given, Observed) else given
+                        else:
+                            del inputs[source]
                         found = self._one(task, given, kept, shown)
-                    if missing:  # what comes after sees it pruned
+                    if missing:  # what comes after the stage sees it pruned
                         stream.replace_weight(task.name, stored_as(task.targets[0], found.weight))
                     yield task, found
 
-    def _inputs(self, stream: Stream, source: fx.Node, sufficiency: Sufficiency, name: str) -> Observed | Norms:
-        if self.method.needs == "moments":
-            observed = Observed.over(stream.rows(source))
-            sufficiency.check(observed, name)
-            return observed
-        norms, where = Norms.over(stream.rows(source)), f"the input of weight {name!r}"
-        if norms.count == 0:
-            raise InputError("has no rows on the calibration data", where=where, hint="is all of it padding?")
-        if not bool(torch.isfinite(norms.squares).all()):
-            raise InputError("is NaN or infinite on the calibration data", where=where, hint="look at the batches")
-        return norms
+    def _stages(self, stream: Stream) -> Iterator[_Stage]:
+        """Blocks, or linears with the same input."""
+        if self.sequential:
+            by_input: dict[fx.Node, list[Task]] = {}
+            for task in self.tasks:
+                by_input.setdefault(task.targets[0].x, []).append(task)
+            for tasks in by_input.values():
+                yield _Stage(stream.twin(tasks[0].targets[0].node), (), tasks)
+            return
+        for block in blocks_of(stream.program):
+            places = {node.name: place for place, node in enumerate(block.nodes)}
+            tasks = [task for task in self.tasks if task.targets[0].node.name in places]
+            if tasks:
+                last = max(places[task.targets[0].node.name] for task in tasks)
+                yield _Stage(block.nodes[0], block.nodes[:last], tasks)
+
+    def _inputs(
+        self, stream: Stream, stage: _Stage, tasks: Sequence[Task], sufficiency: Sufficiency
+    ) -> dict[str, Observed | Norms]:
+        """What is known of the inputs of a stage's linears while none of them is pruned, by the name of the input."""
+        sources = {task.targets[0].x.name: task.name for task in reversed(tasks)}
+        nodes = {task.targets[0].x.name: stream.twin(task.targets[0].x) for task in tasks}
+        moments = {source: Gathering() for source in sources} if self.method.needs == "moments" else {}
+        norms: dict[str, Norms] = {}
+        for batch in range(stream.batches):
+            values = stream.ahead(stage.nodes, batch)
+            for source in sources:
+                rows = stream.without_padding(values[nodes[source]], batch).to(torch.float32)
+                if source in moments:
+                    moments[source].add(rows)
+                else:
+                    norms[source] = norms[source] + Norms.over([rows]) if source in norms else Norms.over([rows])
+        found: dict[str, Observed | Norms] = {}
+        for source, name in sources.items():
+            if source in moments:
+                found[source] = observed = moments.pop(source).done()
+                sufficiency.check(observed, name)
+            else:
+                found[source] = norms[source]
+                _check(norms[source], name)
+        return found
 
     def _one(self, task: Task, inputs: Observed | Norms | None, kept: Checkpoint | None, shown: Progress) -> Pruned:
         """Prune a weight; what is kept has its dtype."""
@@ -146,7 +203,20 @@ class PruningRun:
         if self.checkpoint is None:
             return None, {}
         chosen = {task.name: f"{task.pattern} {task.sparsity} {task.fixed}" for task in self.tasks}
-        words = f"pruning {chosen} {self.method}"
+        words = f"pruning {chosen} {self.method} {self.sequential}"
         kept = Checkpoint(self.checkpoint, fingerprint_of(self.program, words, calibration), list(chosen))
         present = {name: kept.get(name) for name in chosen}
         return kept, {name: found for name, found in present.items() if isinstance(found, Pruned)}
+
+
+def _check(norms: Norms, name: str) -> None:
+    """Check what a weight was seen to be given.
+
+    Raises:
+        InputError: nothing, or NaN or infinity.
+    """
+    where = f"the input of weight {name!r}"
+    if norms.count == 0:
+        raise InputError("has no rows on the calibration data", where=where, hint="is all of it padding?")
+    if not bool(torch.isfinite(norms.squares).all()):
+        raise InputError("is NaN or infinite on the calibration data", where=where, hint="look at the batches")

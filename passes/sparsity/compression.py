@@ -13,10 +13,11 @@ from graphwright.ir.arguments import arguments_of
 from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.ops.quantization import pack, unpack
-from graphwright.ir.ops.sparse import bits_of, compress, decompress, dense_codes, pack_codes
+from graphwright.ir.ops.sparse import bits_of, compress, decompress, dense_codes, pack_codes, unpack_mask
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import TAGS, path_of, tags_of
+from graphwright.ir.pruned import follow
 from graphwright.ir.rewriter import Rewriter
 from graphwright.passes.base import Pass
 from graphwright.passes.contract import Contract, Exact
@@ -61,7 +62,10 @@ class CompressLinears(Pass):
 
     name: ClassVar[str] = "compress-linears"
     contract: ClassVar[Contract] = Exact()
-    after: ClassVar[tuple[str, ...]] = ("quantize-linears", "merge-adapters", "fuse-qkv", "fuse-gate-up")
+    after: ClassVar[tuple[str, ...]] = (
+        *("prune-linears", "prune-by-masks", "release-masks", "quantize-linears"),
+        *("merge-adapters", "fuse-qkv", "fuse-gate-up"),
+    )
 
     min_sparsity: float = 0.5
 
@@ -77,7 +81,9 @@ class CompressLinears(Pass):
 
     def run(self, program: Program) -> bool:
         """Compress every linear that is selected and has enough zeros."""
-        chosen, groups, reasons = self.selected(program), {}, {}
+        chosen = self.selected(program)
+        groups: dict[str, list[fx.Node]] = {}
+        reasons: dict[fx.Node, str] = {}
         for node in program.nodes:
             if node.op != "call_function" or op_name(node) not in _LINEARS:
                 continue
@@ -160,6 +166,7 @@ class CompressLinears(Pass):
         parts = {"mask": mask, "values": values, "row_offsets": offsets}
         base = str(weight.target)
         made = [rewriter.weight(f"{base}_{part}", each, like=first, tags=(SPARSE,)) for part, each in parts.items()]
+        follow(program, [base], str(made[0].target), stored)
         for node in nodes:
             given = arguments_of(node)
             scales, zeros, group = (given.get(each) for each in ("scales", "zero_points", "group_size"))
@@ -206,8 +213,9 @@ class DecompressLinears(Pass):
 
     def run(self, program: Program) -> bool:
         """Decompress every sparse linear that is selected; those that share a weight share the dense one."""
-        chosen, reasons, dense = self.selected(program), {}, dict[str, torch.Tensor]()
-        count = 0
+        chosen, count = self.selected(program), 0
+        reasons: dict[fx.Node, str] = {}
+        dense: dict[str, torch.Tensor] = {}
         with program.edit() as rewriter:
             for node in program.nodes:
                 if node.op != "call_function" or op_name(node) != "graphwright.linear_sparse":
@@ -257,6 +265,7 @@ def _decompress(program: Program, rewriter: Rewriter, node: fx.Node, dense: dict
         codes = dense_codes(mask, values, offsets, zeros, format, group, columns)
         dense[name] = pack(codes, bits_of(format), group, zeros)
     weight = rewriter.weight(name.removesuffix("_mask"), dense[name], like=node)
+    follow(program, [name], str(weight.target), unpack_mask(mask, columns))
     if format == "float":
         new = rewriter.call("aten.linear", given["x"], weight, given["bias"], like=node)
     else:

@@ -10,10 +10,12 @@ from torch import fx
 
 from graphwright.ir.arguments import arguments_of
 from graphwright.ir.names import op_name
+from graphwright.ir.ops.sparse import unpack_mask
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import path_of
 from graphwright.ir.pruned import mask_digest, pruned_weights
 from graphwright.ir.sparsity import SparsityPattern
+from graphwright.ir.types import VAL
 from graphwright.passes.sparsity.targets import HELD
 
 _WEIGHTS = ("weight", "qweight", "mat2", "other")
@@ -24,7 +26,7 @@ class LinearSparsity:
     """One weight of linears.
 
     Attributes:
-        weight: its name; of its codes, where it is packed.
+        weight: its name; of its codes, where it is packed, of its mask, where it is compressed.
         path: module path of the first linear that reads it.
         parameters: how many numbers it has.
         sparsity: fraction of them that are exactly 0; of those that its mask leaves, where one is held.
@@ -130,6 +132,11 @@ def _zeros(program: Program, node: fx.Node) -> tuple[str, torch.Tensor, bool, bo
     if not plain and not name.startswith("graphwright.linear_"):
         return None
     given = arguments_of(node)
+    if name == "graphwright.linear_sparse":
+        if given["mask"].op != "get_attr":
+            return None
+        bits, columns = program.tensor(given["mask"]), int(given["x"].meta[VAL].shape[-1])
+        return str(given["mask"].target), unpack_mask(bits, columns), False, False
     weight = next((given[key] for key in _WEIGHTS if isinstance(given.get(key), fx.Node)), None)
     if weight is None:
         return None

@@ -38,6 +38,7 @@ class PruneByMasks(Pass):
 
     name: ClassVar[str] = "prune-by-masks"
     contract: ClassVar[Contract] = Approximate(max_local_error=2.0)
+    after: ClassVar[tuple[str, ...]] = PruneLinears.after
     before: ClassVar[tuple[str, ...]] = PruneLinears.before
     not_after: ClassVar[Mapping[str, str]] = PruneLinears.not_after
 

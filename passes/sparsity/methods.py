@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,13 @@ from graphwright.ir.errors import InputError
 from graphwright.ir.sparsity import SparsityPattern
 from graphwright.passes.calibration import Observed
 from graphwright.passes.quantization.loss import Loss
+
+# method -> module of this package and class
+METHODS: dict[str, tuple[str, str]] = {
+    "magnitude": ("methods", "Magnitude"),
+    "sparsegpt": ("sparsegpt", "SparseGpt"),
+    "wanda": ("methods", "Wanda"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,9 @@ class Norms:
             total = total + rows.square().sum(0, dtype=torch.float64)
             count += len(rows)
         return cls(total.to(torch.float32), count)
+
+    def __add__(self, other: Norms) -> Norms:
+        return Norms(self.squares + other.squares, self.count + other.count)
 
 
 @dataclass(frozen=True)
@@ -167,16 +178,15 @@ def method_of(given: object, *, where: str) -> PruningMethod:
     Raises:
         InputError: there is none of that name.
     """
-    from graphwright.passes.sparsity.sparsegpt import SparseGpt
-
     if isinstance(given, PruningMethod):
         return given
-    methods: dict[str, type[PruningMethod]] = {each.method: each for each in (Magnitude, SparseGpt, Wanda)}
-    if not isinstance(given, str) or given not in methods:
-        near = difflib.get_close_matches(str(given), methods, n=1)
+    if given not in METHODS or not isinstance(given, str):
+        near = difflib.get_close_matches(str(given), METHODS, n=1)
         raise InputError(
-            f"must be one of {', '.join(map(repr, methods))} or a PruningMethod, not {given!r}",
+            f"must be one of {', '.join(map(repr, METHODS))} or a PruningMethod, not {given!r}",
             where=where,
             hint=f"did you mean {near[0]!r}?" if near else "a method with options is made like SparseGpt(damping=0.1)",
         )
-    return methods[given]()
+    module, name = METHODS[given]
+    found: type[PruningMethod] = getattr(importlib.import_module(f"graphwright.passes.sparsity.{module}"), name)
+    return found()

@@ -35,6 +35,12 @@ def check_unpacked(name: str, node: fx.Node) -> None:
             where=f"{name} at {path_of(node) or node.name}",
             hint="prune first, then quantise; or leave the linear out with ignore=",
         )
+    if op_name(node) == "graphwright.linear_sparse":
+        raise InputError(
+            "the weight is compressed already",
+            where=f"{name} at {path_of(node) or node.name}",
+            hint="run DecompressLinears first, and CompressLinears again behind; or leave the linear out with ignore=",
+        )
     weight = given.get("weight")
     if isinstance(weight, fx.Node) and op_name(weight) == HELD:
         raise InputError(

@@ -90,6 +90,7 @@ class Verifier(Hook):
         self.settings = settings or Verification()
         self.cases: list[_Case] = []
         self.names: list[str] = []
+        self.inputs: list[str] = []
         self.noise = Noise(0.0, 0.0)
         self._probe: list[torch.Tensor] = []
         self._values: dict[str, Any] | None = None
@@ -101,6 +102,7 @@ class Verifier(Hook):
         """Record what the original computes, and how well it does so in its own dtype."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         self.names = program.signature.output_names()
+        self.inputs = [node.name for node in program.inputs]
         self._probe = sample(program, self.examples, small_sizes(program), generator)
         self.cases = [_case(program, "example inputs", self.examples)]
         for index in range(self.settings.fresh):
@@ -123,7 +125,9 @@ class Verifier(Hook):
             return
         start = time.perf_counter()
         contract = item.effective_contract()
-        if self.settings.local:
+        if isinstance(contract, Retrain) and self._is_called_otherwise(program):
+            self._values = None  # other inputs or outputs: there is no value to compare each new one with
+        elif self.settings.local:
             if self._values is None:
                 self._refresh(program.at(before))
             assert self._values is not None
@@ -170,17 +174,24 @@ class Verifier(Hook):
             relative = max(relative, floor, difference.relative if comparable else floor)
         self.noise = Noise(worst, relative)
 
+    def _is_called_otherwise(self, program: Program) -> bool:
+        inputs = [node.name for node in program.inputs]
+        return inputs != self.inputs or program.signature.output_names() != self.names
+
     def _complete(self, program: Program) -> None:
-        """Give inputs that the pass has added the values that make no difference."""
-        if len(self._probe) == len(program.inputs):
+        """Give inputs that the pass has added the values that make no difference, and let go of those it took away."""
+        names = [node.name for node in program.inputs]
+        if names == self.inputs:
             return
-        known = len(self._probe)
-        self._probe, self.examples = completed(program, self._probe), completed(program, self.examples)
+        known = self.inputs
+        self._probe = completed(program, self._probe, known)
+        self.examples = completed(program, self.examples, known)
         for case in self.cases:
-            case.inputs = completed(program, case.inputs)
-        for node, value in zip(program.inputs[known:], self._probe[known:], strict=True):
-            if self._values is not None:
-                self._values[node.name] = precise.wide(value)
+            case.inputs = completed(program, case.inputs, known)
+        for name, value in zip(names, self._probe, strict=True):
+            if self._values is not None and name not in known:
+                self._values[name] = precise.wide(value)
+        self.inputs = names
 
     def _check_weights_untouched(self, item: Pass, before: Snapshot) -> None:
         written = Program.overwritten(before)
@@ -246,13 +257,32 @@ class Verifier(Hook):
 
     def _check_outputs(self, program: Program, item: Pass, contract: Contract, record: PassRecord) -> None:
         self._follow_outputs(program, item)
+        names = program.signature.output_names()
         for case in self.cases:
             outputs = _run(program, case.inputs, item, case.label)
-            for name, value, original, previous in zip(self.names, outputs, case.original, case.previous, strict=True):
+            # A pass that is trained afterwards may add outputs, or take some away; the others are compared.
+            before = dict(zip(self.names, zip(case.original, case.previous, strict=True), strict=True))
+            if names != self.names:
+                self._require_same_outputs(item, contract)
+                case.original = [before.get(name, (value,))[0] for name, value in zip(names, outputs, strict=True)]
+            for name, value in zip(names, outputs, strict=True):
+                if name not in before:
+                    continue
+                original, previous = before[name]
                 to_previous, to_original = compare(value, previous), compare(value, original)
                 self._hold_output(item, contract, case, name, value, previous, to_previous, to_original)
                 self._note_output(record, name, value, original, to_previous, to_original)
             case.previous = outputs
+        self.names = names
+
+    @staticmethod
+    def _require_same_outputs(item: Pass, contract: Contract) -> None:
+        if not isinstance(contract, Retrain):
+            raise ContractViolation(
+                f"the pass {item.name!r} promises {contract.kind}, but the program has other outputs",
+                pass_name=item.name,
+                hint="the program was rolled back; only a pass whose contract is Retrain may change them",
+            )
 
     def _hold_output(
         self,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tests.frontends.decoders import make
+from tests.frontends.decoders import traced
 from torch import fx, nn
 
 import graphwright as gw
 from graphwright.backends.reference.session import ReferenceSession
-from graphwright.frontends.huggingface import load_decoder
 from graphwright.ir.names import op_name
 from graphwright.ir.provenance import path_of, tags_of
 from graphwright.ir.rewriter import Rewriter
@@ -89,13 +87,8 @@ def _width(node: fx.Node) -> int:
     return int(node.meta["val"].shape[-1])
 
 
-@functools.cache
-def traced() -> Any:
-    return load_decoder(make("llama"))
-
-
 def adapted(name: str) -> gw.Program:
-    program: gw.Program = traced().clone()
+    program: gw.Program = traced("llama")[1].clone()
     adapter, ends = ADAPTERS[name]
     with program.edit() as rewriter:
         for number, node in enumerate(list(program.nodes)):
@@ -129,7 +122,7 @@ def logits(session: Any, cuts: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_steps_stay_in_the_executor_and_agree_with_the_reference(name: str, quantized: bool) -> None:
     program = adapted(name)
-    assert not torch.equal(logits(_reference(program), [9]), logits(_reference(traced()), [9]))
+    assert not torch.equal(logits(_reference(program), [9]), logits(_reference(traced("llama")[1]), [9]))
     passes: list[Any] = [gw.PrepareDecoder(length=32)]
     if quantized:
         passes.append(gw.QuantizeLinears(bits=4, group_size=16, clip_search=False))

@@ -12,11 +12,15 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.backends.cpu import CpuBackend, features, native_status
+from graphwright.backends.cpu.features import ISA_VARIABLE
+from graphwright.backends.cpu.kernels import sparse_linear
 from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
 from graphwright.backends.cpu.kernels.byte_packing import pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
+from graphwright.backends.cpu.kernels.sparse_cost import _FEW_ROWS, _TABLE, blocks_pay, least_sparsity
 from graphwright.backends.cpu.kernels.sparse_linear import SparseLinear
 from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
+from graphwright.frontends.huggingface import load_decoder
 from graphwright.ir import ops
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops.quantization import pack
@@ -106,13 +110,29 @@ def test_floats_are_the_dense_kernels(shape: tuple[int, int], share: float) -> N
             assert (after <= UNIT * (found.double() + residual.double()).abs() * 1.01).all()
 
 
+@pytest.mark.parametrize("rows", [31, 32, 33, 64, 129, 300])
+def test_many_rows_skip_zeros_to_the_same_sums(rows: int) -> None:
+    """Tiles of rows, columns in halves of blocks, and a weight so dense that nothing is skipped."""
+    for outputs, columns, share in ((65, 127, 0.2), (64, 129, 0.0), (130, 320, 0.3), (70, 64, 0.9)):
+        weight, bias = random(outputs, columns) * stored_at(outputs, columns, share), random(outputs)
+        x, residual = random(rows, columns), random(rows, outputs, seed=1)
+        dense, packed = FloatLinear(pack_floats(weight), "scalar", bias), sparse_floats(weight)
+        dense.activation = "relu"
+        wanted = dense(x, None, residual)
+        for isa in isas():
+            kernel = SparseLinear(packed, isa, "float32", bias)
+            kernel.activation = "relu"
+            assert same(kernel(x, None, residual), wanted), isa
+
+
 @pytest.mark.parametrize("share", SHARES)
 def test_bfloat16_weights_are_exact_in_float32(share: float) -> None:
     weight = (random(70, 133) * stored_at(70, 133, share)).bfloat16()
-    x = random(3, 133)
-    for isa in isas():
-        found = SparseLinear(sparse_floats(weight), isa, "float32")(x)
-        assert same(found, SparseLinear(sparse_floats(weight.float()), isa, "float32")(x)), isa
+    for rows in (1, 3, 40):
+        x = random(rows, 133)
+        for isa in isas():
+            found = SparseLinear(sparse_floats(weight), isa, "float32")(x)
+            assert same(found, SparseLinear(sparse_floats(weight.float()), isa, "float32")(x)), isa
 
 
 # -- codes -------------------------------------------------------------------------------------------------------------
@@ -171,10 +191,76 @@ def test_float_activations(bits: int, zeros: bool, compute: str) -> None:
                     assert same(found, dense), (isa, rows)
 
 
+class Blocks(Coded):
+    """Codes with one scale for each output, of which whole blocks of four columns are the middle code."""
+
+    def __init__(self, bits: int, outputs: int, columns: int, share: float, *, half: bool = False) -> None:
+        draw = torch.Generator().manual_seed(columns)
+        stored = (torch.rand(outputs, -(-columns // 4), generator=draw) < share).repeat_interleave(4, 1)[:, :columns]
+        middle = 2 ** (bits - 1)
+        codes = torch.randint(0, 2 * middle, (outputs, columns), generator=draw, dtype=torch.uint8)
+        codes = torch.where(stored, codes, middle).to(torch.uint8)
+        group, format = columns + -columns % 8, f"int{bits}"
+        scales = torch.rand(outputs, 1, generator=draw) + 0.1
+        scales = scales.half() if half else scales
+        mask, values, offsets = compress(codes, codes != middle)
+        self.stored = mask, values, offsets, scales
+        self.sparse = pack_sparse(mask, pack_codes(values, format), offsets, scales, None, format, group, columns)
+        self.dense = pack_nbits(pack(codes, bits, group, None), scales, None, bits, columns)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_many_rows_skip_blocks_of_four_to_the_same_sums(bits: int) -> None:
+    """Tiles of rows, spans of steps, and blocks so full that nothing is skipped."""
+    for outputs, columns, share in ((65, 127, 0.2), (64, 64, 0.0), (130, 1030, 0.3), (70, 260, 0.1), (66, 96, 0.9)):
+        case, bias = Blocks(bits, outputs, columns, share, half=columns == 260), random(outputs)
+        dense = ByteLinear(case.dense, "scalar", "symmetric", bias)
+        dense.activation = "relu"
+        for rows in (31, 32, 33, 129, 300):
+            x, residual = random(rows, columns), random(rows, outputs, seed=1)
+            x[3, 5] = 0.0 if rows == 31 else math.nan
+            wanted = dense(x, None, residual)
+            for isa in isas():
+                kernel = SparseLinear(case.sparse, isa, "int8", bias)
+                kernel.activation = "relu"
+                assert same(kernel(x, None, residual), wanted), (isa, rows, columns)
+        assert kernel._kernel.some_blocks == pytest.approx(share, abs=0.08)
+
+
+def test_blocks_are_skipped_where_that_is_faster() -> None:
+    class Sparse(nn.Module):
+        def __init__(self, share: float) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.up = nn.Linear(256, 128)
+            with torch.no_grad():
+                self.up.weight *= (torch.rand(128, 64) < share).repeat_interleave(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.up(x)
+            return y
+
+    x = random(128, 256)
+    for share in (0.1, 0.35):
+        program = gw.trace(Sparse(share).eval(), x)
+        for item in (gw.QuantizeLinears(bits=8), gw.CompressLinears()):
+            item(program)
+        small = CpuBackend(compute="int8").lower(program)
+        label = small.explain()[0].kernel
+        if blocks_pay(str(features().selected), "int8", 128, share):
+            assert label.startswith("sparse_linear ")
+            assert "skips blocks of four columns, of which" in label
+        else:
+            assert "dense, as the dense kernel is faster with 128 rows" in label
+    assert not blocks_pay("scalar", "int8", 128, 0.1)
+    assert not blocks_pay("avx512_bf16", "int8", 16, 0.1)
+    assert blocks_pay("avx512_bf16", "int8", 128, 0.1)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite(bad: float) -> None:
     weight = random(70, 40) * stored_at(70, 40, 0.3)
-    for rows in (1, 6):
+    for rows in (1, 6, 40):
         x = random(rows, 40)
         x[0, 7] = bad
         wanted = ops.get("linear_sparse").target(x, *compress(weight, weight != 0), None, None, None, "float", 0)
@@ -245,9 +331,11 @@ class Mlp(nn.Module):
 
 
 def test_it_runs_in_a_program_with_its_epilogues_and_from_a_file(tmp_path: Path) -> None:
-    model, x = Mlp().eval(), random(2, 3, 64)
+    model, x = Mlp().eval(), random(3, 64)
     small = gw.optimize(model, [gw.CompressLinears()], example_inputs=(x,), target="cpu")
     kernels = [use.kernel for use in small.explain()]
+    if least_sparsity(str(features().selected), "float32", 3) is None:
+        pytest.skip("dense kernels are faster here")
     assert kernels[0].startswith("sparse_linear ")
     assert "float32 weights of which 8" in kernels[0]
     assert kernels[1].startswith("epilogue of sparse_linear")
@@ -259,14 +347,56 @@ def test_it_runs_in_a_program_with_its_epilogues_and_from_a_file(tmp_path: Path)
 @pytest.mark.parametrize("compute", ["float32", "int8"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_weights_run_as_the_dense_ones(bits: int, compute: str) -> None:
-    model, x = Mlp().eval(), random(5, 64)
+    model, x = Mlp().eval(), random(2, 64)
     passes = [gw.QuantizeLinears(bits=bits, group_size=32)]
     dense, sparse = (
         gw.optimize(model, [*passes, *more], example_inputs=(x,), target=CpuBackend(compute=compute))
         for more in ([], [gw.CompressLinears()])
     )
-    assert sparse.explain()[0].kernel.startswith("sparse_linear ")
+    label = sparse.explain()[0].kernel
+    if compute == "float32":
+        assert label.startswith("nbits_linear ")
+        assert "dense, as zeros of codes save time only where activations are rounded" in label
+    elif features().selected in ("avx512_vbmi2", "avx512_bf16", "amx"):
+        assert label.startswith("sparse_linear avx512_vbmi2")
+        assert "faster than dense from" in label
     torch.testing.assert_close(sparse(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 128])
+def test_the_dense_kernel_runs_where_it_is_faster_and_says_from_where_on_zeros_pay(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Mlp().eval(), random(rows, 64)
+    with torch.no_grad():
+        model.down.weight.copy_(random(64, 96) * (random(64, 96).abs() > 0.02))
+    program = gw.trace(model, x)
+    gw.CompressLinears(min_sparsity=0.0)(program)
+    for isa in isas():
+        monkeypatch.setenv(ISA_VARIABLE, isa)
+        small = CpuBackend().lower(program)
+        labels = [use.kernel for use in small.explain() if use.op == "graphwright.linear_sparse"]
+        seen = max(rows, 2)  # a size that varies is never traced as 1
+        least = least_sparsity(isa, "float32", seen)
+        for label, zeros in zip(labels, (0.8, 0.02), strict=True):
+            if least is None:
+                assert label.startswith("float_linear ")
+                assert f"the dense kernel is faster with {seen} rows, whatever the share of zeros" in label
+            elif zeros < least:
+                assert label.startswith("float_linear ")
+                assert f"with {seen} rows {least:.0%} would pay" in label
+            else:
+                assert label.startswith("sparse_linear ")
+                assert label.endswith(f"faster than dense from {least:.0%} zeros on")
+        torch.testing.assert_close(small(x)[0], model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_more_zeros_never_make_a_sparse_linear_slower() -> None:
+    for (isa, kind), costs in _TABLE.items():
+        few = _FEW_ROWS[isa]
+        for rows in (1, 4, 8, 32, 128, 512):
+            times = [costs.sparse(rows, share / 20, few, skips=kind == "float32") for share in range(9)]
+            assert times == sorted(times), (isa, kind, rows)
 
 
 def test_what_has_no_kernel_runs_the_reference_and_says_why() -> None:
@@ -293,3 +423,44 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         pack_sparse(mask, values[:-1], offsets, None, None, "float", 0, 40)
     with pytest.raises(ValueError, match="other values than its offsets"):
         pack_sparse(mask ^ 1, values, offsets, None, None, "float", 0, 40)
+
+
+def test_decoders_run_them_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v are merged before they are compressed; merging afterwards is refused."""
+    pytest.importorskip("transformers")
+    decoders = pytest.importorskip("tests.frontends.decoders")
+    monkeypatch.setattr(sparse_linear, "least_sparsity", lambda *_: 0.5)  # whatever this CPU has
+    model = decoders.make("llama")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight *= random(*weight.shape).abs() > 1.2
+    program = load_decoder(model)
+    for item in (gw.Cleanup(), gw.FuseAll(), gw.QuantizeLinears(bits=8, group_size=32)):
+        item(program)
+    sparse, backend = program.clone(), CpuBackend(compute="int8")
+    assert gw.CompressLinears()(sparse)
+    dense, small = (backend.lower(each) for each in (program, sparse))
+    kernels = [use.kernel for use in small.explain() if use.op == "graphwright.linear_sparse"]
+    assert len(kernels) >= 4
+    assert all(kernel.startswith("sparse_linear ") for kernel in kernels)
+    tokens = [[5, 17, 30, 44, 3]]
+    found, wanted = (decoders.greedy(each.session(slots=1, capacity=20), tokens, [0], 6) for each in (small, dense))
+    assert found == wanted
+
+
+def test_linears_are_merged_before_they_are_compressed() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(8, 8, bias=False) for _ in range(3))
+            for linear in (self.query, self.key, self.value):
+                nn.init.zeros_(linear.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.query, self.key, self.value))
+            return nn.functional.scaled_dot_product_attention(*parts)
+
+    program = gw.trace(Attention(), random(2, 3, 8))
+    assert gw.CompressLinears()(program)
+    assert any("merge linears before that" in refusal.reason for refusal in gw.FuseQKV().refusals(program))

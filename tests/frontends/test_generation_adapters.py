@@ -130,12 +130,13 @@ def test_a_cache_is_shared_by_prompts_of_one_adapter_alone() -> None:
     first = decoder.generate(same, adapters=["low", "kron", None, "low"], max_new_tokens=COUNT, cache=cache)
     assert first.counts.reused_tokens == len(prompt) - 1  # the last row has what the first computed
     assert first.tokens == wanted(same, ["low", "kron", None, "low"])
-    for row in ("kron", None, "low"):
-        again = decoder.generate(prompt, adapters=row, max_new_tokens=COUNT, cache=cache)
+    for name in ("kron", None, "low"):
+        again = decoder.generate(prompt, adapters=name, max_new_tokens=COUNT, cache=cache)
         assert again.counts.reused_tokens == len(prompt) - 1
-        assert again.tokens == wanted([prompt], [row])
-    for row in ("factors", {"low": 0.5}):
-        assert decoder.generate(prompt, adapters=row, max_new_tokens=1, cache=cache).counts.reused_tokens == 0
+        assert again.tokens == wanted([prompt], [name])
+    others: list[Any] = ["factors", {"low": 0.5}]
+    for other in others:
+        assert decoder.generate(prompt, adapters=other, max_new_tokens=1, cache=cache).counts.reused_tokens == 0
     assert {len(chosen) for chosen in cache.chosen} == {3}
 
 
@@ -231,6 +232,8 @@ def test_what_has_no_switch_says_so(tmp_path: Path) -> None:
             session.choose(slot, weights)
     with pytest.raises(gw.InputError, match="no weight for each of 3"):
         session.choose(0, [0.0, float("inf"), 0.0])
+    with pytest.raises(gw.ProgramError, match="which a stage of a pipeline does not take"):
+        switched().generate(PROMPTS, adapters="low", max_new_tokens=1, pipeline=True)
     with pytest.raises(gw.ExportError, match="switches adapters by an input"):
         gw.export_genai(switched(), tmp_path / "genai", source=_source(tmp_path), tokenizer=False)
 

@@ -72,8 +72,11 @@ def test_it_trains_the_adapter_and_nothing_else(tokens: bool, tmp_path: Path) ->
     before = {name: each.detach().clone() for name, each in program.tensors().items()}
     trainer = trainer_of(program, data, tmp_path)
     start = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == start  # nothing in it is random
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.99 * start
+    # So without training the loss stays what it was, and steps against the gradient raise it. Rounding moves it by a
+    # millionth; a thousand times that much is asked for, and no more, because few steps of a small rate are taken.
+    assert trainer.evaluate()["eval_loss"] < (1 - 1e-3) * start
     own = gw.adapter_tensors(program, "default")
     for name, each in program.tensors().items():
         assert torch.equal(each, before[name]) == (name not in own), name

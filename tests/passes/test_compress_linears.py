@@ -158,7 +158,7 @@ def test_reasons_to_leave_a_weight_alone() -> None:
 @pytest.mark.parametrize("bad", [-0.1, 1.1, "0.5", True, float("nan")])
 def test_shares_that_are_none(bad: object) -> None:
     with pytest.raises(InputError, match="must be a number from 0 to 1"):
-        gw.CompressLinears(min_sparsity=bad)  # type: ignore[arg-type]
+        gw.CompressLinears(min_sparsity=bad)
 
 
 @given(st.floats(0, 1), st.sampled_from((0.0, 0.5)))

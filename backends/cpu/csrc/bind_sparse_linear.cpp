@@ -1,6 +1,7 @@
 // Linears whose weights are mostly zeros, for Python.
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "float_linear.h"
@@ -74,7 +75,7 @@ class HeldSparseLinear : public LinearInstruction {
     expect(offsets_.shape(0) == blocks + 1, "offsets has the wrong size");
     expect(values_.shape(0) == offsets_.data()[blocks] + kSparseBeyond, "values has the wrong size");
     data_of(bias_, outputs, "bias has the wrong size");
-    sparse_ = {masks_.data(), values_.data(), offsets_.data(), outputs, panels, shape_.steps(), shape_.kind};
+    sparse_ = {masks_.data(), values_.data(), offsets_.data(), outputs, panels, shape_.steps(), shape_.kind, 1.0};
     rounded_ = compute == "int8";
     bfloat16_ = compute == "bfloat16";
     expect(rounded_ || bfloat16_ || compute == "float32", "compute must be float32, bfloat16 or int8");
@@ -96,7 +97,11 @@ class HeldSparseLinear : public LinearInstruction {
     weights_.columns = columns;
     weights_.group_size = group;
     weights_.coding = Coding::kInt8;
+    if (rounded_ && groups == 1 && !zeros_) add_up();
   }
+
+  // The share of blocks of four columns that hold something: those that kernels for many rows cannot skip.
+  double some_blocks() const { return sparse_.some_blocks; }
 
   const char* isa() const { return shape_.coded() ? kernels_.sparse_bytes->isa : kernels_.sparse_floats->isa; }
 
@@ -123,6 +128,28 @@ class HeldSparseLinear : public LinearInstruction {
     run_byte_linear(kernels_, weights_.packed, kGrid, x, rows, shape_.columns, y, threads, &sparse_);
   }
 
+  // Sums of the weights of each output, and the share of blocks that are not zeros.
+  void add_up() {
+    sums_.assign(sparse_.panels * kPanel, 0);
+    std::size_t some = 0;
+    for (std::size_t panel = 0; panel < sparse_.panels; ++panel) {
+      const std::uint8_t* codes = expanded(kernels_, sparse_, weights_.packed, panel, 0);
+      for (std::size_t step = 0; step < sparse_.steps; ++step, codes += kStepBytes) {
+        for (std::size_t n = 0; n < kPanel; ++n) {
+          bool any = false;
+          for (std::size_t place = 0; place < 4; ++place) {
+            const std::int32_t code = std::int32_t{codes[n * 4 + place]} - weights_.packed.middle;
+            sums_[panel * kPanel + n] += code;
+            any = any || code != 0;
+          }
+          some += any ? 1 : 0;
+        }
+      }
+    }
+    weights_.packed.sums = sums_.data();
+    sparse_.some_blocks = static_cast<double>(some) / static_cast<double>(shape_.outputs * sparse_.steps);
+  }
+
   KernelTable kernels_;
   SparseShape shape_;
   SparseWeights sparse_{};
@@ -133,6 +160,7 @@ class HeldSparseLinear : public LinearInstruction {
   std::optional<Scales> scales_;
   std::optional<Bytes> zeros_;
   std::optional<Array<const float>> bias_;
+  std::vector<std::int32_t> sums_;
 };
 
 }  // namespace
@@ -149,6 +177,7 @@ void bind_sparse_linear(nb::module_& m) {
                     Words, std::optional<Scales>, std::optional<Bytes>, std::optional<Array<const float>>>(),
            "isa"_a, "outputs"_a, "columns"_a, "kind"_a, "group"_a, "compute"_a, "masks"_a, "values"_a, "offsets"_a,
            "scales"_a.none(), "zeros"_a.none(), "bias"_a.none())
+      .def_prop_ro("some_blocks", &HeldSparseLinear::some_blocks, "The share of blocks of four columns that are not zeros.")
       .def_prop_ro("isa", &HeldSparseLinear::isa, "The instruction set of the kernel that runs.")
       .def("run",
            nb::overload_cast<const Matrix<const float>&, const Matrix<float>&, std::size_t, std::string_view,

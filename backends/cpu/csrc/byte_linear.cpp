@@ -67,6 +67,42 @@ void run_sparse(const KernelTable& kernels, const SparseWeights& sparse, const P
   }
 }
 
+// With so many rows, and so few blocks of four columns that are not zero, those are multiplied alone.
+constexpr std::size_t kSkipRows = 32;
+constexpr double kSkipBlocks = 0.4;
+
+bool skips_blocks(const KernelTable& kernels, const SparseWeights& sparse, const PackedLinear& weights, std::size_t rows) {
+  return kernels.sparse_bytes->skip != nullptr && rows >= kSkipRows && weights.groups == 1 && weights.zeros == nullptr &&
+         weights.sums != nullptr && sparse.some_blocks <= kSkipBlocks;
+}
+
+void run_skipping(const KernelTable& kernels, const SparseWeights& sparse, const PackedLinear& weights, const ByteRows& rows,
+                  const LinearOutput& y, std::size_t threads) {
+  static thread_local std::vector<std::uint8_t> held;
+  const SparseByteKernels& own = *kernels.sparse_bytes;
+  TurnedBytes turned{nullptr, rows.scales, rows.rows, 0, 0, (rows.rows + own.most_rows - 1) / own.most_rows};
+  turned.height = (rows.rows + turned.tiles - 1) / turned.tiles;
+  turned.width = (turned.height + own.lanes - 1) / own.lanes * own.lanes;
+  turned.tiles = (rows.rows + turned.height - 1) / turned.height;
+  const std::size_t stride = weights.group, tile_bytes = sparse.steps * turned.width * 4;
+  std::uint8_t* codes = scratch(held, turned.tiles * tile_bytes);
+  // Whole lines, so that two threads never write one.
+  const std::size_t piece = std::max<std::size_t>(16, (sparse.steps / (2 * threads) + 15) / 16 * 16);
+  const std::size_t pieces = (sparse.steps + piece - 1) / piece;
+  parallel_for(turned.tiles * pieces, threads, [&](std::size_t index) {
+    const std::size_t tile = index / pieces, row = tile * turned.height, step = index % pieces * piece;
+    own.turn(rows.codes + row * stride + step * 4, stride, std::min(turned.height, rows.rows - row),
+             std::min(piece, sparse.steps - step), turned.width, codes + tile * tile_bytes + step * turned.width * 4);
+  });
+  turned.codes = codes;
+  parallel_for(weights.panels, threads, [&](std::size_t panel) {
+    static thread_local std::vector<float> sums;
+    own.skip(sparse, weights, turned, y, panel, scratch(sums, (turned.tiles + 1) * kPanel * turned.width));
+    // What went past the caches is seen by other threads only after this.
+    if (y.past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
+  });
+}
+
 }  // namespace
 
 void pack_codes(const std::uint8_t* stored, std::int32_t bits, std::size_t outputs, std::size_t groups,
@@ -115,6 +151,9 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
   const RowShape shape{rows, columns, columns, padded, weights.group};
   round_rows(*kernels.byte_rows, grid, x, shape, weights.groups, bytes, threads);
 
+  if (sparse != nullptr && skips_blocks(kernels, *sparse, weights, rows)) {
+    return run_skipping(kernels, *sparse, weights, bytes, y, threads);
+  }
   const bool few = rows <= kFewByteRows;
   // Each thread has rows of its own where there are many: those that it wrote before, and that it will read next.
   const std::size_t at_least = std::clamp<std::size_t>(rows / kRowsOfThread, 1, threads);

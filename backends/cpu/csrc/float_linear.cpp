@@ -217,13 +217,63 @@ void run_narrow_linear(const KernelTable& kernels, const NarrowWeights& weights,
   });
 }
 
+// With so many rows, and so many zeros, what is not zero is multiplied alone.
+constexpr std::size_t kSkipRows = 32;
+constexpr double kSkipDensity = 0.45;
+
+namespace {
+
+// Rows as kernels that skip zeros want them; empty where one is not finite.
+TurnedRows turned_rows(const SparseFloatKernels& kernels, const float* x, std::size_t rows, std::size_t columns,
+                       std::size_t threads) {
+  static thread_local Scratch<float> held;
+  TurnedRows to{nullptr, rows, 0, 0, (rows + kernels.most_rows - 1) / kernels.most_rows};
+  to.height = (rows + to.tiles - 1) / to.tiles;
+  to.width = (to.height + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+  to.tiles = (rows + to.height - 1) / to.height;
+  float* values = held.of(to.tiles * columns * to.width);
+  // Whole vectors of columns, so that two threads never write one line.
+  const std::size_t piece = std::max<std::size_t>(64, (columns / (2 * threads) + 63) / 64 * 64);
+  const std::size_t pieces = (columns + piece - 1) / piece;
+  std::atomic<bool> finite{true};
+  parallel_for(to.tiles * pieces, threads, [&](std::size_t index) {
+    const std::size_t row = index / pieces * to.height, column = index % pieces * piece;
+    const std::size_t here = std::min(to.height, rows - row), wide = std::min(piece, columns - column);
+    float* target = values + (index / pieces * columns + column) * to.width;
+    if (!kernels.turn(x + row * columns + column, columns, here, wide, to.width, target)) finite.store(false);
+  });
+  if (finite.load()) to.values = values;
+  return to;
+}
+
+bool is_sparse_enough(const SparseWeights& weights) {
+  const double bytes = weights.kind == SparseValues::kBfloat16 ? 2.0 : 4.0;
+  const double stored = static_cast<double>(weights.offsets[weights.panels * weights.blocks()]) / bytes;
+  return stored <= kSkipDensity * static_cast<double>(weights.outputs) * static_cast<double>(weights.steps);
+}
+
+}  // namespace
+
 void run_sparse_linear(const KernelTable& kernels, const SparseWeights& weights, const float* x, std::size_t rows,
                        const LinearOutput& y, std::size_t threads) {
   if (rows == 0) return;
+  const SparseFloatKernels& own = *kernels.sparse_floats;
   threads = worthwhile(weights.panels, weights.steps, rows, threads);
+  if (rows >= kSkipRows && is_sparse_enough(weights)) {
+    const TurnedRows turned = turned_rows(own, x, rows, weights.steps, threads);
+    if (turned.values != nullptr) {
+      parallel_for(weights.panels, threads, [&](std::size_t panel) {
+        static thread_local Scratch<float> held;
+        own.skip(weights, turned, y, panel, held.of(2 * turned.tiles * kPanel * turned.width));
+        // What went past the caches is seen by other threads only after this.
+        if (y.past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
+      });
+      return;
+    }
+  }
   const FloatRows values{x, weights.steps};
   for_blocks(weights.panels, rows, threads, true, y, [&](const FloatBlock& block) {
-    kernels.sparse_floats->run(weights, values, y, block);
+    own.run(weights, values, y, block);
   });
 }
 

@@ -30,6 +30,7 @@ struct SparseWeights {
   const std::uint64_t* offsets;  // [panels][blocks of kSparseSteps], in bytes; and where the last one ends
   std::size_t outputs, panels, steps;
   SparseValues kind;
+  double some_blocks;            // of codes: the share of blocks of four columns that are not zeros
 
   std::size_t blocks() const { return (steps + kSparseSteps - 1) / kSparseSteps; }
   std::size_t words() const { return kind == SparseValues::kInt8 || kind == SparseValues::kInt4 ? 4 : 1; }
@@ -48,6 +49,14 @@ struct SparseFill {
   std::uint8_t raise;         // added to every code, zero points too
 };
 
+// Rows of codes with 128 added to each, in tiles of `height` rows, each of them step by step, rows side by side; what is
+// padded to `width` rows is 128.
+struct TurnedBytes {
+  const std::uint8_t* codes;  // [tiles][steps][width][4]
+  const float* scales;        // [rows]
+  std::size_t rows, height, width, tiles;
+};
+
 struct SparseByteKernels {
   const char* isa;
   // Writes codes, 256 bytes a step.
@@ -55,12 +64,30 @@ struct SparseByteKernels {
   // Up to `few_rows` rows with codes that are expanded in registers; null where they are not.
   void (*few)(const SparseWeights&, const PackedLinear&, const ByteRows&, const LinearOutput&, const LinearBlock&);
   std::size_t few_rows;
+  // Many rows, of weights with one group and no zero points, whose `sums` are given: all rows of a panel, blocks of four
+  // columns that are zeros being skipped. Scratch: [tiles][64][width] and [64][width]. Null where there is none.
+  void (*skip)(const SparseWeights&, const PackedLinear&, const TurnedBytes&, const LinearOutput&, std::size_t panel,
+               float* scratch);
+  void (*turn)(const std::int8_t* codes, std::size_t stride, std::size_t rows, std::size_t steps, std::size_t width,
+               std::uint8_t* to);
+  std::size_t lanes, most_rows;  // a tile's width is a multiple of the one, and the other at most
+};
+
+// Rows of floats, in tiles of `height` rows, each of them column by column; what is padded to `width` rows is 0.
+struct TurnedRows {
+  const float* values;  // [tiles][columns][width]
+  std::size_t rows, height, width, tiles;
 };
 
 struct SparseFloatKernels {
   const char* isa;
   // As FloatLinearKernels::float32.
   void (*run)(const SparseWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
+  // Many rows, all of them finite: all rows of a panel, zeros being skipped. Scratch: [2][tiles][64][width].
+  void (*skip)(const SparseWeights&, const TurnedRows&, const LinearOutput&, std::size_t panel, float* scratch);
+  // Turns a tile of rows; whether all of them are finite.
+  bool (*turn)(const float* x, std::size_t stride, std::size_t rows, std::size_t columns, std::size_t width, float* to);
+  std::size_t lanes, most_rows;  // a tile's width is a multiple of the one, and the other at most
 };
 
 }  // namespace graphwright

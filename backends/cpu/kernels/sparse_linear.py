@@ -6,9 +6,15 @@ import numpy as np
 import torch
 
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
-from graphwright.backends.cpu.kernels.byte_linear import MOST_COLUMNS
+from graphwright.backends.cpu.kernels.byte_linear import MOST_COLUMNS, ByteLinear
+from graphwright.backends.cpu.kernels.byte_packing import PackedLinear, pack_nbits
+from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
 from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
+from graphwright.backends.cpu.kernels.sparse_cost import blocks_pay, least_sparsity
 from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
+from graphwright.ir.decoder import DecoderLayout
+from graphwright.ir.ops.quantization import pack
+from graphwright.ir.ops.sparse import bits_of, decompress, dense_codes
 
 _STORED = ("mask", "values", "row_offsets", "scales", "zero_points")
 
@@ -57,26 +63,100 @@ def _sparse(site: Site) -> Kernel | str:
     if refusal:
         return refusal
     columns, format, group = int(site.value("x").shape[-1]), site.arguments["format"], site.arguments["group_size"]
-    if len(site.stored("mask")) == 0 or columns == 0:
+    mask, values, offsets = (site.stored(name) for name in _STORED[:3])
+    scales, zeros = (site.maybe_stored(name) for name in _STORED[3:])
+    if len(mask) == 0 or columns == 0:
         return "its weight is empty"
-    compute = site.compute if format != "float" else "float32"
-    if compute == "int8":
-        if columns > MOST_COLUMNS:
-            return f"it has more than {MOST_COLUMNS} input features"
-        if site.stored("scales").shape[1] > 1 and group % 4:
-            return "the kernel rounds activations in groups of whole steps of 4 columns"
-    operands = [site.maybe_stored(name) for name in _STORED]
-    mask, values, offsets, scales, zeros = operands
-    assert mask is not None
-    assert values is not None
-    assert offsets is not None
+    bias, kind = site.maybe_stored("bias"), format
+    if format == "float":
+        kind = "bfloat16" if values.dtype == torch.bfloat16 else "float32"
+    rounded = format != "float" and site.compute == "int8"
+    if rounded and columns > MOST_COLUMNS:
+        return f"it has more than {MOST_COLUMNS} input features"
+    if rounded and scales is not None and scales.shape[1] > 1 and group % 4:
+        return "the kernel rounds activations in groups of whole steps of 4 columns"
+    sparsity = 1 - int(offsets[-1]) / (len(mask) * columns)
+    against = _against(site, kind, sparsity, rounded=rounded)
+    blocks = (
+        _blocks(mask, columns) if rounded and zeros is None and scales is not None and scales.shape[1] == 1 else 1.0
+    )
+    skips = rounded and blocks_pay(site.isa, kind, _rows(site), blocks)
+    if skips:
+        against = ""
+    whole = format == "float" or group * bits_of(format) % 32 == 0 or (scales is not None and scales.shape[1] == 1)
+    if against and whole:
+        return _dense(site, columns, bias, against)
+    operands = mask, values, offsets, scales, zeros, format, group, columns
     try:
-        packed = site.packed_once(
-            _STORED[:3], lambda: pack_sparse(mask, values, offsets, scales, zeros, format, group, columns)
-        )
+        packed = site.packed_once(_STORED[:3], lambda: pack_sparse(*operands))
     except ValueError as error:
         return str(error)
-    return SparseLinear(packed, site.isa, compute, site.maybe_stored("bias"))
+    kernel = SparseLinear(packed, site.isa, site.compute if format != "float" else "float32", bias)
+    least = least_sparsity(site.isa, kind, _rows(site))
+    if skips:
+        kernel.label += f"; skips blocks of four columns, of which {1 - blocks:.0%} are zeros"
+    elif not against and least is not None:
+        kernel.label += f"; faster than dense from {least:.0%} zeros on"
+    return kernel
+
+
+def _blocks(mask: torch.Tensor, columns: int) -> float:
+    """The share of blocks of four columns that are not zeros."""
+    some = int(((mask & 15) != 0).sum()) + int((mask >= 16).sum())
+    return some / (len(mask) * -(-columns // 4))
+
+
+def _rows(site: Site) -> int:
+    """Rows of the input: of a decoder one, as its steps have few; elsewhere those of the examples it was traced on."""
+    if DecoderLayout.find(site.program) is not None:
+        return 1
+    rows = 1
+    for size in site.value("x").shape[:-1]:
+        rows *= size if isinstance(size, int) else size.node.hint or 1
+    return rows
+
+
+def _against(site: Site, kind: str, sparsity: float, *, rounded: bool) -> str:
+    """Why the dense kernel is faster, or an empty string."""
+    if kind in ("int8", "int4") and not rounded:
+        return "zeros of codes save time only where activations are rounded too (compute='int8')"
+    rows = _rows(site)
+    least = least_sparsity(site.isa, kind, rows)
+    if least is None:
+        return f"the dense kernel is faster with {rows} rows, whatever the share of zeros"
+    if sparsity < least:
+        return f"{sparsity:.1%} of the weights are zeros, and with {rows} rows {least:.0%} would pay"
+    return ""
+
+
+def _dense(site: Site, columns: int, bias: torch.Tensor | None, why: str) -> Kernel | str:
+    """The dense kernel of the same values."""
+    mask, values, offsets = (site.stored(name) for name in _STORED[:3])
+    scales, zeros = (site.maybe_stored(name) for name in _STORED[3:])
+    format, group = site.arguments["format"], site.arguments["group_size"]
+    kernel: Linear
+    if format == "float":
+        operands = mask, values.detach(), offsets, None, None, format, group, columns
+        own = values.dtype if values.dtype == torch.bfloat16 else torch.float32
+        bfloat16 = own == torch.bfloat16 or site.compute == "bfloat16"
+        floats = site.packed_once(_STORED[:3], lambda: pack_floats(decompress(*operands, own), bfloat16=bfloat16))
+        kernel = FloatLinear(floats, site.isa, bias)
+        kernel.inputs = ("x",)
+    else:
+        assert scales is not None
+        bits, factors = bits_of(format), scales
+
+        def pack_dense() -> PackedLinear:
+            codes = dense_codes(mask, values, offsets, zeros, format, group, columns)
+            return pack_nbits(pack(codes, bits, group, zeros), factors, zeros, bits, columns)
+
+        packed = site.packed_once(_STORED[:3], pack_dense)
+        if site.compute == "int8":
+            kernel = ByteLinear(packed, site.isa, "symmetric", bias)
+        else:
+            kernel = NbitsLinear(packed, group, site.isa, bias, bfloat16=site.compute == "bfloat16")
+    kernel.label += f"; dense, as {why}"
+    return kernel
 
 
 LOWERINGS: dict[str, Lowering] = {"graphwright.linear_sparse": _sparse}

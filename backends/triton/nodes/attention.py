@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -89,16 +88,28 @@ class CachedAttention(NodeKernel):
         softcap: float,
     ) -> torch.Tensor:
         """Without gradients; the reference where they are wanted."""
-        rest = slots, starts, slopes, scale, window, softcap
         if isinstance(keys, Cache) and isinstance(values, Cache):
-            scales: dict[str, Any] = {"key_scales": keys.scales, "value_scales": values.scales}
-            return cached_attention(query, keys.values, values.values, *rest, **scales)
+            return cached_attention(
+                query,
+                keys.values,
+                values.values,
+                slots,
+                starts,
+                slopes,
+                scale,
+                window,
+                softcap,
+                key_scales=keys.scales,
+                value_scales=values.scales,
+            )
         assert isinstance(keys, torch.Tensor)
         assert isinstance(values, torch.Tensor)
         if wants_gradient(query, keys, values):
-            result: torch.Tensor = ops.get("cached_attention").target(query, keys, values, *rest)
+            reference = ops.get("cached_attention").target
+            result: torch.Tensor = reference(query, keys, values, slots, starts, slopes, scale, window, softcap)
             return result
-        return cached_attention(query, keys.contiguous(), values.contiguous(), *rest)
+        keys, values = keys.contiguous(), values.contiguous()
+        return cached_attention(query, keys, values, slots, starts, slopes, scale, window, softcap)
 
 
 def _head_reason(site: Site, *names: str) -> str | None:

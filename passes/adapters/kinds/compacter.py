@@ -19,7 +19,7 @@ _ACTIVATIONS = ("gelu", "relu", "silu")
 
 @dataclass(frozen=True)
 class Compacter(AdapterKind):
-    """``y' = y + U f(D y + c) + e``, ``D = Σᵢ Aᵢ ⊗ (sᵢ tᵢ)``, ``U`` likewise (Karimi Mahabadi et al. 2021, eq. 5, 6).
+    """``y' = y + U f(D y + c) + e``, ``D = Σᵢ Aᵢ ⊗ (sᵢ tᵢ)``, ``U`` likewise (Karimi Mahabadi et al. 2021).
 
     ``y [out]`` is what a linear gives: put it at the last linear of attention and feed-forward, as the paper does. The
     ``Aᵢ [n, n]`` are shared by both projections of all layers; ``sᵢ`` and ``tᵢ`` are of low rank r, for ``D``

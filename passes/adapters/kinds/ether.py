@@ -17,7 +17,7 @@ from graphwright.passes.adapters.sites import Site
 
 @dataclass(frozen=True)
 class ETHER(AdapterKind):
-    """``y = (x H) Wᵀ + b``, ``H = diag(I - 2 ûᵢ ûᵢᵀ)`` with unit vectors ``ûᵢ = uᵢ / ‖uᵢ‖`` (Bini et al. 2024, eq. 2).
+    """``y = (x H) Wᵀ + b``, ``H = diag(I - 2 ûᵢ ûᵢᵀ)`` with unit vectors ``ûᵢ = uᵢ / ‖uᵢ‖`` (Bini et al. 2024).
 
     Trains ``in`` numbers a linear, whatever the number of blocks. A reflection is never the identity: a new one, whose
     ``u`` is normal, changes the function, always by the same distance from the weight.
@@ -56,7 +56,7 @@ class ETHER(AdapterKind):
 
 @dataclass(frozen=True)
 class ETHERPlus(AdapterKind):
-    """``y = (x H⁺) Wᵀ H̃⁺ + b``, ``H⁺ = diag(I - ûᵢ ûᵢᵀ + v̂ᵢ v̂ᵢᵀ)`` (Bini et al. 2024, eq. 4 and 5).
+    """``y = (x H⁺) Wᵀ H̃⁺ + b``, ``H⁺ = diag(I - ûᵢ ûᵢᵀ + v̂ᵢ v̂ᵢᵀ)`` (Bini et al. 2024, "ETHER+").
 
     Unlike a reflection it can come near the identity, and is so at the start: ``v`` starts as ``u``, which is normal.
     Trains ``2 (in + out)`` numbers a linear, ``2 in`` without the outputs' side.

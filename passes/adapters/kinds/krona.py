@@ -28,7 +28,7 @@ def kronecker_shapes(out: int, into: int) -> list[tuple[tuple[int, int], tuple[i
 
 @dataclass(frozen=True)
 class KronA(AdapterKind):
-    """``y = x Wᵀ + s · x (A ⊗ B)ᵀ`` with ``A [a1, a2]``, ``B [b1, b2]`` (Edalati et al. 2022, eq. 6).
+    """``y = x Wᵀ + s · x (A ⊗ B)ᵀ`` with ``A [a1, a2]``, ``B [b1, b2]`` (Edalati et al. 2022, "KronA").
 
     Trains ``a1 a2 + b1 b2`` numbers a linear. ``A`` starts Kaiming-uniform, ``B`` at 0. The product is never formed
     (:func:`graphwright.ir.ops.kronecker.kron_linear`), except to be merged.

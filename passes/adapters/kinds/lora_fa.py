@@ -13,7 +13,7 @@ from graphwright.passes.adapters.sites import Site
 
 @dataclass(frozen=True)
 class LoRAFA(LoRA):
-    """``y = x Wᵀ + s · (x Aᵀ) Bᵀ`` with ``A [r, in]`` frozen and ``B [out, r]`` trained (Zhang et al. 2023, eq. 3).
+    """``y = x Wᵀ + s · (x Aᵀ) Bᵀ`` with ``A [r, in]`` frozen and ``B [out, r]`` trained (Zhang et al. 2023).
 
     Trains ``r out`` numbers a linear. No activation as wide as the input is kept for the backward pass, only
     ``x Aᵀ``. ``A`` starts Kaiming-uniform, ``B`` at 0.

@@ -17,7 +17,7 @@ from graphwright.passes.adapters.sites import Site
 
 @dataclass(frozen=True)
 class LoRAXS(AdapterKind):
-    """``y = x Wᵀ + s · x (B R A)ᵀ`` with ``W ≈ U Σ Vᵀ``, ``B = U_r Σ_r``, ``A = V_rᵀ`` (Bałazy et al. 2024, eq. 2).
+    """``y = x Wᵀ + s · x (B R A)ᵀ`` with ``W ≈ U Σ Vᵀ``, ``B = U_r Σ_r``, ``A = V_rᵀ`` (Bałazy et al. 2024).
 
     Trains ``R [r, r]`` only: ``r²`` numbers a linear. ``R`` starts normal. ``A [r, in]`` and ``B [out, r]`` are frozen
     and saved, because singular vectors of equal values, and all signs, differ between machines. Of a packed weight they

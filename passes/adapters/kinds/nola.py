@@ -18,7 +18,7 @@ from graphwright.passes.adapters.sites import Site
 
 @dataclass(frozen=True)
 class NOLA(AdapterKind):
-    """``y = x Wᵀ + s · (x Aᵀ) Bᵀ``, ``A = Σᵢ αᵢ Aᵢ``, ``B = Σⱼ βⱼ Bⱼ`` (Koohpayegani et al. 2024, eq. 3).
+    """``y = x Wᵀ + s · (x Aᵀ) Bᵀ``, ``A = Σᵢ αᵢ Aᵢ``, ``B = Σⱼ βⱼ Bⱼ`` (Koohpayegani et al. 2024, "NOLA").
 
     The ``Aᵢ [r, in]`` and ``Bⱼ [out, r]`` are random and frozen; linears of one width share them. Trains ``2 k``
     numbers a linear, whatever its rank and shape. ``α`` starts normal with variance ``1 / k``, so that ``A`` is as

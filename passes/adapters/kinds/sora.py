@@ -16,9 +16,9 @@ from graphwright.passes.adapters.sites import Site
 
 @dataclass(frozen=True)
 class SoRA(AdapterKind):
-    """``y = x Wᵀ + s · (g ⊙ (x Aᵀ)) Bᵀ`` with ``A [r, in]``, ``B [out, r]``, ``g [r]`` (Ding et al. 2023, eq. 3).
+    """``y = x Wᵀ + s · (g ⊙ (x Aᵀ)) Bᵀ`` with ``A [r, in]``, ``B [out, r]``, ``g [r]`` (Ding et al. 2023, "SoRA").
 
-    After each step of the optimiser :func:`shrink_gates` moves the gates towards 0 (the proximal step, eq. 6), and
+    After each step of the optimiser :func:`shrink_gates` moves the gates towards 0 (the proximal step), and
     :class:`DeleteRanks` takes out those that are there, which leaves the function as it is. Trains ``r (in + out) + r``
     numbers a linear: ``A`` starts Kaiming-uniform, ``B`` at 0, ``g`` normal, as the authors' code has it.
 

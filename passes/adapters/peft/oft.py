@@ -1,4 +1,4 @@
-"""``peft_type`` OFT with the exact Cayley transform, blocks of their own and no constraint."""
+"""``peft_type`` OFT, exact or in terms of a series, with blocks of their own and no constraint."""
 
 from __future__ import annotations
 
@@ -13,24 +13,21 @@ _KNOWN = (
     "num_cayley_neumann_terms",
     "oft_block_size",
     "r",
+    "use_cayley_neumann",
 )
 
 
 def read(folder: PeftFolder) -> SavedAdapter:
     """The adapter of a folder."""
-    if folder.config.get("use_cayley_neumann"):
-        raise InputError(
-            "PEFT's option use_cayley_neumann=True is not supported: its matrices are a few terms of a series, and no "
-            "rotations",
-            where=folder.source,
-            hint="train with use_cayley_neumann=False, or merge it with PEFT (merge_and_unload)",
-        )
     folder.check_options(_KNOWN)
+    terms = int(folder.config.get("num_cayley_neumann_terms", 5)) if folder.config.get("use_cayley_neumann") else 0
+    if terms == 1:
+        raise folder.refused("num_cayley_neumann_terms", "one term is the identity, whatever was trained")
     sites: dict[str, SavedSite] = {}
     for path, tensors in folder.by_module({"oft_R.weight": "oft_R"}).items():
         blocks, count = (int(size) for size in tensors["oft_R"].shape)
         block = int((1 + (1 + 8 * count) ** 0.5) / 2)  # count = block (block - 1) / 2
-        sites[path] = SavedSite(OFT(block), {"op": "linear"}, {"oft_R": tensors["oft_R"]}, {})
+        sites[path] = SavedSite(OFT(block, terms), {"op": "linear"}, {"oft_R": tensors["oft_R"]}, {})
         if blocks < 1 or block * (block - 1) // 2 != count:
             raise folder.unknown(f"{PREFIX}{path}.oft_R.weight")
     first = next(iter(sites.values())).kind
@@ -45,7 +42,8 @@ def write(adapter: SavedAdapter) -> PeftFiles:
     config = {
         "r": 0,
         "oft_block_size": adapter.kind.block,
-        "use_cayley_neumann": False,
+        "use_cayley_neumann": adapter.kind.terms > 0,
+        **({"num_cayley_neumann_terms": adapter.kind.terms} if adapter.kind.terms else {}),
         "coft": False,
         "block_share": False,
         "bias": "none",

@@ -25,10 +25,11 @@ from graphwright.passes.adapters.sites import Site
 _TENSOR = "prompt_embeddings"
 # read here, or about how the vectors started, or about a model that is there anyway
 _KNOWN = (
-    "encoder_hidden_size",  # of prefix_projection, which is refused
+    "encoder_hidden_size",
     "num_attention_heads",
     "num_layers",
     "num_virtual_tokens",
+    "prefix_projection",  # of training alone: what is saved is what the projection gave
     "prompt_tuning_init",
     "prompt_tuning_init_text",
     "token_dim",
@@ -46,12 +47,6 @@ def read(folder: PeftFolder) -> SavedAdapter:
         raise folder.refused("task_type", "supported: CAUSAL_LM, FEATURE_EXTRACTION")
     if config.get("num_transformer_submodules") not in (None, 1):
         raise folder.refused("num_transformer_submodules", "a model with an encoder and a decoder is not supported")
-    if config.get("prefix_projection"):
-        raise folder.refused(
-            "prefix_projection",
-            f"PEFT saves what the projection gives: with prefix_projection false in {folder.source}'s configuration "
-            "it is a prefix without one",
-        )
     folder.check_options((*_KNOWN, "num_transformer_submodules"))
     for name in folder.tensors:
         if name != _TENSOR:

@@ -25,7 +25,7 @@ def regrouped(layout: torch.Tensor, given: Shape, read: Shape) -> torch.Tensor |
     """Through a view: the layout of what is read, ``None`` where features mix with sizes that vary."""
     sizes: list[int] = []
     opened: list[int] = []
-    for left, right in _segments(given, read):
+    for left, right in segments(given, read):
         if all(layout.shape[place] == 1 for place in left):
             opened += [1] * len(left)
             sizes += [1] * len(right)
@@ -40,7 +40,7 @@ def regrouped(layout: torch.Tensor, given: Shape, read: Shape) -> torch.Tensor |
     return layout.expand(opened).reshape(sizes)
 
 
-def _segments(left: Shape, right: Shape) -> list[tuple[range, range]]:
+def segments(left: Shape, right: Shape) -> list[tuple[range, range]]:
     """The two shapes cut into the shortest stretches of equal size."""
     found: list[tuple[range, range]] = []
     start = other = 0

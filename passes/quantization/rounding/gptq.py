@@ -223,6 +223,9 @@ class _Rounder(Carrier):
         self.form, self.importance = form, importance
         self.group_size = form.columns_per_group(weight.shape[1])
         self.codes, self.scales, self.zeros = found.codes, found.scales, found.zeros
+        # Of the columns of a block, each one stretch of memory.
+        widest = max(span.stop - span.start for span in order.spans)
+        self._block = torch.empty(widest, len(weight), dtype=torch.uint8)
 
     def run(self) -> None:
         """Round all columns."""
@@ -260,8 +263,9 @@ class _Rounder(Carrier):
         code = self.form.round(work[place].unsqueeze(-1), scale, zero)
         if self.kept is not None:
             code = torch.where(self.kept[place].unsqueeze(-1), code, zero.unsqueeze(-1))
-        self.codes[:, column] = code.squeeze(-1)
+        self._block[place] = code.squeeze(-1)
         return self.form.values(code, scale, zero).squeeze(-1)
 
     def leave(self, columns: torch.Tensor, values: torch.Tensor) -> None:
-        """Nothing: codes are kept as they are found."""
+        """Keep the codes."""
+        self.codes[:, columns] = self._block[: len(columns)].t()

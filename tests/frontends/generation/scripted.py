@@ -25,7 +25,7 @@ class ScriptedPipeline(PipelineSession):
     def __init__(self, vocabulary: int, repeats: int, flips: float, slots: int, capacity: int) -> None:
         layout = DecoderLayout(((1, 1),) * repeats, ((1, 1),) * repeats, vocabulary)
         super().__init__(layout, repeats=repeats, width=1, slots=slots, capacity=capacity)
-        self.flips, self.stages = flips, 0
+        self.flips = flips
         self.held = torch.full((slots * repeats, capacity), -1)
 
     def _stage(
@@ -37,7 +37,6 @@ class ScriptedPipeline(PipelineSession):
         starts: torch.Tensor,
         rows: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.stages += 1
         logits = torch.empty(*rows.shape, self.layout.vocabulary)
         after = tokens.unsqueeze(2).float()
         for row, (slot, start) in enumerate(zip(slots.tolist(), starts.tolist(), strict=True)):
@@ -76,11 +75,14 @@ class ScriptedDecoder(Decoder):
         self.options = (vocabulary, repeats, flips)
         self.layout = DecoderLayout(((1, 1),) * repeats, ((1, 1),) * repeats, vocabulary)
         self.facts = facts or DecoderFacts()
-        self.sessions: list[ScriptedPipeline] = []
 
     def _lowered(self) -> Any:
         return self
 
-    def session(self, *, slots: int = 1, capacity: int | None = None, **options: Any) -> ScriptedPipeline:
-        self.sessions.append(ScriptedPipeline(*self.options, slots, capacity or 64))
-        return self.sessions[-1]
+    def session(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32") -> ScriptedPipeline:
+        return ScriptedPipeline(*self.options, slots, capacity or 64)
+
+    def pipeline_session(
+        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32"
+    ) -> ScriptedPipeline:
+        return self.session(slots=slots, capacity=capacity, cache=cache)

@@ -79,6 +79,7 @@ def low_rank(rank: int) -> int:
 CASES: dict[str, Case] = {
     "lora": Case(gw.LoRA(rank=4, alpha=8), low_rank(4)),
     "lora-rs": Case(gw.LoRA(rank=3, alpha=6, rank_stabilized=True), low_rank(3)),
+    "lora-bias": Case(gw.LoRA(rank=2, alpha=3, bias=True), low_rank(2) + 2 * sum(out for out, _ in SHAPES)),
     "lora-fa": Case(gw.LoRAFA(rank=4), 2 * sum(4 * out for out, _ in SHAPES)),
     "dora": Case(gw.DoRA(rank=3, alpha=6), low_rank(3) + 2 * sum(out for out, _ in SHAPES), dense=True),
     "vera": Case(gw.VeRA(rank=16), 2 * sum(16 + out for out, _ in SHAPES)),
@@ -95,6 +96,7 @@ CASES: dict[str, Case] = {
     "nola-saved": Case(gw.NOLA(bases=5, rank=2, seed=2, save_bases=True), 6 * 10),
     "sora": Case(gw.SoRA(rank=4, scale=2.0), low_rank(4) + 6 * 4),
     "oft": Case(gw.OFT(block=6), 2 * sum(into // 6 * 15 for _, into in SHAPES)),
+    "oft-series": Case(gw.OFT(block=6, terms=5), 2 * sum(into // 6 * 15 for _, into in SHAPES)),
     "ether": Case(gw.ETHER(), 2 * sum(into for _, into in SHAPES)),
     "ether-blocks": Case(gw.ETHER(blocks=4), 2 * sum(into for _, into in SHAPES)),
     "ether-plus": Case(gw.ETHERPlus(blocks=2), 2 * sum(2 * (out + into) for out, into in SHAPES)),

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.frontends.decoders import make
+from tests.frontends.decoders import traced as traced_decoder
 from tests.passes.adapters.cases import CASES, Case, Net, X, stirred
 
 import graphwright as gw
 from graphwright.backends.reference.session import ReferenceSession
-from graphwright.frontends.huggingface import load_decoder
 
 # kinds of which nothing can be computed before the input is there
 NOTHING = {
@@ -35,8 +34,7 @@ NOTHING = {
 
 @lru_cache
 def decoder() -> gw.Program:
-    program: gw.Program = load_decoder(make("llama"))
-    return program
+    return traced_decoder("llama")[1]
 
 
 @lru_cache
@@ -255,3 +253,14 @@ def test_a_decoding_step_stays_in_the_executor(kind: gw.AdapterKind) -> None:
     sessions = small.session(slots=1, capacity=16), ReferenceSession(program, slots=1, capacity=16)
     found, wanted = (each.step(tokens, zero, zero, rows) for each in sessions)
     assert close(found, wanted, 2e-5)
+
+
+def test_a_factor_that_is_only_seen_otherwise_stays_what_it_is() -> None:
+    """IA3 on a convolution: its factors are viewed as ``[channels, 1, 1]``, of which nothing can be saved."""
+    model, x = torch.nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+    model.eval()
+    insert = gw.InsertAdapters(gw.IA3(ops=("conv",)))
+    program = stirred(gw.optimize(torch.nn.Sequential(model), [insert], example_inputs=x, verify=False))
+    assert not gw.FoldAdapters()(program)
+    assert set(program.records["adapters"]) == {"default"}
+    assert "folded_adapters" not in program.records

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.passes.adapters.cases import Net, X
+from tests.passes.adapters.cases import Net, X, stirred
 
 import graphwright as gw
 from graphwright.ir.arguments import argument
@@ -114,9 +114,17 @@ def test_after_quantising_it_must_be_asked_for_before_anything_runs() -> None:
     gw.optimize(Net(), [insert, gw.MergeAdapters(), quantize], example_inputs=X)
     program = adapted(Net(), bits=8)
     state = str(program)
-    with pytest.raises(gw.OrderError, match="requantize=True"):  # from the program's history
+    with pytest.raises(gw.GraphwrightError, match="requantize=True"):  # by the weights it meets, not by its history
         gw.optimize(program, [gw.MergeAdapters()], example_inputs=X)
     with pytest.raises(gw.InputError, match="the weight is packed") as refused:
         gw.MergeAdapters()(program)
     assert "requantize=True" in str(refused.value)
     assert str(program) == state
+
+
+def test_weights_that_quantisation_left_alone_are_merged_into() -> None:
+    passes = [gw.InsertAdapters(gw.LoRA(rank=3), where="blocks.*"), gw.QuantizeLinears(bits=8, where="out")]
+    program = stirred(gw.optimize(Net(), passes, example_inputs=X))
+    merged = gw.optimize(program, [gw.MergeAdapters()], example_inputs=X)
+    assert merged.report.rows[0].contract == "exact"
+    assert not any("adapter" in gw.tags_of(node) for node in merged.nodes)

@@ -32,6 +32,8 @@ class Net(nn.Module):
 
 
 CONFIGS: dict[str, Any] = {
+    "dora": peft.LoraConfig(r=2, lora_alpha=6, use_dora=True, target_modules=["first", "second", "third"]),
+    "lora-bias": peft.LoraConfig(r=2, lora_bias=True, target_modules=["first", "third"]),
     "ia3": peft.IA3Config(target_modules=["first", "second"], feedforward_modules=["second"]),
     "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=["first", "second", "third"]),
     "lokr": peft.LoKrConfig(r=1, alpha=3, target_modules=["first", "third"]),

@@ -36,6 +36,11 @@ CONFIGS: dict[str, tuple[str, Any]] = {
         "bert",
         peft.OFTConfig(r=3, oft_block_size=0, use_cayley_neumann=False, target_modules=MODELS["bert"][1]),
     ),
+    "oft-series": ("llama", peft.OFTConfig(oft_block_size=6, target_modules=LINEARS)),
+    "oft-series-3": (
+        "bert",
+        peft.OFTConfig(oft_block_size=4, num_cayley_neumann_terms=3, target_modules=MODELS["bert"][1]),
+    ),
     "vera": ("llama", peft.VeraConfig(r=8, target_modules=LINEARS)),
     "vera-drawn": (
         "bert",
@@ -58,6 +63,7 @@ MADE: dict[str, tuple[gw.AdapterKind, dict[str, Any]]] = {
     "lokr": (gw.LoKr(rank=3), {"*q_proj": {"rank": 9, "alpha": 2.5}}),
     "lora-fa": (gw.LoRAFA(rank=3), {}),
     "oft": (gw.OFT(block=4), {}),
+    "oft-series": (gw.OFT(block=4, terms=2), {}),
     "vera": (gw.VeRA(rank=8, seed=2), {}),
 }
 
@@ -83,9 +89,10 @@ def test_options_that_peft_has_once(tmp_path: Path) -> None:
         gw.save_adapter(program, tmp_path, layout="peft")
 
 
-def test_oft_in_terms_of_a_series_is_refused(tmp_path: Path) -> None:
-    adapted(llama(), peft.OFTConfig(oft_block_size=6, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(gw.InputError, match="use_cayley_neumann=True is not supported"):
+def test_oft_of_one_term_is_refused(tmp_path: Path) -> None:
+    config = peft.OFTConfig(oft_block_size=6, num_cayley_neumann_terms=1, target_modules=["q_proj"])
+    adapted(llama(), config).save_pretrained(tmp_path)
+    with pytest.raises(gw.InputError, match="num_cayley_neumann_terms=1 is not supported"):
         load_adapter(tmp_path)
 
 

@@ -131,7 +131,7 @@ def test_half_precision_is_widened() -> None:
         (lambda: gw.cross_entropy(drawn(2, 3), torch.zeros(3)), "the logits"),
         (lambda: gw.cross_entropy(drawn(2, 3), torch.tensor([-100, -100])), "all -100"),
         (lambda: gw.SquareHead(weight=float("nan")), "a number from 0"),
-        (lambda: gw.NearestNeighbours(pool="max"), "'mean' or 'first'"),  # type: ignore[arg-type]
+        (lambda: gw.NearestNeighbours(pool="max"), "'mean' or 'first'"),
     ],
 )
 def test_what_does_not_fit(call: Callable[[], object], words: str) -> None:

@@ -225,6 +225,8 @@ def test_scaling_keeps_masks_and_mixing_columns_is_refused() -> None:
     found = {refusal.reason for refusal in item.refusals(program)}
     assert any("tagged masked" in reason for reason in found)
     assert not item(program)
+    with pytest.raises(gw.OrderError, match="'prune-linears' must come after 'rotate-hidden-states'"):
+        gw.optimize(decoder(), [gw.PruneLinears(), item], example_inputs=ids())
 
 
 def test_training_with_rounding_is_refused() -> None:

@@ -328,3 +328,37 @@ def test_norms_are_those_of_all_rows() -> None:
     found = Norms.over([x[:20], x[20:]])
     assert found.count == 50
     assert torch.allclose(found.squares.double(), x.double().square().sum(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(method: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    program = gw.trace(nn.Linear(32, 16).to(dtype), torch.randn(2, 32).to(dtype))
+    data = None if method == "magnitude" else [torch.randn(64, 32).to(dtype)]
+    small = gw.optimize(
+        program,
+        [gw.PruneLinears(pattern="2:4", method=method, calibration=data)],
+        example_inputs=(torch.randn(2, 32).to(dtype),),
+    )
+    weight = small.tensor("weight")
+    assert weight.dtype == dtype
+    assert isinstance(weight, nn.Parameter)
+    assert float((weight == 0).float().mean()) == 0.5
+    assert gw.SparsityPattern.of("2:4", where="test").holds(weight != 0)
+    assert float((program.tensor("weight") == 0).float().mean()) == 0  # not written into
+
+
+def test_linears_of_a_layer_are_pruned_together_or_one_after_another() -> None:
+    data = batches(6)
+    together, after = (pruned(method="sparsegpt", calibration=data, sequential=each) for each in (False, True))
+    first = "layers.0.attn.q_proj.weight"
+    assert torch.allclose(together.tensor(first), after.tensor(first), atol=1e-5)
+    assert not torch.equal(together.tensor("layers.0.down.weight"), after.tensor("layers.0.down.weight"))
+    source = decoder()  # together: for what the layer gives while it is whole
+    node = next(node for node in source.nodes if gw.path_of(node) == "layers.0.down")
+    observed = Observed.over([_value(source, node.args[0], batch) for batch in data])
+    kind = gw.SparsityPattern.of("unstructured", where="test")
+    weight = source.tensor("layers.0.down.weight").detach()
+    found = gw.SparseGpt().prune(weight, kind, 0.5, observed, fixed=False)
+    assert torch.allclose(together.tensor("layers.0.down.weight"), found.weight, atol=1e-5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import graphwright as gw
+from graphwright.ir.sparsity import least
 
 SCORES = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).abs()
 
@@ -81,3 +82,14 @@ def test_sizes_that_do_not_divide_have_a_reason() -> None:
     assert of("2:4").objection((3, 8)) is None
     assert of("2:4").objection((3, 10)) == "10 columns are no multiple of 4"
     assert of("16x1").objection((24, 3)) == "[24, 3] does not divide into blocks of 16 by 1"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 15, 16, 17, 33])
+def test_the_least_are_the_first_of_a_stable_order(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    for levels in (1, 3, 1000):  # few of them: many are equal
+        scores = torch.randint(0, levels, (5, size), generator=generator).float()
+        order = scores.argsort(dim=1, stable=True)
+        for count in range(size + 1):
+            wanted = torch.zeros(5, size, dtype=torch.bool).scatter_(1, order[:, :count], True)
+            assert torch.equal(least(scores, count), wanted)

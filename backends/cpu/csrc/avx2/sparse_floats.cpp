@@ -45,10 +45,16 @@ struct S {
 };
 
 #include "sparse_floats.inc"
+#include "sparse_skip.inc"
 
 }  // namespace
 
 extern const SparseFloatKernels sparse_floats_kernels;
-const SparseFloatKernels sparse_floats_kernels = {.isa = "avx2", .run = sparse_floats};
+const SparseFloatKernels sparse_floats_kernels = {.isa = "avx2",
+                                                  .run = sparse_floats,
+                                                  .skip = skip,
+                                                  .turn = turn_rows,
+                                                  .lanes = V::kLanes,
+                                                  .most_rows = V::kLanes * kSkipVectors};
 
 }  // namespace graphwright::avx2

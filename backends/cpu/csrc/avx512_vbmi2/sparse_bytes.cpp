@@ -18,6 +18,12 @@ struct V : Vectors {
   static Int expand(Int fill, std::uint64_t mask, Int values) { return _mm512_mask_expand_epi8(fill, mask, values); }
   // Of small numbers, one to a lane.
   static Int each_byte(Int v) { return _mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101)); }
+  static Int bits(Float v) { return _mm512_castps_si512(v); }
+  static void store_ints(std::int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
+  // Signed bytes with 128 added to each.
+  static void store_unsigned(std::uint8_t* p, Float v) {
+    _mm512_storeu_si512(p, _mm512_xor_si512(bits(v), _mm512_set1_epi8(-128)));
+  }
   static void prefetch_near(const std::uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 };
 
@@ -55,11 +61,20 @@ struct S {
 
 #include "sparse_bytes.inc"
 #include "sparse_few.inc"
+#include "sparse_blocks.inc"
+
+#undef GRAPHWRIGHT_UNROLL
 
 }  // namespace
 
 extern const SparseByteKernels sparse_bytes;
-const SparseByteKernels sparse_bytes = {
-    .isa = "avx512_vbmi2", .expand = expand, .few = sparse_few, .few_rows = kFewSparseRows};
+const SparseByteKernels sparse_bytes = {.isa = "avx512_vbmi2",
+                                        .expand = expand,
+                                        .few = sparse_few,
+                                        .few_rows = kFewSparseRows,
+                                        .skip = skip_blocks,
+                                        .turn = turn_bytes,
+                                        .lanes = V::kLanes,
+                                        .most_rows = V::kLanes * kBlockVectors};
 
 }  // namespace graphwright::avx512_vbmi2

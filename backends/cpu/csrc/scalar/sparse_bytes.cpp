@@ -27,6 +27,13 @@ struct S {
 }  // namespace
 
 extern const SparseByteKernels sparse_bytes;
-const SparseByteKernels sparse_bytes = {.isa = "scalar", .expand = expand, .few = nullptr, .few_rows = 0};
+const SparseByteKernels sparse_bytes = {.isa = "scalar",
+                                        .expand = expand,
+                                        .few = nullptr,
+                                        .few_rows = 0,
+                                        .skip = nullptr,
+                                        .turn = nullptr,
+                                        .lanes = 1,
+                                        .most_rows = 1};
 
 }  // namespace graphwright::scalar

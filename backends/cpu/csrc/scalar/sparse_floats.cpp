@@ -26,10 +26,16 @@ struct S {
 };
 
 #include "sparse_floats.inc"
+#include "sparse_skip.inc"
 
 }  // namespace
 
 extern const SparseFloatKernels sparse_floats_kernels;
-const SparseFloatKernels sparse_floats_kernels = {.isa = "scalar", .run = sparse_floats};
+const SparseFloatKernels sparse_floats_kernels = {.isa = "scalar",
+                                                  .run = sparse_floats,
+                                                  .skip = skip,
+                                                  .turn = turn_rows,
+                                                  .lanes = V::kLanes,
+                                                  .most_rows = V::kLanes * kSkipVectors};
 
 }  // namespace graphwright::scalar

@@ -22,6 +22,7 @@ from graphwright.passes.adapters.inserted import (
     adapter_of,
     adapters_of,
     base_of,
+    checked_names,
     forget,
     note_inserted,
 )
@@ -32,7 +33,7 @@ from graphwright.passes.contract import Contract, Exact
 
 
 def shrink_gates(program: Program, threshold: float, name: str = "default") -> tuple[int, int]:
-    """Move SoRA's gates towards 0 by ``threshold``; those nearer than that become 0 (Ding et al. 2023, eq. 6).
+    """Move SoRA's gates towards 0 by ``threshold``; those nearer than that become 0 (Ding et al. 2023).
 
     To be called after each step of the optimiser, with the learning rate times the weight of the penalty.
 
@@ -85,11 +86,7 @@ class DeleteRanks(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adapters is not None:
-            given = self.adapters
-            if isinstance(given, str) or not all(isinstance(each, str) for each in given):
-                raise InputError(f"must be names of adapters, not {given!r}", where=f"{self.name}: adapters")
-            object.__setattr__(self, "adapters", tuple(given))
+        object.__setattr__(self, "adapters", checked_names(self.name, self.adapters))
 
     def run(self, program: Program) -> bool:
         """Delete them.

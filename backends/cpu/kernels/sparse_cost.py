@@ -1,0 +1,115 @@
+"""What sparse and dense linears cost for each weight, and so from which share of zeros on sparse ones are faster.
+
+Nanoseconds for 64 weights on one core, measured on an AMD EPYC of family 25 (Zen 4); ``benchmarks/sparse.py`` measures
+the linears anew. What counts are ratios, which differ less between CPUs than the numbers do. A linear takes as long as
+its arithmetic or as reading its weights from memory, whichever is longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# A core's share of the memory's bandwidth: 19.5 GB/s.
+_NS_PER_BYTE = 0.051
+_FEW_ROWS = {"avx512_vbmi2": 4, "avx512": 4, "avx2": 1}
+_SKIP_ROWS, _SKIP_DENSITY, _SKIP_BLOCKS = 32, 0.45, 0.4
+# Vectors that skip zeros wait for their rows now and then, where dense tiles keep them in registers.
+_SKIP_EFFICIENCY, _NS_PER_ENTRY = 0.75, 0.6
+# Of a block of four that is not zeros; its products wait for loads, one for each, where dense tiles make two meanwhile.
+_NS_PER_BLOCK, _LOADS = 1.5, 2.0
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Nanoseconds for 64 weights.
+
+    Attributes:
+        least, row: of a sparse linear with a few rows, whose weights are expanded in registers: at least, and by row.
+        expand: of making dense weights of sparse ones in the cache.
+        dense_least, dense_row: of the dense linear.
+        dense_bytes: of a dense weight.
+        value_bytes: of a value that is stored.
+    """
+
+    least: float
+    row: float
+    expand: float
+    dense_least: float
+    dense_row: float
+    dense_bytes: float
+    value_bytes: float
+
+    def dense(self, rows: int) -> float:
+        """Of the dense linear."""
+        return max(64 * self.dense_bytes * _NS_PER_BYTE, self.dense_least, rows * self.dense_row)
+
+    def sparse(self, rows: int, density: float, few: int, *, skips: bool) -> float:
+        """Of the sparse one, of whose weights a share of ``density`` is stored."""
+        memory = (8 + 64 * density * self.value_bytes) * _NS_PER_BYTE
+        if rows <= few:
+            return max(memory, self.least, rows * self.row)
+        if skips and rows >= _SKIP_ROWS and density <= _SKIP_DENSITY:
+            return density * (64 * _NS_PER_ENTRY + rows * self.dense_row / _SKIP_EFFICIENCY)
+        return max(memory, self.expand + rows * self.dense_row)
+
+    def blocks(self, rows: int, share: float) -> float:
+        """Of the sparse one with many rows that skips blocks of four columns, of which a share is not zeros."""
+        return self.least + 16 * share * _NS_PER_BLOCK + rows * self.dense_row * share * _LOADS
+
+
+# By the kernels' instruction set and the kind of values. 4-bit values of two words share bytes, which fills them less.
+_TABLE: dict[tuple[str, str], Arithmetic] = {
+    ("avx512_vbmi2", "int8"): Arithmetic(0.95, 0.5, 2.0, 0.62, 0.15, 1.0, 1.0),
+    ("avx512_vbmi2", "int4"): Arithmetic(0.95, 0.5, 2.0, 0.9, 0.17, 0.53, 0.54),
+    ("avx512", "float32"): Arithmetic(3.6, 1.7, 4.0, 2.5, 1.14, 4.0, 4.0),
+    ("avx512", "bfloat16"): Arithmetic(3.6, 1.7, 4.0, 2.0, 0.63, 2.0, 2.0),
+    ("avx2", "float32"): Arithmetic(6.2, 6.2, 6.0, 2.5, 1.2, 4.0, 4.0),
+    ("avx2", "bfloat16"): Arithmetic(6.2, 6.2, 6.0, 2.5, 1.2, 2.0, 2.0),
+    ("avx2", "int8"): Arithmetic(7.0, 7.0, 7.0, 1.4, 1.1, 1.0, 1.0),
+    ("avx2", "int4"): Arithmetic(7.0, 7.0, 7.0, 1.5, 1.1, 0.53, 0.54),
+}
+_BYTES = {
+    "avx_vnni": "avx2",
+    "avx512": "avx2",
+    "avx512_vnni": "avx2",
+    "avx512_bf16": "avx512_vbmi2",
+    "amx": "avx512_vbmi2",
+}
+_FLOATS = {"avx_vnni": "avx2", **dict.fromkeys(("avx512_vnni", "avx512_vbmi2", "avx512_bf16", "amx"), "avx512")}
+
+
+def least_sparsity(isa: str, kind: str, rows: int) -> float | None:
+    """The share of zeros from which on a sparse linear is faster than the dense one on the same values.
+
+    Args:
+        isa: instruction set that is used.
+        kind: of the values: ``float32``, ``bfloat16``, ``int8`` or ``int4`` (the last two with activations rounded to
+            8 bits).
+        rows: of the input.
+
+    Returns:
+        a share in whole per cent, or ``None`` where no share is enough.
+    """
+    own = (_FLOATS if kind in ("float32", "bfloat16") else _BYTES).get(isa, isa)
+    costs = _TABLE.get((own, kind))
+    if costs is None:
+        return None
+    few, skips = _FEW_ROWS[own] if own != "avx2" or kind in ("float32", "bfloat16") else 0, "float" in kind
+    for percent in range(101):
+        if costs.sparse(rows, 1 - percent / 100, few, skips=skips) < costs.dense(rows):
+            return percent / 100
+    return None
+
+
+def blocks_pay(isa: str, kind: str, rows: int, share: float) -> bool:
+    """Whether many rows are faster where blocks of four columns are skipped that are zeros.
+
+    Args:
+        isa, kind, rows: as for :func:`least_sparsity`; of codes with a scale for each output and no zero points.
+        share: of the blocks that are not zeros.
+    """
+    own = _BYTES.get(isa, isa)
+    if own != "avx512_vbmi2" or rows < _SKIP_ROWS or share > _SKIP_BLOCKS:
+        return False
+    costs = _TABLE[own, kind]
+    return costs.blocks(rows, share) < costs.dense(rows)
