@@ -52,16 +52,9 @@ def find_repetition(program: Program, layout: DecoderLayout) -> Repetition:
         layout: its layout.
 
     Raises:
-        ProgramError: layers are not joined by one value, or are no cycle; the message has their order. Or adapters are
-            switched as it runs.
+        ProgramError: layers are not joined by one value, or are no cycle; the message has their order.
     """
     where = f"program {program.title!r}"
-    if layout.adapters:
-        raise ProgramError(
-            "switches adapters by an input, which a stage of a pipeline does not take",
-            where=where,
-            hint="merge one adapter, or decode without pipeline=True",
-        )
     found = _Layers(program, layout)
     boundaries = found.boundaries()
     expressions, ends = found.expressions(boundaries)

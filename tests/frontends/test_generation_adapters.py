@@ -232,8 +232,10 @@ def test_what_has_no_switch_says_so(tmp_path: Path) -> None:
             session.choose(slot, weights)
     with pytest.raises(gw.InputError, match="no weight for each of 3"):
         session.choose(0, [0.0, float("inf"), 0.0])
-    with pytest.raises(gw.ProgramError, match="which a stage of a pipeline does not take"):
+    with pytest.raises(gw.InputError, match="stages cannot choose between the adapters"):
         switched().generate(PROMPTS, adapters="low", max_new_tokens=1, pipeline=True)
+    with pytest.raises(gw.ProgramError, match="switches 3 adapters, which stages have no place for"):
+        switched().pipeline_session()
     with pytest.raises(gw.ExportError, match="switches adapters by an input"):
         gw.export_genai(switched(), tmp_path / "genai", source=_source(tmp_path), tokenizer=False)
 
