@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-EXTRAS := dev,huggingface,onnx,search
+EXTRAS := dev,huggingface,onnx,search,triton
 
 BIN    := .venv/bin
 # Errors only: what pip warns of (a cache it may not write, an index it cannot read) concerns the machine.

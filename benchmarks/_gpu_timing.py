@@ -34,7 +34,7 @@ def median_ms(calls: Sequence[Callable[[], object]]) -> float:
             call()
     for _ in range(3):
         graph.replay()
-    spent = []
+    spent: list[float] = []
     for _ in range(REPEATS):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

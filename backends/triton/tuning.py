@@ -128,7 +128,7 @@ def median_ms(call: Callable[[], object], repeats: int = 20) -> float:
     """The median of so many calls in milliseconds, by CUDA events, after three that are not counted."""
     for _ in range(3):
         call()
-    spent = []
+    spent: list[float] = []
     for _ in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -16,7 +16,7 @@ from graphwright.backends.triton.status import triton_status
 pytestmark = pytest.mark.skipif(not triton_status().available, reason=triton_status().message)
 
 # A few that stand for the rest: `python -m graphwright.backends.triton.compile` compiles every configuration.
-ONLY = ("norms",)
+ONLY = ("gradients of norms", "linear_nbits 1 rows, 4 bits, 128, asymmetric", "attention 128")
 
 
 @pytest.fixture(scope="module")
