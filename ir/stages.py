@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from graphwright.ir.cycle import Cycle, find_cycle
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import ProgramError
 from graphwright.ir.names import op_name, resolve_target
 from graphwright.ir.program import Program
-from graphwright.ir.repetition import Repetition, find_repetition
 from graphwright.ir.signature import Signature
 from graphwright.ir.types import VAL, ScalarType, TensorType
 
@@ -73,11 +73,11 @@ def cut_stage(program: Program) -> Stage:
             where=f"program {program.title!r}",
             hint="merge the adapters or take them out, or decode without pipeline=True",
         )
-    return _Cut(program, layout, find_repetition(program, layout)).stage()
+    return _Cut(program, layout, find_cycle(program, layout)).stage()
 
 
 class _Cut:
-    def __init__(self, program: Program, layout: DecoderLayout, found: Repetition) -> None:
+    def __init__(self, program: Program, layout: DecoderLayout, found: Cycle) -> None:
         self.program, self.layout, self.found = program, layout, found
         self.graph = fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}

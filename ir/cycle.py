@@ -23,7 +23,7 @@ _CASTS = frozenset({"aten.alias", "aten.detach", "aten.to.device", "aten.to.dtyp
 
 
 @dataclass(frozen=True)
-class Repetition:
+class Cycle:
     """A decoder's layers as a group that is repeated.
 
     Attributes:
@@ -41,7 +41,7 @@ class Repetition:
     last: fx.Node
 
 
-def find_repetition(program: Program, layout: DecoderLayout) -> Repetition:
+def find_cycle(program: Program, layout: DecoderLayout) -> Cycle:
     """The shortest group of layers whose repetition the decoder is.
 
     Two layers are the same where their outputs are the same expression of their inputs: operators, constants and
@@ -65,7 +65,7 @@ def find_repetition(program: Program, layout: DecoderLayout) -> Repetition:
         same = all(expressions[index] == expressions[index % layers] for index in range(count - 1))
         if same and expressions[layers - 1] in ends:
             last = ends[expressions[layers - 1]]
-            return Repetition(layers, count // layers, boundaries[0], boundaries[layers], last)
+            return Cycle(layers, count // layers, boundaries[0], boundaries[layers], last)
     order, distinct = _order(expressions, ends)
     if distinct == count:
         raise ProgramError(
