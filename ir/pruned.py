@@ -62,19 +62,19 @@ def note_pruned(program: Program, name: str, mask: torch.Tensor, pattern: str) -
     table[name] = {"pattern": pattern, "sparsity": sparsity, "digest": mask_digest(mask)}
 
 
-def follow(program: Program, old: Sequence[str], new: str, mask: torch.Tensor) -> None:
+def follow(program: Program, old: Sequence[str], new: str, values: torch.Tensor) -> None:
     """Let the records know a weight by another name; nothing where it was not pruned.
 
     Args:
         program: whose records.
         old: names of the weights that have become it.
         new: its name.
-        mask: which of its values are not 0, bool.
+        values: the weight, or a mask of what is not 0 in it; looked at only where it was pruned.
     """
     table = program.records.get(RECORD, {})
     patterns = {str(table.pop(name)["pattern"]) for name in old if name in table}
     if patterns:
-        note_pruned(program, new, mask, patterns.pop() if len(patterns) == 1 else "unstructured")
+        note_pruned(program, new, values.detach() != 0, patterns.pop() if len(patterns) == 1 else "unstructured")
 
 
 def mask_digest(mask: torch.Tensor) -> str:

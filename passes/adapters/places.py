@@ -183,7 +183,7 @@ def write_merged(
         loss = place.packed.write(rewriter, whole)
         if place.is_masked:
             values = replace(place.packed, rows=None).dense(program)
-            follow(program, [name], name, values != 0)
+            follow(program, [name], name, values)
         return new_bias, Rounded(loss, (loss.error / change) ** 0.5 if change > 0 else float("inf")), lost
     new = whole.to(stored.dtype)
     if place.rows is not None:
@@ -191,7 +191,7 @@ def write_merged(
         new[place.span] = part
     rewriter.rebind(place.stored, (new.t() if target.transposed else new).contiguous())
     if place.is_masked:
-        follow(program, [name], name, program.tensor(place.stored).detach() != 0)
+        follow(program, [name], name, program.tensor(place.stored))
     return new_bias, None, lost
 
 

@@ -95,5 +95,5 @@ class _Stored(Rule):
             nn.Parameter(turned, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else turned
         )
         made = rewriter.weight(f"{weight.target}_transposed", stored, like=weight)
-        follow(rewriter.program, [str(weight.target)], str(made.target), turned != 0)
+        follow(rewriter.program, [str(weight.target)], str(made.target), turned)
         return rewriter.call("aten.linear", match.node("x"), made, match["bias"], like=match.root)

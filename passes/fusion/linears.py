@@ -352,7 +352,7 @@ def _merge(rewriter: Rewriter, bucket: Sequence[Group]) -> int:
     modules = [f"{parent}.{name}" if parent else name for parent in parents]
     sizes = [int(fake_of(node).shape[0]) for node in weights]
     weight = _store(rewriter, modules, "weight", _stacked(program, weights, sizes), first[0])
-    follow(program, [str(node.target) for node in weights], str(weight.target), program.tensor(weight).detach() != 0)
+    follow(program, [str(node.target) for node in weights], str(weight.target), program.tensor(weight))
     bias = None
     if any(item is not None for item in biases):
         bias = _store(rewriter, modules, "bias", _stacked(program, biases, sizes), first[0])

@@ -111,7 +111,7 @@ class ReleaseMasks(Pass):
                     rewriter.rebind(weight, new)
                 rewriter.replace(node, weight, equivalent=False)
                 name = str(weight.target)
-                follow(program, [name], name, new != 0)
+                follow(program, [name], name, new)
             return rewriter.changed
 
 
