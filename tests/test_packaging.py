@@ -111,9 +111,9 @@ def fresh_source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 @pytest.fixture(scope="module")
-def native_wheel(fresh_source: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The one native build of this module."""
-    return build("wheel", fresh_source(), tmp_path_factory.mktemp("native"), GRAPHWRIGHT_REQUIRE_NATIVE="1")
+def native_wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Built in the clone, where set-up has left the objects: compiling them again would take a minute and a half."""
+    return build("wheel", repository, tmp_path_factory.mktemp("native"), GRAPHWRIGHT_REQUIRE_NATIVE="1")
 
 
 @pytest.fixture(scope="module")
