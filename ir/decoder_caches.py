@@ -89,7 +89,7 @@ def arrange_caches(rewriter: Rewriter, caches: Sequence[Cache]) -> None:
     """
     program = rewriter.program
     graph, inputs = program.graph, program.inputs
-    results: Sequence[Any] = program.output.args[0]  # type: ignore[assignment]
+    results = program.results
     wanted = [*(each.keys for each in caches), *(each.values for each in caches)]
     program.output.args = ((results[0], *(each.new_keys for each in caches), *(each.new_values for each in caches)),)
     for node in inputs[_OTHERS:]:

@@ -134,6 +134,12 @@ class Program(nn.Module):
         node: fx.Node = self.body.graph.output_node()
         return node
 
+    @property
+    def results(self) -> list[Any]:
+        """What the program returns, flat and in order: nodes and constants."""
+        items: Any = self.output.args[0]
+        return list(items)
+
     def node(self, name: str) -> fx.Node:
         """The node of this name.
 

@@ -86,7 +86,7 @@ class _Cut:
     def stage(self) -> Stage:
         program, found, layers = self.program, self.found, self.found.layers
         begin, end, last = found.begin, found.end, found.last
-        results: Any = program.output.args[0]
+        results = program.results
         count = self.layout.layers
         caches = [*results[1 : 1 + layers], *results[1 + count : 1 + count + layers]]
         kind = program.type_of(begin)

@@ -79,7 +79,7 @@ class TapFeatures(Pass):
             )
         with program.edit() as rewriter:
             output = program.output
-            output.args = ((*_results(program), *found.values()),)
+            output.args = ((*program.results, *found.values()),)
             leaves: Any = range(program.signature.out_spec.num_leaves)
             taps: dict[str, Any] = dict.fromkeys(found, 0)
             spec = pytree.tree_structure(Tapped(program.signature.unflatten(leaves), taps))
@@ -115,7 +115,7 @@ class RemoveTaps(Pass):
             program.signature = dataclasses.replace(
                 program.signature, out_spec=program.signature.out_spec.children()[0]
             )
-            program.output.args = (tuple(_results(program)[:-count]),)
+            program.output.args = (tuple(program.results[:-count]),)
             rewriter.changed = True
         return True
 
@@ -126,7 +126,7 @@ def taps_of(program: Program) -> dict[str, fx.Node]:
     if spec.type is not Tapped:
         return {}
     paths = list(spec.context)
-    return dict(zip(paths, _results(program)[-len(paths) :], strict=True))
+    return dict(zip(paths, program.results[-len(paths) :], strict=True))
 
 
 def given_by_layers(program: Program) -> list[tuple[Block, fx.Node | str]]:
@@ -162,8 +162,3 @@ def _given(program: Program, block: Block) -> list[fx.Node]:
 def _is_floating(program: Program, node: fx.Node) -> bool:
     kind = program.type_of(node)
     return isinstance(kind, TensorType) and kind.dtype.is_floating_point
-
-
-def _results(program: Program) -> tuple[Any, ...]:
-    results: Any = program.output.args[0]
-    return tuple(results)

@@ -87,7 +87,7 @@ class ClassifyRepetitions(Pass):
         weights = repetition_weights(len(exits), self.weights)
         with program.edit() as rewriter:
             tail = _tail(program, exits[-1])
-            results: list[Any] = list(program.output.args[0])  # type: ignore[arg-type]
+            results = program.results
             copies = [_again(rewriter, tail, exits[-1], exit_, at) for at, exit_ in enumerate(exits[:-1])]
             logits = _logits(program, results, set(tail))
             names = {item: leaf for leaf, item in enumerate(results)}

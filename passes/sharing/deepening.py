@@ -117,7 +117,7 @@ def repeat(rewriter: Rewriter, stack: Stack, order: Sequence[int], where: str) -
     program = rewriter.program
     check_contained(stack, where)
     layout = DecoderLayout.find(program)
-    caches = caches_of(layout, program.inputs, list(program.output.args[0])) if layout is not None else []  # type: ignore[arg-type]
+    caches = caches_of(layout, program.inputs, program.results) if layout is not None else []
     own = [cache_within(layer, caches) for layer in stack.layers]
     inside = [{*layer.nodes, *layer.aside} for layer in stack.layers]
     behind = [[user for user in layer.exit.users if user not in inside[at]] for at, layer in enumerate(stack.layers)]

@@ -246,8 +246,7 @@ def drop(program: Program, stack: Stack, places: Mapping[int, tuple[fx.Node, fx.
     """
     check_contained(stack, where)
     layout = DecoderLayout.find(program)
-    results: list[Any] = list(program.output.args[0])  # type: ignore[arg-type]
-    caches = caches_of(layout, program.inputs, results) if layout is not None else []
+    caches = caches_of(layout, program.inputs, program.results) if layout is not None else []
     gone: list[Cache] = []
     for at, place in places.items():
         cache = cache_within(stack.layers[at], caches)
@@ -257,7 +256,7 @@ def drop(program: Program, stack: Stack, places: Mapping[int, tuple[fx.Node, fx.
         _adjust_record(program, stack, places)
         # What these caches become is an output no more; those of the others keep their places until all is removed.
         lost = {node for cache in gone for node in (cache.new_keys, cache.new_values)}
-        program.output.args = (tuple(item for item in results if item not in lost),)
+        program.output.args = (tuple(item for item in program.results if item not in lost),)
         for at in places:
             for node in reversed(stack.layers[at].aside):
                 if not node.users:

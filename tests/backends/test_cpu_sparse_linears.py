@@ -335,10 +335,11 @@ def test_it_runs_in_a_program_with_its_epilogues_and_from_a_file(tmp_path: Path)
     small = gw.optimize(model, [gw.CompressLinears()], example_inputs=(x,), target="cpu")
     kernels = [use.kernel for use in small.explain()]
     if least_sparsity(str(features().selected), "float32", 3) is None:
-        pytest.skip("dense kernels are faster here")
-    assert kernels[0].startswith("sparse_linear ")
-    assert "float32 weights of which 8" in kernels[0]
-    assert kernels[1].startswith("epilogue of sparse_linear")
+        assert "the dense kernel is faster with 3 rows, whatever the share of zeros" in kernels[0]
+    else:
+        assert kernels[0].startswith("sparse_linear ")
+        assert "float32 weights of which 8" in kernels[0]
+        assert kernels[1].startswith("epilogue of sparse_linear")
     torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-5)
     small.save_packed(tmp_path / "model.packed")
     assert torch.equal(gw.load_packed(tmp_path / "model.packed")(x), small(x))

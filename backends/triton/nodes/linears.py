@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any
+
 import torch
 
 from graphwright.backends.triton.kernels.epilogue import Epilogue
@@ -44,7 +47,7 @@ class NbitsLinear(LinearKernel):
         return fused_linear_nbits(x, self.weight, Epilogue(self.bias, self.activation, factor, residual))
 
 
-class Int8Linear(LinearKernel):
+class Int8Linear(LinearKernel, ABC):
     """8-bit weights and activations; how these are rounded is the subclass's."""
 
     def __init__(
@@ -55,19 +58,19 @@ class Int8Linear(LinearKernel):
         self.sums = sums_of(weight)
         self.label = f"{label} (the reference where gradients are wanted)"
         arguments = site.arguments
-        self._operator = site.node.target
+        self._operator: Any = site.node.target
         self._given = [site.maybe_stored(name) if site.is_stored(name) else arguments[name] for name in arguments][1:]
 
+    @abstractmethod
     def round(self, x: torch.Tensor) -> Codes:
         """Codes of the activations."""
-        raise NotImplementedError
 
     def forward(
         self, x: torch.Tensor, factor: torch.Tensor | None = None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Round, multiply, finish."""
         if wants_gradient(x, factor, residual):
-            y: torch.Tensor = self._operator(x, *self._given)  # type: ignore[operator]
+            y: torch.Tensor = self._operator(x, *self._given)
             return epilogue_in_torch(y, self.activation, factor, residual)
         epilogue = Epilogue(self.bias, self.activation, factor, residual)
         result = multiply_codes(self.round(x), self.weight, self.scales, self.sums, epilogue, x.dtype)
