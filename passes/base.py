@@ -151,11 +151,13 @@ class RulePass(Pass):
 
 
 def as_json(value: Any) -> Any:
-    """An option as JSON values; functions by their names."""
+    """An option as JSON values: what its ``as_option()`` says where it has one; functions by their names."""
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     if isinstance(value, Pass):
         return {"name": value.name, **value.options()}
+    if hasattr(type(value), "as_option"):
+        return value.as_option()
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
     if isinstance(value, Mapping):

@@ -64,6 +64,10 @@ class CalibrationData:
             return f"{count} batches"
         return f"{self.limit or 'all'} items of {type(self.items).__name__}"
 
+    def as_option(self) -> str:
+        """In recipes and reports data stands in words."""
+        return str(self)
+
     def __iter__(self) -> Iterator[Batch]:
         """The batches.
 

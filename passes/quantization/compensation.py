@@ -13,8 +13,8 @@ and its LoRA factors start training close to the original.
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -117,6 +117,10 @@ class Compensation(ABC):
 
     def __post_init__(self) -> None:
         _whole(self.method, "rank", self.rank)
+
+    def as_option(self) -> dict[str, Any]:
+        """As it stands in recipes and reports: ``method`` and all options."""
+        return {"method": self.method, **asdict(self)}
 
     @property
     def turns(self) -> int:

@@ -183,17 +183,6 @@ class QuantizeLinears(Pass):
         base = Approximate(max_local_error=max(each._local_limit() for each in (self, *variants) if each is not None))
         return base if self.max_error is None else dataclasses.replace(base, max_relative_error=float(self.max_error))
 
-    def options(self) -> dict[str, Any]:
-        """Options as JSON values; calibration data in words."""
-        found = super().options()
-        if isinstance(self.rounding, Rounding):
-            found["rounding"] = {"method": self.rounding.method, **self.rounding.options()}
-        if self.compensation is not None:
-            found["compensation"] = {"method": self.compensation.method, **found["compensation"]}
-        if self.calibration is not None:
-            found["calibration"] = str(self.calibration)
-        return found
-
     def _integer_products(self) -> bool:
         """Whether products are those of bytes, one scale to a channel."""
         return self.activations == "int8" and self.bits == 8

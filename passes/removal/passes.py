@@ -68,13 +68,6 @@ class RemoveStructure(Pass):
         if self.calibration is not None:
             object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
 
-    def options(self) -> dict[str, Any]:
-        """Options as JSON values; calibration data in words."""
-        found = super().options()
-        if self.calibration is not None:
-            found["calibration"] = str(self.calibration)
-        return found
-
     @property
     def _exact_norms(self) -> bool:
         return True

@@ -96,13 +96,6 @@ class ShareLayers(Pass):
         if self.calibration is not None:
             object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
 
-    def options(self) -> dict[str, Any]:
-        """Options as JSON values; calibration data in words."""
-        found = super().options()
-        if self.calibration is not None:
-            found["calibration"] = str(self.calibration)
-        return found
-
     def run(self, program: Program) -> bool:
         """Share; all or nothing.
 

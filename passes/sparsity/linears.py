@@ -138,15 +138,6 @@ class PruneLinears(Pass):
                 )
         object.__setattr__(self, "overrides", self._checked_overrides())
 
-    def options(self) -> dict[str, Any]:
-        """Options as JSON values; calibration data in words."""
-        found = super().options()
-        if isinstance(self.method, PruningMethod):
-            found["method"] = {"method": self.method.method, **self.method.options()}
-        if self.calibration is not None:
-            found["calibration"] = str(self.calibration)
-        return found
-
     def run(self, program: Program) -> bool:
         """Prune every linear that is selected and can be.
 

@@ -98,6 +98,10 @@ class PruningMethod(ABC):
             InputError: the inputs do not serve; without ``where``, which the caller knows.
         """
 
+    def as_option(self) -> dict[str, Any]:
+        """As it stands in recipes and reports: ``method`` and :meth:`options`."""
+        return {"method": self.method, **self.options()}
+
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         return {

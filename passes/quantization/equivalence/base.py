@@ -47,13 +47,6 @@ class ScaleInputs(Pass):
         if self.calibration is not None:
             object.__setattr__(self, "calibration", CalibrationData.of(self.calibration))
 
-    def options(self) -> dict[str, Any]:
-        """Options as JSON values; calibration data in words."""
-        found = super().options()
-        if self.calibration is not None:
-            found["calibration"] = str(self.calibration)
-        return found
-
     @abstractmethod
     def factors(
         self, program: Program, places: Sequence[Place], stream: Stream

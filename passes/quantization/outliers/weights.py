@@ -99,13 +99,6 @@ class SplitOutlierWeights(Pass):
                 hint="give calibration=[batch, ...]",
             )
 
-    def options(self) -> dict[str, Any]:
-        """Options as JSON values; calibration data in words."""
-        found = super().options()
-        if self.calibration is not None:
-            found["calibration"] = str(self.calibration)
-        return found
-
     def run(self, program: Program) -> bool:
         """Split every linear that is selected and can be.
 

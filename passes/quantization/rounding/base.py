@@ -48,6 +48,10 @@ class Rounding(ABC):
         """The pattern of weights that it sets to 0, such as ``"2:4"``; ``None`` where it chooses none."""
         return None
 
+    def as_option(self) -> dict[str, Any]:
+        """As it stands in recipes and reports: ``method`` and :meth:`options`."""
+        return {"method": self.method, **self.options()}
+
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         return {

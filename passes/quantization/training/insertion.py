@@ -94,13 +94,6 @@ class InsertFakeQuantize(Pass):
                 hint="use bits=8, group_size=None, symmetric=True",
             )
 
-    def options(self) -> dict[str, Any]:
-        """Options as JSON values; calibration data in words."""
-        found = super().options()
-        if self.calibration is not None:
-            found["calibration"] = str(self.calibration)
-        return found
-
     def run(self, program: Program) -> bool:
         """Round what every linear that is selected and can be reads.
 
