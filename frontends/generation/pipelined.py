@@ -34,14 +34,14 @@ class _Flight:
     Attributes:
         token: itself.
         position: where it stands.
-        hidden: what the stage gave for it, float32 ``[1, D]``.
+        row: of the last stage, which gave its hidden state; of no account before its first.
         guesses: what follows it, after each repetition that it has been through; ``None`` where logits were no numbers.
         is_taken: what follows it has become part of the answer, early.
     """
 
     token: int
     position: int
-    hidden: torch.Tensor
+    row: int = 0
     guesses: list[int | None] = field(default_factory=list)
     is_taken: bool = False
 
@@ -111,7 +111,7 @@ class PipelinedRun(Run):
         repeats = cache.session.repeats
         self._flips, self._completed = [0] * (repeats - 1), 0
         self._first_flips = self._rows = self._lane_stages = self._dropped = self._exits = self._early_flips = 0
-        self._nothing = torch.zeros(1, cache.session.width)
+        self._hidden = torch.zeros(1, 1, cache.session.width)
         self._first = torch.zeros(repeats * cache.session.slots, 1, dtype=torch.int64)
 
     def result(self) -> Generation:
@@ -135,7 +135,7 @@ class PipelinedRun(Run):
         lanes = [self._lanes.setdefault(each.row, _Lane(each)) for each in self._running]
         for lane in lanes:
             self._start(lane)
-        logits, hidden = self._run_stage(lanes)
+        logits = self._run_stage(lanes)
         best = logits.argmax(axis=1).tolist()
         self._steps += 1
         self._lane_stages += len(lanes)
@@ -143,7 +143,7 @@ class PipelinedRun(Run):
         at = 0
         for lane in lanes:
             count = len(lane.flights)
-            self._advance_lane(lane, logits[at : at + count], hidden[at : at + count], best[at : at + count])
+            self._advance_lane(lane, at, logits[at : at + count], best[at : at + count])
             at += count
         for lane in lanes:
             if lane.sequence.stopped:
@@ -161,27 +161,28 @@ class PipelinedRun(Run):
         token = lane.next_token()
         if token is not None:
             position = flights[-1].position + 1 if flights else len(lane.sequence.tokens) - 1
-            flights.append(_Flight(token, position, self._nothing))
+            flights.append(_Flight(token, position))
 
-    def _run_stage(self, lanes: Several[_Lane]) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
+    def _run_stage(self, lanes: Several[_Lane]) -> npt.NDArray[np.float32]:
         flying = [(lane.sequence.slot, flight) for lane in lanes for flight in lane.flights]
-        # One tensor: each takes as long to make as a small kernel to run.
-        given = torch.tensor([(each.token, each.depth, slot, each.position) for slot, each in flying])
-        tokens, depths, slots, positions = given.unbind(1)
-        hidden = torch.stack([flight.hidden for _, flight in flying])
-        logits, after = self._pipeline.stage(
-            tokens.unsqueeze(1), hidden, depths, slots, positions, self._first[: len(flying)]
+        # One array: each takes as long to make as a small kernel to run.
+        given = np.array([(each.token, each.depth, slot, each.position, each.row) for slot, each in flying], np.int64)
+        tokens, depths, slots, positions, rows = torch.from_numpy(given).unbind(1)
+        logits, self._hidden = self._pipeline.stage(
+            tokens.unsqueeze(1),
+            self._hidden.index_select(0, rows),
+            depths,
+            slots,
+            positions,
+            self._first[: len(flying)],
         )
-        return logits.view(len(flying), -1).numpy(), after
+        return logits.view(len(flying), -1).numpy()
 
-    def _advance_lane(
-        self, lane: _Lane, logits: npt.NDArray[np.float32], hidden: torch.Tensor, best: Several[int]
-    ) -> None:
-        """Take over what the stage gave for one sequence."""
+    def _advance_lane(self, lane: _Lane, at: int, logits: npt.NDArray[np.float32], best: Several[int]) -> None:
+        """Take over what the stage gave for one sequence, from row ``at`` on."""
         flights, repeats = lane.flights, self._pipeline.repeats
-        states = hidden.unbind(0)
         for index, flight in enumerate(flights):
-            flight.hidden = states[index]
+            flight.row = at + index
             before = flight.guesses[-1] if flight.guesses else None
             guess = self._guess(lane, index, logits[index], best[index])
             if flight.is_taken:  # what follows it stays, whatever deeper repetitions say

@@ -32,6 +32,7 @@ class CpuPipeline(PipelineSession):
         super().__init__(stage.layout, repeats=stage.repeats, width=stage.width, slots=slots, capacity=capacity)
         self.cache = cache
         self._assembled, self._runner = assembled, _native.Runner(assembled.executor)
+        self._cancelled = _native.Cancelled
         keys, values = stage.layout.keys[: stage.layers], stage.layout.values[: stage.layers]
         self._caches = bound_caches(assembled, keys, values, slots * stage.repeats, capacity, cache)
         for name, number in assembled.bound.items():
@@ -55,8 +56,6 @@ class CpuPipeline(PipelineSession):
         starts: torch.Tensor,
         rows: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from graphwright.backends.cpu import _native
-
         given = {
             "input_ids": tokens,
             "hidden": hidden,
@@ -70,7 +69,7 @@ class CpuPipeline(PipelineSession):
         try:
             arrays = [contiguous(given[name]) for name in self._assembled.inputs]
             logits, after = self._runner.run(arrays, torch.get_num_threads())
-        except _native.Cancelled:
+        except self._cancelled:
             raise StepCancelled("the stage was cancelled") from None
         # It lies where the next stage computes, and is read by it.
         return torch.from_numpy(logits), torch.from_numpy(after.copy())

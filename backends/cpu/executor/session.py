@@ -35,6 +35,7 @@ class CpuSession(Session):
             raise InputError(f"needs slots and capacity, not {slots} and {capacity}", where="session")
         self.layout, self.slots, self.capacity, self.cache = layout, slots, capacity, cache
         self._assembled, self._runner = assembled, _native.Runner(assembled.executor)
+        self._cancelled = _native.Cancelled
         self._caches = bound_caches(assembled, layout.keys, layout.values, slots, capacity, cache)
         for name, number in assembled.bound.items():
             self._runner.bind(number, self._caches[name])
@@ -71,12 +72,10 @@ class CpuSession(Session):
     def _step(
         self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        from graphwright.backends.cpu import _native
-
         given = self._given(tokens, slots, starts, rows)
         try:
             (logits,) = self._runner.run(given, torch.get_num_threads())
-        except _native.Cancelled:
+        except self._cancelled:
             raise StepCancelled("the step was cancelled") from None
         return torch.from_numpy(logits)
 
