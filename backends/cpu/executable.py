@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphwright.backends.cpu.executor.assembly import Assembled, assemble_step
 from graphwright.backends.cpu.executor.pipeline import CpuPipeline
@@ -45,8 +46,7 @@ class CpuExecutable(Executable):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights that PyTorch uses; those of kernels are within them."""
-        used = {str(node.target) for node in self._body.graph.nodes if node.op == "get_attr"}
-        return {name: value for name, value in self.program.tensors().items() if name in used}
+        return weights_in_use(self.program, self._body)
 
     def explain(self) -> list[KernelUse]:
         """The kernel of every node, and why it is PyTorch's where there would be one of ours."""
@@ -65,17 +65,24 @@ class CpuExecutable(Executable):
         """Stages on the executor; see :meth:`Executable.pipeline`."""
         if cache not in CACHES:
             raise InputError(f"must be one of {', '.join(CACHES)}, not {cache!r}", where="session: cache")
-        isa = features().selected
-        if isa is None:
-            raise BackendError("needs the C++ kernels, which are not in this installation", where="session")
+        stage, lowered = self.stage()
+        if cache not in self._stages:
+            self._stages[cache] = assemble_step(stage.program, lowered, self._isa(), cache)
+        return CpuPipeline(self._stages[cache], stage, slots=slots, capacity=capacity, cache=cache)
+
+    def stage(self) -> tuple[Stage, Lowered]:
+        """A decoder's repeated group of layers, on the weights that its step has packed.
+
+        Raises:
+            BackendError: there are no C++ kernels in this installation.
+            ProgramError: the decoder repeats no group of layers, or its weights have been let go of.
+        """
+        isa = self._isa()
         if isinstance(self._stage, ProgramError):
             raise self._stage
         if self._stage is None:
             self._stage = lower_stage(self.program, self.lowered.packed, isa, self.compute)
-        if cache not in self._stages:
-            stage, lowered = self._stage
-            self._stages[cache] = assemble_step(stage.program, lowered, isa, cache)
-        return CpuPipeline(self._stages[cache], self._stage[0], slots=slots, capacity=capacity, cache=cache)
+        return self._stage
 
     def explain_stage(self) -> list[KernelUse]:
         """Which kernel runs for every node of a stage; errors as in :meth:`pipeline`."""
@@ -83,12 +90,22 @@ class CpuExecutable(Executable):
         return list(self._stages["float32"].uses)
 
     def _assembled(self, cache: str) -> Assembled:
+        if cache not in self._steps:
+            self._steps[cache] = assemble_step(self.program, self.lowered, self._isa(), cache)
+        return self._steps[cache]
+
+    @staticmethod
+    def _isa() -> str:
         isa = features().selected
         if isa is None:
             raise BackendError("needs the C++ kernels, which are not in this installation", where="session")
-        if cache not in self._steps:
-            self._steps[cache] = assemble_step(self.program, self.lowered, isa, cache)
-        return self._steps[cache]
+        return isa
+
+
+def weights_in_use(program: Program, body: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The weights that PyTorch uses in a lowered program's ``body``."""
+    used = {str(node.target) for node in body.graph.nodes if node.op == "get_attr"}
+    return {name: value for name, value in program.tensors().items() if name in used}
 
 
 class CpuBackend(Backend):

@@ -2,7 +2,8 @@
 
 The file is a safetensors file. Its tensors are the operands of the kernels, as they are packed, and the weights that
 PyTorch still uses; each starts at a multiple of 64 bytes. Its header holds, as JSON, the text form of the program and
-one entry for each kernel: class, arguments, the node whose value it gives and its inputs.
+one entry for each kernel: class, arguments, the node whose value it gives and its inputs. A decoder that repeats a
+group of layers has the same once more of the group, on the same tensors (see :class:`graphwright.ir.stages.Stage`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphwright.backends.cpu.executable import CpuExecutable
+from graphwright.backends.cpu.executable import CpuExecutable, weights_in_use
 from graphwright.backends.cpu.features import features
 from graphwright.backends.cpu.kernels import KERNELS, PACKED, Kernel
-from graphwright.backends.cpu.lowering import Call, Lowered
+from graphwright.backends.cpu.lowering import Call, Lowered, assemble
 from graphwright.backends.executable import KernelUse
+from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import BackendError, ProgramError, SerializationError
 from graphwright.ir.parser import parse
+from graphwright.ir.program import Program
+from graphwright.ir.stages import Stage
 from graphwright.ir.text import print_program
 from graphwright.ir.weights_file import WeightsFile, write_tensors
 
@@ -35,6 +39,7 @@ VERSION = 1
 # Changes whenever a packed operand is laid out in another way. The kernels of all instruction sets share it so far.
 LAYOUT = f"panels of 64, steps of 256 bytes, {sys.byteorder} endian"
 KEY = "graphwright.packed"
+AGAIN = "pack it again: lower the saved Program with target='cpu' and call save_packed"
 
 
 class PackedModel:
@@ -76,11 +81,21 @@ def save_packed(executable: CpuExecutable, path: str | os.PathLike[str]) -> None
     Raises:
         SerializationError: the file cannot be written; one that stood there before is still whole.
     """
-    program, lowered, store = executable.program, executable.lowered, _Store()
+    store = _Store()
     document = {
         "format": FORMAT,
         "version": VERSION,
         "layout": LAYOUT,
+        **_lowered_document(executable.program, executable.lowered, executable.weights(), store),
+        "stage": _stage_document(executable, store),
+    }
+    _write(Path(path), document, store.tensors)
+
+
+def _lowered_document(
+    program: Program, lowered: Lowered, weights: Mapping[str, torch.Tensor], store: _Store
+) -> dict[str, Any]:
+    return {
         "text": print_program(program).splitlines(),
         "records": program.records,
         "calls": [
@@ -100,9 +115,23 @@ def save_packed(executable: CpuExecutable, path: str | os.PathLike[str]) -> None
         ],
         "absorbed": sorted(node.name for node in lowered.absorbed),
         "uses": [dataclasses.astuple(use) for use in lowered.uses],
-        "weights": {name: store.put(value) for name, value in executable.weights().items()},
+        "weights": {name: store.put(value) for name, value in weights.items()},
     }
-    _write(Path(path), document, store.tensors)
+
+
+def _stage_document(executable: CpuExecutable, store: _Store) -> dict[str, Any] | None:
+    """The repeated group of a decoder, or why there is none; ``None`` for what is no decoder."""
+    if DecoderLayout.find(executable.program) is None:
+        return None
+    try:
+        stage, lowered = executable.stage()
+    except (ProgramError, BackendError) as error:
+        return {"none_because": error.what, "hint": error.hint}
+    weights = weights_in_use(stage.program, assemble(stage.program, lowered))
+    return {
+        **_lowered_document(stage.program, lowered, weights, store),
+        **{name: getattr(stage, name) for name in ("layers", "repeats", "width")},
+    }
 
 
 class _Store:
@@ -170,21 +199,22 @@ def load_packed(path: str | os.PathLike[str]) -> PackedModel:
         raise BackendError("needs the C++ kernels, which are not in this installation", where=str(path))
     with _damage_as_ours(file.path):
         reader = _Reader(file, isa)
-        weights = {name: reader.get(value) for name, value in document["weights"].items()}
-        program = parse("\n".join(document["text"]), weights, types=False)
-        program.records = dict(document.get("records", {}))  # files from before there were any have none
-        nodes = {node.name: node for node in program.nodes}
-        calls = {nodes[entry["node"]]: reader.call(entry, nodes) for entry in document["calls"]}
-        absorbed = frozenset(nodes[name] for name in document["absorbed"])
-        # The instruction set, which labels name, may be another than when the file was written.
-        labels = {entry["label"]: calls[nodes[entry["node"]]].kernel.label for entry in document["calls"]}
-        uses = tuple(_renamed(KernelUse(*use), labels) for use in document["uses"])
-        no_stage = ProgramError(
-            "has whole steps only, no stages",
-            where=str(path),
-            hint="optimize the saved Program with target='cpu', or decode without pipeline=True",
-        )
-        return PackedModel(CpuExecutable(program, Lowered(calls, absorbed, uses), stage=no_stage))
+        program, lowered = reader.lowered(document)
+        return PackedModel(CpuExecutable(program, lowered, stage=_stage(reader, program, document, file.path)))
+
+
+def _stage(
+    reader: _Reader, step: Program, document: Mapping[str, Any], path: Path
+) -> tuple[Stage, Lowered] | ProgramError | None:
+    layout, found = DecoderLayout.find(step), document.get("stage")
+    if layout is None:
+        return None
+    if found is None:
+        return ProgramError("was packed when files had whole steps only, no stages", where=str(path), hint=AGAIN)
+    if "none_because" in found:
+        return ProgramError(found["none_because"], where=str(path), hint=found["hint"])
+    program, lowered = reader.lowered(found)
+    return Stage(program, layout, found["layers"], found["repeats"], found["width"]), lowered
 
 
 def _renamed(use: KernelUse, labels: Mapping[str, str]) -> KernelUse:
@@ -201,18 +231,17 @@ def _document(file: WeightsFile) -> dict[str, Any]:
         raise SerializationError(
             "the file is not a packed model", where=str(file.path), hint="OptimizedModel.save_packed writes them"
         )
-    again = "pack it again: lower the saved Program with target='cpu' and call save_packed"
     if document.get("version") != VERSION:
         raise SerializationError(
             f"the file has format version {document.get('version')!r}, this graphwright reads version {VERSION}",
             where=str(file.path),
-            hint=again,
+            hint=AGAIN,
         )
     if document.get("layout") != LAYOUT:
         raise SerializationError(
             f"its weights are packed in {document.get('layout')}; the kernels on this CPU take {LAYOUT}",
             where=str(file.path),
-            hint=again,
+            hint=AGAIN,
         )
     return document
 
@@ -243,6 +272,19 @@ class _Reader:
         if "tensor" in value:
             return self._file[value["tensor"]]
         return PACKED[value["packed"]](**{name: self.get(item) for name, item in value["fields"].items()})
+
+    def lowered(self, document: Mapping[str, Any]) -> tuple[Program, Lowered]:
+        """A program and its kernels."""
+        weights = {name: self.get(value) for name, value in document["weights"].items()}
+        program = parse("\n".join(document["text"]), weights, types=False)
+        program.records = dict(document.get("records", {}))  # files from before there were any have none
+        nodes = {node.name: node for node in program.nodes}
+        calls = {nodes[entry["node"]]: self.call(entry, nodes) for entry in document["calls"]}
+        absorbed = frozenset(nodes[name] for name in document["absorbed"])
+        # The instruction set, which labels name, may be another than when the file was written.
+        labels = {entry["label"]: calls[nodes[entry["node"]]].kernel.label for entry in document["calls"]}
+        uses = tuple(_renamed(KernelUse(*use), labels) for use in document["uses"])
+        return program, Lowered(calls, absorbed, uses)
 
     def call(self, entry: Mapping[str, Any], nodes: Mapping[str, fx.Node]) -> Call:
         """A kernel and its inputs."""

@@ -102,12 +102,35 @@ def test_weights_are_packed_once_and_no_kernel_is_missing() -> None:
     assert own == whole
 
 
-def test_a_packed_file_says_that_it_has_no_stages(tmp_path: Path) -> None:
-    made = gw.optimize(shared_decoder(cycle(2, 2), prepared=True), target="cpu", verify=False)
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_packed_file_has_the_stage_on_the_weights_of_the_step(tmp_path: Path, keep: bool) -> None:
+    given: Any = {"max_new_tokens": 6, "stop_tokens": []}
+    backend = CpuBackend(keep_weights=keep)
+    made: Any = gw.optimize(shared_decoder(cycle(2, 2), prepared=True), PACKED, target=backend, verify=False)
     made.save_packed(tmp_path / "packed")
     packed: Any = gw.load_packed(tmp_path / "packed")
-    with pytest.raises(ProgramError, match="has whole steps only"):
+    found = packed.generate([[1, 2], [7, 3, 9]], pipeline=True, **given)
+    assert found.tokens == made.generate([[1, 2], [7, 3, 9]], **given).tokens
+    assert found.pipeline.repeats == 2
+    step, stage = packed._executable.lowered.calls, packed._executable.stage()[1].calls
+
+    def operands(calls: Any) -> set[int]:
+        found = [call.kernel.packed for call in calls.values() if hasattr(call.kernel, "packed")]
+        return {part.data_ptr() for each in found for part in vars(each).values() if torch.is_tensor(part)}
+
+    assert operands(stage) == operands(step) != set()
+    assert [use.kernel for use in packed._executable.explain_stage()] == [
+        use.kernel for use in made._executable.explain_stage()
+    ]
+
+
+def test_a_packed_file_says_why_it_has_no_stage(tmp_path: Path) -> None:
+    made: Any = gw.optimize(shared_decoder([0, 1, 2, 3], prepared=True), target="cpu", verify=False)
+    made.save_packed(tmp_path / "packed")
+    packed: Any = gw.load_packed(tmp_path / "packed")
+    with pytest.raises(ProgramError, match="none is repeated"):
         packed.generate([[1, 2]], pipeline=True)
+    assert len(packed.generate([[1, 2]], max_new_tokens=2).tokens[0]) == 2
 
 
 def test_layers_that_are_not_shared_are_refused_when_stages_are_wanted() -> None:
