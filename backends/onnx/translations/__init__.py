@@ -88,4 +88,5 @@ TRANSLATIONS: dict[str, str] = {
     "graphwright.linear_int8_static": "integer:linear_int8_static",
     "graphwright.linear_outliers": "sparse_linear:linear_outliers",
     "graphwright.linear_sparse": "sparse_linear:linear_sparse",
+    "graphwright.apply_mask": "choice:apply_mask",
 }

@@ -27,6 +27,11 @@ def masked_fill(lower: Lowering, node: fx.Node, x: fx.Node, mask: fx.Node, value
     where(lower, node, mask, value, x)
 
 
+def apply_mask(lower: Lowering, node: fx.Node, weight: fx.Node, mask: fx.Node) -> None:
+    """``where(mask, weight, 0)``."""
+    where(lower, node, mask, weight, 0)
+
+
 def clamp(lower: Lowering, node: fx.Node, x: fx.Node, low: Any = None, high: Any = None) -> None:
     """Bounds applied one after the other, the upper one last, as torch does."""
     dtype = lower.dtype(node)
