@@ -13,6 +13,7 @@ from graphwright.ir.arguments import arguments_of, canonical_call
 from graphwright.ir.names import op_name, resolve_target
 from graphwright.ir.program import Program
 from graphwright.ir.rewriter import Rewriter
+from graphwright.ir.types import VAL, TensorType
 from graphwright.passes.quantization.equivalence.groups import readers_of
 from graphwright.passes.removal.operators import ATTENTION, NORMS, SPLITS, slice_start
 from graphwright.passes.removal.units import Axis, Units
@@ -53,6 +54,8 @@ class _Cut:
             for axis in self.kept:
                 if axis.node.op == "get_attr":
                     self._weight(rewriter, axis.node)
+                elif axis.node.op == "placeholder":
+                    self._input(axis.node)
             rewriter.changed = True
             rewriter.retype()
             for node in norms:
@@ -66,6 +69,13 @@ class _Cut:
             stays = self.kept.get(self.units.axis(node, place))
             found.append(None if stays is None else int(stays.sum()))
         return found
+
+    def _input(self, node: fx.Node) -> None:
+        """A cache of fewer heads."""
+        kind = self.program.type_of(node)
+        assert isinstance(kind, TensorType)
+        shape = [size if left is None else left for size, left in zip(kind.shape, self._counts(node), strict=True)]
+        node.meta[VAL] = self.program.symbols.fake(TensorType(kind.dtype, tuple(shape)))
 
     def _weight(self, rewriter: Rewriter, node: fx.Node) -> None:
         old = self.program.tensor(node)

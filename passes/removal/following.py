@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.names import op_name
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import describe, tags_of
@@ -40,10 +41,13 @@ def _visit(units: Units, node: fx.Node, respects: frozenset[str]) -> None:
     if not known or op_name(node) in _LOOKS or node.op == "get_attr":
         return
     covered: set[Axis] = set()
+    reason = ""
+    if node.op in ("placeholder", "output"):
+        covered = _heads_of_caches(units, node)
     if node.op == "placeholder":
         reason = f"they are part of the program's input %{node.name}"
     elif node.op == "output":
-        reason = f"%{next(iter(known)).node.name} leaves the program"
+        reason = f"%{next(iter([axis for axis in known if axis not in covered] or known)).node.name} leaves the program"
     elif tags_of(node) & respects:
         reason = f"{describe(node)} is tagged {', '.join(sorted(tags_of(node) & respects))}"
     else:
@@ -54,6 +58,18 @@ def _visit(units: Units, node: fx.Node, respects: frozenset[str]) -> None:
     for axis in known:
         if axis not in covered:
             units.keep(axis, reason)
+
+
+def _heads_of_caches(units: Units, node: fx.Node) -> set[Axis]:
+    """The heads of a decoding step's caches, which whoever runs it makes anew: as many as it has."""
+    layout = DecoderLayout.find(units.program)
+    if layout is None:
+        return set()
+    caches = layout.caches(units.program)
+    if node.op == "output":
+        caches = [each for each in units.program.results[1 : 1 + len(caches)] if isinstance(each, fx.Node)]
+        return {Axis(each, 1) for each in caches}
+    return {Axis(node, 1)} if node in caches else set()
 
 
 def _known(units: Units, node: fx.Node) -> list[Axis]:

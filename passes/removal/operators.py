@@ -243,7 +243,8 @@ def _cat(units: Units, node: fx.Node) -> set[Axis]:
 
 def _attention(units: Units, node: fx.Node) -> set[Axis]:
     given = arguments_of(node)
-    query, key, value = given["query"], given["key"], given["value"]
+    query = given["query"]
+    key, value = (given["keys"], given["values"]) if "keys" in given else (given["key"], given["value"])
     if any(len(units.shape(each)) != 4 for each in (query, key, value)):
         return set()
     pairs = [(units.axis(query, -1), units.axis(key, -1)), (units.axis(value, -1), units.axis(node, -1))]
@@ -253,6 +254,8 @@ def _attention(units: Units, node: fx.Node) -> set[Axis]:
         mask = given.get(name)
         if isinstance(mask, fx.Node) and len(units.shape(mask)) >= 3 and units.shape(mask)[-3] == heads:
             pairs.append((units.axis(node, 1), units.axis(mask, -3)))
+    if given.get("slopes") is not None:
+        pairs.append((units.axis(node, 1), units.axis(given["slopes"], 0)))
     covered = linked(units, pairs)
     for each in (key, value):
         few = units.axis(each, 1)
@@ -261,6 +264,16 @@ def _attention(units: Units, node: fx.Node) -> set[Axis]:
             units.link(units.axis(node, 1), few, None, torch.arange(heads) // copies)
         covered.add(few)
     return covered
+
+
+def _cache_append(units: Units, node: fx.Node) -> set[Axis]:
+    given = arguments_of(node)
+    pairs = [(units.axis(given[name], place), units.axis(node, place)) for name in ("cache", "new") for place in (1, 3)]
+    return linked(units, pairs)
+
+
+def _select_rows(units: Units, node: fx.Node) -> set[Axis]:
+    return linked(units, _alike(units, arguments_of(node)["x"], node, [(0, 0), (2, 2)]))
 
 
 def _rotary(units: Units, node: fx.Node) -> set[Axis]:
@@ -286,7 +299,7 @@ def _reduced(units: Units, node: fx.Node) -> set[Axis]:
 NORMS = frozenset({"aten.layer_norm", "aten.rms_norm", "graphwright.rms_norm"})
 SPLITS = frozenset({"aten.split.Tensor", "aten.split_with_sizes", "aten.chunk"})
 VIEWS = frozenset(f"aten.{name}" for name in ("view", "reshape", "_unsafe_view", "flatten.using_ints", "unflatten.int"))
-ATTENTION = frozenset({"aten.scaled_dot_product_attention", "graphwright.attention"})
+ATTENTION = frozenset({"aten.scaled_dot_product_attention", "graphwright.attention", "graphwright.cached_attention"})
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
@@ -308,4 +321,6 @@ RULES: dict[str, Rule] = {
     "py.getitem": _getitem,
     "aten.cat": _cat,
     "graphwright.rotary_embedding": _rotary,
+    "graphwright.cache_append": _cache_append,
+    "graphwright.select_rows": _select_rows,
 }

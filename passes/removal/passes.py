@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import fx, nn
 
 from graphwright.ir.cost import cost_of
 from graphwright.ir.errors import InputError, SelectionError
@@ -142,9 +143,9 @@ class RemoveHeads(RemoveStructure):
         %y = aten.linear(%a', %wo [64, 64])                          %y = aten.linear(%a', %wo [64, 48])
 
     What belongs to a head is followed through the graph: rows and columns of weights, biases, the sizes in views and
-    splits. It does not fire where it cannot be followed, for instance on a decoding step, whose caches are inputs, on
-    packed weights, or where the value of an attention leaves the program; the refusal names the node. An attention
-    that is spelled out is found after FuseAttention.
+    splits; the caches of a decoding step have fewer heads afterwards. It does not fire where it cannot be followed, for
+    instance on packed weights, or where the value of an attention leaves the program; the refusal names the node. An
+    attention that is spelled out is found after FuseAttention.
 
     Attributes:
         where: attentions; all by default.
@@ -226,5 +227,12 @@ class RemoveHiddenDims(RemoveStructure):
         lookups = [node for node in program.nodes if op_name(node) == "aten.embedding" and chosen(node)]
         if not lookups:
             raise SelectionError("there is no embedding that begins hidden states", where=self.name)
+        # Tables of rotations, which steps look up too, are no parameters.
+        lookups = [node for node in lookups if isinstance(_table(program, node), nn.Parameter)] or lookups
         first = max(lookups, key=lambda node: math.prod(node.args[0].meta["val"].shape))  # type: ignore[union-attr]
         return [Axis(first, len(first.meta["val"].shape) - 1)]
+
+
+def _table(program: Program, lookup: fx.Node) -> object:
+    table = lookup.args[0]
+    return program.tensor(table) if isinstance(table, fx.Node) and table.op == "get_attr" else None
