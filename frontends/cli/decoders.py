@@ -44,6 +44,15 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pipeline", action="store_true", default=None, help="decode repeated layers as a pipeline; same answers"
     )
+    adapters = group.add_mutually_exclusive_group()
+    adapters.add_argument(
+        "--adapter",
+        action="append",
+        type=_adapter,
+        metavar="NAME[=WEIGHT]",
+        help="which of the model's switched adapters answers; repeatable: their weighted sum",
+    )
+    adapters.add_argument("--base", action="store_true", help="answer without the switched adapters")
     group = parser.add_argument_group("what runs them")
     group.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="how keys and values are stored")
     group.add_argument("--tokenizer", metavar="FOLDER", help="of the model (default: MODEL's own)")
@@ -58,7 +67,19 @@ def generation_options(options: argparse.Namespace) -> dict[str, Any]:
         given["draft"] = options.draft
     elif options.draft is not None:
         given["draft"] = open_decoder(options.draft, options)
+    if options.base:
+        given["adapters"] = None
+    elif options.adapter is not None:
+        given["adapters"] = dict(options.adapter)
     return given
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    name, equals, weight = text.partition("=")
+    try:
+        return name, float(weight) if equals else 1.0
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{weight!r} is no weight of adapter {name!r}") from None
 
 
 def open_decoder(path: str, options: argparse.Namespace) -> Decoder:

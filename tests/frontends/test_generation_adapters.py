@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.frontends.decoders import make
-from tests.frontends.generators import byte_tokenizer
+from tests.frontends.generators import byte_tokenizer, folder_with_tokenizer
 from tests.passes.adapters.cases import stirred
 
 import graphwright as gw
+from graphwright.frontends.cli.main import main
 
 pytest.importorskip("transformers")
 
@@ -238,6 +240,29 @@ def test_what_has_no_switch_says_so(tmp_path: Path) -> None:
         switched().pipeline_session()
     with pytest.raises(gw.ExportError, match="switches adapters by an input"):
         gw.export_genai(switched(), tmp_path / "genai", source=_source(tmp_path), tokenizer=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "choice"),
+    [
+        (["--adapter", "low"], "low"),
+        (["--adapter", "low=0.5", "--adapter", "kron"], {"low": 0.5, "kron": 1.0}),
+        (["--base"], None),
+    ],
+)
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], choice: Any) -> None:
+    switched("cpu").save_packed(tmp_path / "packed")
+    tokenizer = str(folder_with_tokenizer(tmp_path / "tokenizer", byte_tokenizer()))
+    options = ["--tokenizer", tokenizer, "--max-new-tokens", "5", "--json"]
+    assert main(["generate", str(tmp_path / "packed"), "some", *options, *given]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = switched("cpu").generate([list(b"some")], adapters=choice, max_new_tokens=5, stop_tokens=[256])
+    assert found["answers"][0]["tokens"] == list(wanted.tokens[0])
+    assert main(["generate", str(tmp_path / "packed"), "some", *options]) == 2
+    assert "does not say which of 'low', 'kron', 'factors' answer" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["generate", str(tmp_path / "packed"), "some", *options, "--adapter", "low=half"])
+    assert "'half' is no weight of adapter 'low'" in capsys.readouterr().err
 
 
 def _source(folder: Path) -> Path:
