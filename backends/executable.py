@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from graphwright.backends.depth import DepthSchedule
 from graphwright.backends.pipeline import PipelineSession
 from graphwright.backends.session import Session
 from graphwright.ir.errors import BackendError
@@ -80,6 +81,25 @@ class Executable(ABC):
             BackendError: this backend runs no stages.
         """
         raise BackendError("runs no stages", where=f"pipeline of {type(self).__name__}", hint="use target='cpu'")
+
+    def scheduled(
+        self, schedule: DepthSchedule, *, slots: int = 1, capacity: int = 2048, cache: str = "float32"
+    ) -> Session:
+        """The same with later tokens running through fewer layers.
+
+        Args:
+            schedule: how many layers which token runs through.
+            slots: sequences held at a time.
+            capacity: tokens that each can hold.
+            cache: how keys and values are stored.
+
+        Raises:
+            ProgramError: the program is not a decoding step, repeats no layer, or has let go of its weights.
+            InputError: there are no slots or no capacity, or caches are not stored so.
+            BackendError: this backend runs every token through all layers.
+        """
+        where = f"depth schedule of {type(self).__name__}"
+        raise BackendError("runs every token through all layers", where=where, hint="use target='cpu'")
 
 
 class Backend(ABC):

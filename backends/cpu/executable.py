@@ -8,16 +8,19 @@ import torch
 from torch import fx
 
 from graphwright.backends.cpu.executor.assembly import Assembled, assemble_step
+from graphwright.backends.cpu.executor.depth import CpuScheduled
 from graphwright.backends.cpu.executor.pipeline import CpuPipeline
 from graphwright.backends.cpu.executor.session import CpuSession
 from graphwright.backends.cpu.features import features
 from graphwright.backends.cpu.lowering import Lowered, assemble, lower, lower_stage
+from graphwright.backends.depth import Depths, DepthSchedule
 from graphwright.backends.executable import Backend, Executable, KernelUse
 from graphwright.backends.session import CACHES
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import BackendError, InputError, ProgramError
 from graphwright.ir.program import Program
 from graphwright.ir.stages import Stage
+from graphwright.ir.truncation import layers_of, truncated
 
 COMPUTE = ("float32", "bfloat16", "int8")
 
@@ -69,6 +72,24 @@ class CpuExecutable(Executable):
         if cache not in self._stages:
             self._stages[cache] = assemble_step(stage.program, lowered, self._isa(), cache)
         return CpuPipeline(self._stages[cache], stage, slots=slots, capacity=capacity, cache=cache)
+
+    def scheduled(
+        self, schedule: DepthSchedule, *, slots: int = 1, capacity: int = 2048, cache: str = "float32"
+    ) -> CpuScheduled:
+        """Decoding at falling depth on the executor; see :meth:`Executable.scheduled`."""
+        if cache not in CACHES:
+            raise InputError(f"must be one of {', '.join(CACHES)}, not {cache!r}", where="session: cache")
+        self.program.require_values()
+        stack, isa = layers_of(self.program), self._isa()
+
+        def assembled(depth: int) -> Assembled:
+            if depth == len(stack.layers):
+                return self._assembled(cache)
+            program = truncated(self.program, stack, depth)
+            return assemble_step(program, lower(program, isa, self.compute, packed=self.lowered.packed), isa, cache)
+
+        layout, depths = DecoderLayout.of(self.program), Depths(schedule, len(stack.layers), slots)
+        return CpuScheduled(assembled, layout, depths, slots=slots, capacity=capacity, cache=cache)
 
     def stage(self) -> tuple[Stage, Lowered]:
         """A decoder's repeated group of layers, on the weights that its step has packed.

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from graphwright.backends.depth import DepthSchedule
 from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.backends.reference.depth import ReferenceScheduled
 from graphwright.backends.reference.pipeline import ReferencePipeline
 from graphwright.backends.reference.session import ReferenceSession
 from graphwright.ir import ops
@@ -47,6 +49,14 @@ class ReferenceExecutable(Executable):
         if cache != "float32":
             raise InputError(f"the reference rounds no caches to {cache!r}", where="session", hint="use target='cpu'")
         return ReferencePipeline(cut_stage(self.program), slots=slots, capacity=capacity)
+
+    def scheduled(
+        self, schedule: DepthSchedule, *, slots: int = 1, capacity: int = 2048, cache: str = "float32"
+    ) -> ReferenceScheduled:
+        """Decoding at falling depth in plain PyTorch; caches have the model's dtype."""
+        if cache != "float32":
+            raise InputError(f"the reference rounds no caches to {cache!r}", where="session", hint="use target='cpu'")
+        return ReferenceScheduled(self.program, schedule, slots=slots, capacity=capacity)
 
 
 class ReferenceBackend(Backend):

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from graphwright.backends.cpu import CpuBackend as CpuBackend
     from graphwright.backends.cpu import PackedModel as PackedModel
+    from graphwright.backends.depth import DepthSchedule as DepthSchedule
     from graphwright.backends.onnx import export_genai as export_genai
     from graphwright.backends.onnx import export_onnx as export_onnx
-    from graphwright.backends.reference.depth import DepthSchedule as DepthSchedule
-    from graphwright.backends.reference.depth import ScheduledSession as ScheduledSession
     from graphwright.backends.triton import TritonBackend as TritonBackend
     from graphwright.frontends.api import OptimizedModel as OptimizedModel
     from graphwright.frontends.api import optimize as optimize
@@ -249,7 +248,7 @@ if TYPE_CHECKING:
 _NAMES: dict[str, str] = {
     "graphwright.backends.cpu": "CpuBackend PackedModel",
     "graphwright.backends.onnx": "export_genai export_onnx",
-    "graphwright.backends.reference.depth": "DepthSchedule ScheduledSession",
+    "graphwright.backends.depth": "DepthSchedule",
     "graphwright.backends.triton": "TritonBackend",
     "graphwright.frontends.api": "OptimizedModel optimize",
     "graphwright.frontends.autoquantize": "Absolute AutoQuantizeResult Limits Relative SearchSpace Trial auto_quantize",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from graphwright.backends.depth import DepthSchedule
 from graphwright.backends.executable import Executable
 from graphwright.backends.pipeline import PipelineSession
 from graphwright.backends.session import Session
@@ -84,19 +86,30 @@ class Decoder(ABC):
         limits = [each for each in (self.facts.context, self.layout.length) if each is not None]
         return min(limits, default=None)
 
-    def session(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32") -> Session:
+    def session(
+        self,
+        *,
+        slots: int = 1,
+        capacity: int | None = None,
+        cache: str = "float32",
+        depth: DepthSchedule | None = None,
+    ) -> Session:
         """Caches, and steps on them.
 
         Args:
             slots: sequences held at a time.
             capacity: tokens that each can hold; the model's context by default.
             cache: how keys and values are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+            depth: let later tokens of an answer run through fewer layers. This changes answers.
 
         Raises:
             InputError: there are no slots or no capacity, caches are not stored so, or memory does not suffice.
-            BackendError: the target runs no decoding steps.
+            BackendError: the target runs no decoding steps, or none at less depth.
+            ProgramError: ``depth`` is given, and no layer is repeated, or the weights have been let go of.
         """
-        return self._session(self._lowered().session, slots, capacity, cache)
+        lowered = self._lowered()
+        make = lowered.session if depth is None else functools.partial(lowered.scheduled, depth)
+        return self._session(make, slots, capacity, cache)
 
     def pipeline_session(
         self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32"
@@ -114,17 +127,27 @@ class Decoder(ABC):
         return self._session(self._lowered().pipeline, slots, capacity, cache)
 
     def prompt_cache(
-        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32", pipeline: bool = False
+        self,
+        *,
+        slots: int = 1,
+        capacity: int | None = None,
+        cache: str = "float32",
+        pipeline: bool = False,
+        depth: DepthSchedule | None = None,
     ) -> PromptCache:
         """A session that remembers its tokens from call to call: give it as ``cache=`` to :meth:`generate`.
 
         A prompt that begins like one before it, or like its answer, only computes what is new.
 
         Raises:
-            InputError: see :meth:`session`, and :meth:`pipeline_session` where ``pipeline`` is set.
+            InputError: see :meth:`session`, and :meth:`pipeline_session` where ``pipeline`` is set; or ``depth`` is
+                given too.
         """
-        make = self.pipeline_session if pipeline else self.session
-        return PromptCache(make(slots=slots, capacity=capacity, cache=cache), self)
+        if not pipeline:
+            return PromptCache(self.session(slots=slots, capacity=capacity, cache=cache, depth=depth), self)
+        if depth is not None:
+            raise InputError("stages run through all layers: give pipeline or depth, not both", where="prompt_cache")
+        return PromptCache(self.pipeline_session(slots=slots, capacity=capacity, cache=cache), self)
 
     def _session(self, make: Callable[..., S], slots: int, capacity: int | None, cache: str) -> S:
         tokens = capacity if capacity is not None else self.context or _CAPACITY
