@@ -12,6 +12,7 @@ from torch import fx, nn
 from graphwright.backends.epilogues import epilogue_of, sum_before
 from graphwright.backends.executable import KernelUse
 from graphwright.backends.triton.nodes import LOWERINGS, LinearKernel, NodeKernel, Site
+from graphwright.backends.triton.nodes.epilogues import branch_of
 from graphwright.backends.triton.nodes.rows import Norm
 from graphwright.ir import ops
 from graphwright.ir.arguments import arguments_of, schema_of
@@ -59,7 +60,7 @@ class Use:
         if self.role:
             return KernelUse(name, path, op, f"{self.role} of {self.kernel.label}")
         launched = f": {self.kernel.launched}" if self.kernel.launched else ""
-        return KernelUse(name, path, op, f"triton {self.kernel.label}{launched}")
+        return KernelUse(name, path, op, f"{self.kernel.runner} {self.kernel.label}{launched}")
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,17 @@ def lower(program: Program, device: torch.device) -> Lowered:
             absorbed.add(total)
             uses[total] = Use(total, found, role="part")
         elif isinstance(found, LinearKernel):
-            epilogue = epilogue_of(program, node, absorbed)
+            branch = branch_of(program, node, absorbed)
+            sides: tuple[Any, ...] = (None, None)
+            if branch is not None:
+                sides, found.branch_scale = (branch.down, branch.up), branch.scale
+            epilogue = epilogue_of(program, node, absorbed, branch.absorbed if branch is not None else ())
             found.activation = epilogue.activation
-            calls[epilogue.last] = Call(found, (*inputs, epilogue.factor, epilogue.residual))
+            calls[epilogue.last] = Call(found, (*inputs, *sides, epilogue.factor, epilogue.residual))
             absorbed.update((node, *epilogue.absorbed))
             uses.update((each, Use(each, found, role="epilogue")) for each in epilogue.absorbed)
+            if branch is not None:
+                uses.update((each, Use(each, found, role="low-rank branch")) for each in branch.absorbed)
         else:
             calls[node] = Call(found, inputs)
     body = _assemble(program, calls, absorbed - calls.keys(), device)
@@ -148,8 +155,8 @@ def _assemble(
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == device.type:
         return tensor
-    values = tensor.detach().to(device)
-    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+    # A copy does not train: its gradients would reach nobody.
+    return tensor.detach().to(device)
 
 
 def _place(node: fx.Node, device: torch.device) -> None:
