@@ -1,7 +1,7 @@
 """Compile kernels ahead of time for GPUs that need not be there, and read what the compiler made of them.
 
-``python -m graphwright.backends.triton.compile`` compiles every kernel in every configuration for sm_80 and sm_90, and
-in the first of each for gfx942, prints registers, shared memory and spills, and fails where something spills.
+``python -m graphwright.backends.triton.compile`` compiles every kernel in every configuration for sm_80 and sm_90 (for
+sm_89 those that sm_80 has not), and in the first of each for gfx942, prints registers, shared memory and spills, and fails where something spills.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from graphwright.backends.triton.launching import Launch, recorded
 from graphwright.backends.triton.status import AMD, triton_status
 from graphwright.ir.errors import BackendError
 
-TARGETS = ("sm_80", "sm_90", "gfx942")
+TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 # What one block of threads may have of shared memory, in bytes.
-SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 _TYPES = {
     torch.float16: "fp16",
@@ -57,7 +57,7 @@ class Compiled:
         target: such as ``sm_90``.
         registers: of a thread.
         shared: bytes of a block of threads.
-        spilled: bytes a thread (CUDA) or registers (AMD) that did not fit; 0 where nothing spills.
+        spilled: bytes of each thread that did not fit its registers; 0 where nothing spills.
         seconds: that it took; little where triton's cache had it.
     """
 
@@ -173,8 +173,9 @@ def _gpu(target: str) -> Any:
 def _resources(result: Any) -> tuple[int, int]:
     """Registers and spills: from the binary (CUDA) or the assembly's notes (AMD)."""
     if "cubin" not in result.asm:
-        notes = dict(re.findall(r"\.(\w+_count):\s+(\d+)", result.asm["amdgcn"]))
-        return int(notes["vgpr_count"]), int(notes["vgpr_spill_count"]) + int(notes["sgpr_spill_count"])
+        notes = dict(re.findall(r"\.(\w+):\s+(\d+)", result.asm["amdgcn"]))
+        # Scalar registers that do not fit lie in lanes of vector registers; only the stack is memory.
+        return int(notes["vgpr_count"]), int(notes["private_segment_fixed_size"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])

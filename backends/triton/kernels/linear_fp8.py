@@ -1,4 +1,8 @@
-"""Linears with FP8 weights and FP8 activations (E4M3), with a scale for each row or group; Ada, Hopper and later."""
+"""Linears with FP8 weights and FP8 activations (E4M3), with a scale for each row or group.
+
+For Ada, Hopper and later. AMD's gfx942 has FP8 of another kind (FNUZ): there Triton multiplies these numbers, which
+float16 holds exactly, in float16.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +106,7 @@ def _linear_fp8(
             total += tl.dot(a, b) * own[:, None] * other[None, :]
         else:
             # Tensor cores keep few bits of FP8 sums; they are added to float32 ones every 128 columns.
-            total = tl.dot(a, b, total, max_num_imprecise_acc=128)
+            total = tl.dot(a, b, total, max_num_imprecise_acc=BK if BK < 128 else 128)
     if not GROUPED:
         total *= tl.load(scales + m, m < rows, 0.0)[:, None]
         total *= tl.load(weight_scales + n, n < outputs, 0.0).to(tl.float32)[None, :]

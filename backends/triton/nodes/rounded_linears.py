@@ -14,7 +14,7 @@ from graphwright.backends.triton.kernels.linear_int8 import Codes, multiply_code
 from graphwright.backends.triton.kernels.rows import WIDEST
 from graphwright.backends.triton.launching import apply
 from graphwright.backends.triton.nodes.base import LinearKernel, NodeKernel, Site
-from graphwright.backends.triton.status import AMD, architecture
+from graphwright.backends.triton.status import architecture
 from graphwright.ir.ops.quantization import quantize_activations, unpack
 
 
@@ -196,8 +196,6 @@ def lower_fp8_dynamic(site: Site) -> NodeKernel | str:
     if (reason := _reason(site, "qweight", "scales")) is not None:
         return reason
     arch = architecture(site.device)
-    if arch == AMD:
-        return "this GPU has FP8 of another kind (FNUZ); INT8 activations have kernels there"
     if arch < OLDEST_FP8:
         need = f"{OLDEST_FP8 / 10:.1f}"
         return f"FP8 products need compute capability {need}, this GPU has {arch / 10:.1f}; INT8 activations work there"
