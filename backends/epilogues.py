@@ -37,9 +37,7 @@ class Epilogue:
         return self.absorbed[-1] if self.absorbed else self.linear
 
 
-def epilogue_of(
-    program: Program, linear: fx.Node, taken: Set[fx.Node], before: tuple[fx.Node, ...] = ()
-) -> Epilogue:
+def epilogue_of(program: Program, linear: fx.Node, taken: Set[fx.Node], before: tuple[fx.Node, ...] = ()) -> Epilogue:
     """The longest epilogue that a linear's kernel can take in.
 
     A node is taken in when it is the only user of the one before it, the order is that of :class:`Epilogue` and no

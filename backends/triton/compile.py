@@ -1,7 +1,8 @@
 """Compile kernels ahead of time for GPUs that need not be there, and read what the compiler made of them.
 
 ``python -m graphwright.backends.triton.compile`` compiles every kernel in every configuration for sm_80 and sm_90 (for
-sm_89 those that sm_80 has not), and in the first of each for gfx942, prints registers, shared memory and spills, and fails where something spills.
+sm_89 those that sm_80 has not), and in the first of each for gfx942. It prints registers, shared memory and spills, and
+fails where something spills.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what runs them")
     group.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="how keys and values are stored")
     group.add_argument("--tokenizer", metavar="FOLDER", help="of the model (default: MODEL's own)")
-    group.add_argument("--target", choices=("cpu", "reference"), help="default: cpu where its kernels are installed")
+    targets = ("cpu", "cuda", "cuda:compile", "reference")
+    group.add_argument("--target", choices=targets, help="default: cpu where its kernels are installed")
     group.add_argument("--dtype", help="dtype of a Hugging Face folder's weights (default: as stored)")
 
 

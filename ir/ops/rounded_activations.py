@@ -164,7 +164,7 @@ LINEAR_NBITS_DYNAMIC = OpDefinition(
 
 
 def round_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations as ``x ≈ value · scale`` with E4M3 values and ``scale = greatest |x| / 448`` along the last dimension.
+    """Activations as ``x ≈ value · scale``: E4M3 values, and ``scale = greatest |x| / 448`` along the last dimension.
 
     Args:
         x: ``[..., n]``, float32 or wider.
@@ -239,9 +239,7 @@ def _fp8_fake(
 
 LINEAR_FP8_DYNAMIC = OpDefinition(
     name="linear_fp8_dynamic",
-    schema=(
-        "(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, int group_size, str activation) -> Tensor"
-    ),
+    schema="(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, int group_size, str activation) -> Tensor",
     reference=linear_fp8_dynamic,
     fake=_fp8_fake,
     macs=LINEAR_NBITS.macs,

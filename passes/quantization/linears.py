@@ -53,7 +53,7 @@ class QuantizeLinears(Pass):
         %y = graphwright.linear_nbits(%x, %qweight, %scales, %zero_points, %b, 4, 128)      activations="none"
         %y = graphwright.linear_codebook(%x, %qweight, %scales, %b, "nf4", 64)              dtype="nf4"
         %y = graphwright.linear_nbits_dynamic(%x, %qweight, …, 4, 128, 8, "per_group")      the same, with bits=4
-        %y = graphwright.linear_nbits_dynamic(%x, %qweight, …, 8, 128, 8, "per_group")      activations="int8", in groups
+        %y = graphwright.linear_nbits_dynamic(%x, %qweight, …, 8, 128, 8, "per_group")      "int8", in groups
         %y = graphwright.linear_fp8_dynamic(%x, %qweight, %scales, %b, 128, "per_group")    dtype="fp8_e4m3", "fp8"
         %y = graphwright.linear_int8_dynamic(%x, %qweight, %scales, %b, "per_token")        activations="int8"
         %y = graphwright.linear_int8_static(%x, %qweight, %scales, %b, %input_scales, 131)  the same, with calibration

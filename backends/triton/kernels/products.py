@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from graphwright.backends.triton.launching import part
+from graphwright.backends.triton.launching import meant, part
 from graphwright.backends.triton.status import triton_status
 from graphwright.ir.errors import BackendError
 
@@ -45,9 +45,10 @@ def block_of_group(size: int, *, where: str) -> int:
 
 def processors(device: torch.device) -> int:
     """How many programs run side by side, each on a processor of its own."""
-    if device.type != "cuda":
+    own = meant(device)
+    if own.type != "cuda":
         return _PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return int(torch.cuda.get_device_properties(own).multi_processor_count)
 
 
 @part

@@ -28,12 +28,14 @@ class NodeKernel(nn.Module):
         runner: whose kernels they are, for ``explain()``: ``"triton"`` or ``"torch"``.
         label: what ``explain()`` calls it.
         launched: what its first call has launched, for ``explain()``; empty before.
+        planned: what one of the traced sizes would launch; empty until somebody asks.
     """
 
     inputs: tuple[str, ...]
     runner: str = "triton"
     label: str
     launched: str = ""
+    planned: str = ""
 
     def __call__(self, *inputs: Any) -> Any:
         """Run; the first time, note what is launched."""

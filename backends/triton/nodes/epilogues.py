@@ -77,9 +77,7 @@ def _is_call(node: object, name: str) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) == name
 
 
-def branch_in_torch(
-    y: torch.Tensor, down: torch.Tensor | None, up: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def branch_in_torch(y: torch.Tensor, down: torch.Tensor | None, up: torch.Tensor | None, scale: float) -> torch.Tensor:
     """``y + scale · down upᵀ`` with gradients."""
     if down is None or up is None:
         return y

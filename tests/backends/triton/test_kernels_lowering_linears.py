@@ -33,9 +33,7 @@ class Two(nn.Module):
 def made(*passes: gw.Pass, dtype: torch.dtype = torch.float32, size: int = 64, model: Any = None) -> Any:
     given = random(2, 3, size, dtype=dtype)
     base = Two(dtype, size) if model is None else model
-    return gw.optimize(
-        base.eval(), [gw.Cleanup(), *passes], example_inputs=(given,), target=CPU, verify=False
-    ), given
+    return gw.optimize(base.eval(), [gw.Cleanup(), *passes], example_inputs=(given,), target=CPU, verify=False), given
 
 
 def kernels(small: Any, op: str) -> list[str]:
