@@ -106,6 +106,14 @@ class Backend(ABC):
 
     name: str
 
+    def check(self) -> None:
+        """Check that this machine can run it; asked before minutes are spent on a model.
+
+        Raises:
+            BackendError: it cannot.
+        """
+        return
+
     @abstractmethod
     def lower(self, program: Program) -> Executable:
         """Lower a program.

@@ -150,11 +150,13 @@ def optimize(
 
     Raises:
         InputError: example inputs, passes or target do not fit.
+        BackendError: this machine cannot run the target; nothing was done.
         TraceError: the model cannot be traced.
         OrderError: the passes cannot run in this order; nothing was run.
         ContractViolation: a pass changed what it promised to keep; it is named.
     """
     backend = find_backend(target)
+    backend.check()
     if isinstance(model, str | os.PathLike):
         if example_inputs is not None:
             raise InputError(

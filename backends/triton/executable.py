@@ -91,12 +91,11 @@ class TritonBackend(Backend):
             raise InputError(f"there is no device {device!r}", where="TritonBackend", hint="use 'cuda'") from error
         self.compiler = compiler_of(compile_rest)
 
-    def lower(self, program: Program) -> TritonExecutable:
-        """Choose kernels, and move packed weights to the GPU; the program keeps its own.
+    def check(self) -> None:
+        """Check triton and the GPU.
 
         Raises:
-            BackendError: triton is not installed; there is no GPU, or it is too old; the weights do not fit; the
-                file with what tuning has found is damaged.
+            BackendError: triton is not installed, or interprets; there is no GPU, or it is too old.
         """
         status = need_triton()
         if self.device.type == "cuda":
@@ -108,6 +107,14 @@ class TritonBackend(Backend):
                 where="TritonBackend",
                 hint="use device='cuda' without TRITON_INTERPRET; target='cpu' has kernels for the CPU",
             )
+
+    def lower(self, program: Program) -> TritonExecutable:
+        """Choose kernels, and move packed weights to the GPU; the program keeps its own.
+
+        Raises:
+            BackendError: as of :meth:`check`; the weights do not fit; the file with what tuning has found is damaged.
+        """
+        self.check()
         from graphwright.backends.triton.lowering import lower
         from graphwright.backends.triton.tuning import load_choices
 
