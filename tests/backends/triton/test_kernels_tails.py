@@ -164,9 +164,7 @@ def test_caches_of_every_dtype(
         wide.append(codes.double() if scales is None else codes.double() * scales.double().unsqueeze(-1))
     wanted = cached_reference(query.double(), *wide, slots, starts, None, 0.3, window, softcap)
     for splits in (1, 2):
-        found = cached_attention(
-            query, *stored, slots, starts, None, 0.3, window, softcap, splits=splits, **given
-        )
+        found = cached_attention(query, *stored, slots, starts, None, 0.3, window, softcap, splits=splits, **given)
         assert found.dtype == query_type
         check(found, wanted, query_type, roundings=4)
 
