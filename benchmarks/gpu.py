@@ -2,9 +2,9 @@
 
 Every case is compared with its reference in float64 first; one that is wrong is not timed. Times are medians of CUDA
 graphs of many calls between events, on operands that take turns and that the L2 cache cannot hold. A rival that is not
-installed, does not run or takes too long is a row that says why, and a target that speaks of it stays open, which counts
-as missed. Takes at most eight minutes. Without a GPU it says so and exits with 2; exit code 1 when a check fails or a
-target is missed.
+installed, does not run or takes too long is a row that says why, and a target that speaks of it stays open, which
+counts as missed. Takes at most eight minutes. Without a GPU it says so and exits with 2; exit code 1 when a check fails
+or a target is missed.
 
     python benchmarks/gpu.py --json gpu.json        # pip install torchao first, for its rows
 """
