@@ -87,7 +87,8 @@ class BlockWeight:
 
 def _tiles(weight: torch.Tensor, size: int) -> torch.Tensor:
     """``[out / size, in / size, size, size]``."""
-    return weight.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+    tiles: torch.Tensor = weight.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+    return tiles
 
 
 def _starts(counts: torch.Tensor) -> torch.Tensor:
@@ -161,7 +162,7 @@ def _linear_blocks(
     for block in range(first, last):
         left = tl.load(at_x + tl.load(block_columns + block) * SIZE, (m < rows)[:, None], 0.0)
         place = block if places is None else tl.load(places + block)
-        own = values + place.to(tl.int64) * (SIZE * SIZE)
+        own = values + tl.cast(place, tl.int64) * (SIZE * SIZE)
         if TRANSPOSED:
             right = tl.load(own + j[:, None] * SIZE + i[None, :])
         else:

@@ -82,7 +82,8 @@ class Int8Linear(RoundedLinear):
 def _scaled(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``[out, in]`` codes times scales ``[out]`` or ``[out, G]``."""
     groups = scales.view(len(scales), -1)
-    return (codes.to(dtype).unflatten(1, (groups.shape[1], -1)) * groups.to(dtype).unsqueeze(-1)).flatten(1)
+    values: torch.Tensor = codes.to(dtype).unflatten(1, (groups.shape[1], -1)) * groups.to(dtype).unsqueeze(-1)
+    return values.flatten(1)
 
 
 class PerToken(Int8Linear):
