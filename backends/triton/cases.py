@@ -192,8 +192,11 @@ def _fp8() -> None:
 
 def _blocks() -> None:
     for size in (16, 32, 64):
-        places = tensor(4096 // size + 1, dtype=torch.int32)
-        weight = BlockWeight(tensor(1000, size, size), places, tensor(1000, dtype=torch.int32), (4096, 4096))
+        # Every fourth block of each row.
+        strips, stored, device = 4096 // size, 1024 // size, _DEVICE.get()
+        starts = torch.arange(strips + 1, dtype=torch.int32, device=device) * stored
+        columns = torch.arange(strips * stored, dtype=torch.int32, device=device) % stored * 4
+        weight = BlockWeight(tensor(strips * stored, size, size), starts, columns, (4096, 4096))
         linear_blocks(tensor(512, 4096, grad=True), weight, tensor(4096)).sum().backward()
         fused_linear_blocks(tensor(512, 4096), weight, _branched(512))
 
@@ -207,6 +210,7 @@ CASES: tuple[Case, ...] = (
     _nbits_case(4096, asymmetric=True, fused=True),
     *(_nbits_case(rows, 4, group, asymmetric=True) for rows in (1, 4096) for group in (32, 64)),
     *(_nbits_case(rows, 8, asymmetric=asymmetric) for rows in (1, 4096) for asymmetric in (False, True)),
+    *(_nbits_case(rows, 8, 32) for rows in (1, 4096)),
     Case("linear_nbits input gradient", _nbits_gradient, "linear_nbits input gradient"),
     Case("pointwise", _pointwise),
     Case("kron_linear", _kron, "kron_linear"),

@@ -16,7 +16,7 @@ class _TwoOfFour(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x.contiguous(), weight, bias)  # torch takes a view of it
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -242,6 +242,8 @@ def test_no_gpu_and_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match=r"(is built without CUDA|sees no GPU) \(at device 'cuda'\)"):
             TritonBackend().lower(program)
+        with pytest.raises(BackendError, match="take target='cpu' on this machine"):
+            gw.optimize(nn.Linear(2, 2), target="cuda")  # before the missing inputs are looked for
     with pytest.raises(BackendError, match="they do not run on meta"):
         TritonBackend("meta").lower(program)
     with pytest.raises(InputError, match="there is no device 'gpu'"):
