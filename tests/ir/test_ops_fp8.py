@@ -92,5 +92,6 @@ def test_registration_and_shape_rule(dtype: torch.dtype) -> None:
         fake = target(*(mode.from_tensor(each) if isinstance(each, torch.Tensor) else each for each in operands))
     assert (fake.shape, fake.dtype) == ((2, 3, 4), dtype)
     assert ops.get("linear_fp8_dynamic").macs({"x": (2, 3, 20), "qweight": (4, 2, 16)}) == 2 * 3 * 20 * 4
+    check: Any = ops.get("linear_fp8_dynamic").fake
     with pytest.raises(ValueError, match="activation 'static' is not one of per_token, per_group"):
-        ops.get("linear_fp8_dynamic").fake(*operands[:5], "static")
+        check(*operands[:5], "static")

@@ -17,6 +17,7 @@ from graphwright.backends.reference.session import ReferenceSession
 from graphwright.backends.triton import TritonBackend
 from graphwright.backends.triton import memory as triton_memory
 from graphwright.backends.triton import status as triton_status_module
+from graphwright.backends.triton.kernels import nbits_weight
 from graphwright.backends.triton.lowering import lower
 from graphwright.backends.triton.nodes import linears as nodes_linears
 from graphwright.backends.triton.nodes.attention import Append
@@ -206,7 +207,8 @@ def test_the_rest_through_torch_compile() -> None:
     assert {shown[f"aten.{op}"] for op in ("linear", "sigmoid", "cos", "flatten.using_ints")} == {
         "torch.compile aot_eager"
     }
-    parts = [node for node in small._executable.lowered.body.graph.nodes if str(node.target).startswith("rest_")]
+    executable: Any = small._executable
+    parts = [node for node in executable.lowered.body.graph.nodes if str(node.target).startswith("rest_")]
     assert len(parts) == 2  # between the norms, and after them
     leaf, slope = x.clone().requires_grad_(), random(2, 3, 64, seed=4)
     (found,) = torch.autograd.grad(small(leaf)[0], leaf, slope)
@@ -276,16 +278,17 @@ def test_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_had_been_loaded_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    program, made = quantised()[0], []
+    program = quantised()[0]
+    made: list[weakref.ref[torch.Tensor]] = []
+    original = nbits_weight.repack
 
     def repack(*given: Any) -> Any:
         if made:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        weight = nodes_linears_repack(*given)
+        weight = original(*given)
         made.append(weakref.ref(weight.packed))
         return weight
 
-    nodes_linears_repack = nodes_linears.repack
     monkeypatch.setattr(nodes_linears, "repack", repack)
     with pytest.raises(BackendError, match="room to pack them, which cpu has not: CUDA out of memory"):
         CPU.lower(program)

@@ -224,7 +224,8 @@ def test_a_bias_that_trains_gets_its_gradient() -> None:
 
 
 def pruned(pattern: str, dtype: torch.dtype, *passes: gw.Pass, **options: Any) -> tuple[Any, torch.Tensor]:
-    return made(gw.PruneLinears(pattern=pattern, **options), *passes, gw.CompressLinears(), dtype=dtype)
+    small, x = made(gw.PruneLinears(pattern=pattern, **options), *passes, gw.CompressLinears(), dtype=dtype)
+    return small, x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -248,8 +249,13 @@ def test_weights_of_which_two_of_four_are_left(monkeypatch: pytest.MonkeyPatch) 
     agree(small, x)
     # torch's product is CUDA's; what is given to it, and what becomes of its gradient, shows with a dense stand-in.
     seen: list[torch.Tensor] = []
+
+    def stand_in(weight: torch.Tensor) -> torch.Tensor:
+        seen.append(weight)
+        return weight
+
     monkeypatch.setattr(sparse_linears, "refusal_of_two_of_four", lambda weight: None)
-    monkeypatch.setattr(sparse_linears, "two_of_four", lambda weight: seen.append(weight) or weight)
+    monkeypatch.setattr(sparse_linears, "two_of_four", stand_in)
     small, x = pruned("2:4", torch.float16)
     assert all(int(weight.unflatten(1, (-1, 4)).count_nonzero(-1).max()) == 2 for weight in seen)
     assert kernels(small, "linear_sparse") == ["torch semi-structured 2:4 linear"] * 2

@@ -148,7 +148,9 @@ def test_caches_of_every_dtype(cache: torch.dtype, batch: int, length: int, wind
     slots, starts = torch.arange(batch).flip(0), torch.arange(batch) * 30 + 7
     # Of other strides than their shapes say, and misaligned.
     query = random(batch, length, heads, width + 1, dtype=query_type)[..., 1:].transpose(1, 2)
-    wide, given, stored = [], {}, []
+    wide: list[torch.Tensor] = []
+    given: dict[str, torch.Tensor] = {}
+    stored: list[torch.Tensor] = []
     for name, seed in (("key", 0), ("value", 1)):
         past = random(batch, key_heads, 40, width, seed=seed).to(query_type)
         codes = torch.zeros(batch, key_heads, capacity, width, dtype=cache)
@@ -160,9 +162,10 @@ def test_caches_of_every_dtype(cache: torch.dtype, batch: int, length: int, wind
         if scales is not None:
             given[f"{name}_scales"] = scales
         wide.append(codes.double() if scales is None else codes.double() * scales.double().unsqueeze(-1))
-    wanted = cached_reference(query.double(), *wide, slots, starts, None, 0.3, window, softcap)
+    (keys, values), options = stored, (slots, starts, None, 0.3, window, softcap)
+    wanted = cached_reference(query.double(), wide[0], wide[1], *options)
     for splits in (1, 2):
-        found = cached_attention(query, *stored, slots, starts, None, 0.3, window, softcap, splits=splits, **given)
+        found = cached_attention(query, keys, values, *options, splits=splits, **given)
         assert found.dtype == query_type
         check(found, wanted, query_type, roundings=4)
 
