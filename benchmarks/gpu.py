@@ -7,6 +7,8 @@ counts as missed. Takes at most eight minutes. Without a GPU it says so and exit
 or a target is missed.
 
     python benchmarks/gpu.py --json gpu.json        # pip install torchao first, for its rows
+
+Configurations that ``python -m graphwright.backends.triton.tuning`` has chosen on this GPU are taken.
 """
 
 from __future__ import annotations
@@ -433,7 +435,10 @@ def main() -> int:
         return 2
     from _gpu_timing import Limits, median_ms
 
+    from graphwright.backends.triton.tuning import load_choices
+
     device, started, rows = torch.device("cuda"), time.perf_counter(), Rows()
+    tuned = load_choices(device)
     limits = Limits()
     name = torch.cuda.get_device_name(device)
     rows.add(
@@ -442,6 +447,7 @@ def main() -> int:
         copy_tb_per_s=limits.copy / 1e12,
         read_tb_per_s=limits.read / 1e12,
         matmul_tflops=2 * limits.matmul / 1e12,
+        tuned_configurations=len(tuned),
     )
     makers: list[Callable[[], Case]] = []
     for family in FAMILIES:

@@ -45,7 +45,8 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--pipeline", action="store_true", default=None, help="decode repeated layers as a pipeline; same answers"
     )
     group = parser.add_argument_group("what runs them")
-    group.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="how keys and values are stored")
+    caches = ("float32", "bfloat16", "float16", "int8")
+    group.add_argument("--cache", choices=caches, help="how keys and values are stored; float16 on a GPU only")
     group.add_argument("--tokenizer", metavar="FOLDER", help="of the model (default: MODEL's own)")
     targets = ("cpu", "cuda", "cuda:compile", "reference")
     group.add_argument("--target", choices=targets, help="default: cpu where its kernels are installed")
