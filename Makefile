@@ -18,7 +18,7 @@ unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lint test sanitize demo bench clean
+.PHONY: help setup lint test sanitize kernels demo bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ sanitize: setup ## the tests of the C++ kernels under AddressSanitizer and Undef
 		--config-settings=build-dir=build/sanitize-objects .
 	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python scripts/sanitized.py -q -s $(wildcard tests/backends/test_cpu_*.py)
+
+kernels: setup ## compile every GPU kernel for GPUs that need not be there, and keep the table that the tests look at
+	@$(BIN)/python -m graphwright.backends.triton.compile --json benchmarks/results/triton_kernels.json
 
 demo: setup ## make a real model small and fast, and prove that it still gives the same answers
 	@$(BIN)/python examples/minilm_demo.py

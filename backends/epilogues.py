@@ -37,13 +37,13 @@ class Epilogue:
         return self.absorbed[-1] if self.absorbed else self.linear
 
 
-def epilogue_of(program: Program, linear: fx.Node, taken: Set[fx.Node]) -> Epilogue:
+def epilogue_of(program: Program, linear: fx.Node, taken: Set[fx.Node], before: tuple[fx.Node, ...] = ()) -> Epilogue:
     """The longest epilogue that a linear's kernel can take in.
 
     A node is taken in when it is the only user of the one before it, the order is that of :class:`Epilogue` and no
-    other linear has ``taken`` it.
+    other linear has ``taken`` it. Nodes ``before`` it the kernel does too, the last one's value after all of them.
     """
-    found = Epilogue(linear)
+    found = Epilogue(linear, before)
     while len(found.last.users) == 1:
         (user,) = found.last.users
         longer = _with(program, found, user) if user.op == "call_function" and user not in taken else None

@@ -12,7 +12,7 @@ import torch
 from graphwright.backends.depth import DepthSchedule
 from graphwright.backends.pipeline import PipelineSession
 from graphwright.backends.session import Session
-from graphwright.ir.errors import BackendError
+from graphwright.ir.errors import BackendError, InputError
 from graphwright.ir.program import Program
 
 
@@ -35,6 +35,21 @@ class KernelUse:
     reason: str = ""
 
 
+def need_device(program: Program, inputs: Iterable[object], device: torch.device) -> None:
+    """Check that a program's flat inputs lie where it runs.
+
+    Raises:
+        InputError: one lies elsewhere; it is named.
+    """
+    for node, value in zip(program.inputs, inputs):
+        if isinstance(value, torch.Tensor) and value.device.type != device.type:
+            raise InputError(
+                f"is on {value.device}, the program runs on {device}",
+                where=f"input {str(node.target)!r}",
+                hint=f"move it there: x.to({str(device)!r}), or optimise the model for another target",
+            )
+
+
 class Executable(ABC):
     """A lowered program: called with the program's flat inputs.
 
@@ -46,7 +61,11 @@ class Executable(ABC):
 
     @abstractmethod
     def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
-        """Run on flat inputs; gives flat outputs."""
+        """Run on flat inputs; gives flat outputs.
+
+        Raises:
+            InputError: an input lies elsewhere than the program runs.
+        """
 
     @abstractmethod
     def explain(self) -> list[KernelUse]:
@@ -106,6 +125,14 @@ class Backend(ABC):
     """A way out of the IR."""
 
     name: str
+
+    def check(self) -> None:
+        """Check that this machine can run it; asked before minutes are spent on a model.
+
+        Raises:
+            BackendError: it cannot.
+        """
+        return
 
     @abstractmethod
     def lower(self, program: Program) -> Executable:

@@ -16,6 +16,10 @@ from graphwright.backends.triton.kernels.epilogue import Epilogue
 from graphwright.backends.triton.kernels.linear_nbits import fused_linear_nbits
 from graphwright.backends.triton.kernels.nbits_weight import NbitsWeight, repack
 from graphwright.backends.triton.kernels.rotary import rotary_embedding
+from graphwright.ir.ops.cache import cache_append
+from graphwright.ir.ops.cache import cached_attention as cached_reference
+from graphwright.ir.ops.normalization import rms_norm
+from graphwright.ir.ops.position import rotary_embedding as rotary_reference
 
 HALF = torch.bfloat16
 
@@ -88,6 +92,28 @@ class OurStep:
                 gate, linear = fused_linear_nbits(norms.rms_norm(x, self.norm, 1e-5), up, Epilogue()).chunk(2, -1)
                 x = fused_linear_nbits(pointwise.gated_activation(gate, linear, "silu"), down, Epilogue(residual=x))
             return fused_linear_nbits(norms.rms_norm(x, self.norm, 1e-5), self.head, Epilogue())
+
+    def in_float64(self) -> torch.Tensor:
+        """What a step must give, by the dialect's references; caches stay as they are."""
+        s, x = self.shape, functional.embedding(self.token, self.embedding).double()
+        weight, angles = self.norm.double(), (self.cos.double(), self.sin.double())
+        cuts = [s.heads * s.width, s.key_heads * s.width, s.key_heads * s.width]
+
+        def linear(x: torch.Tensor, packed: NbitsWeight) -> torch.Tensor:
+            return x @ packed.dense(torch.float64).t()
+
+        for (qkv, out, up, down), caches in zip(self.layers, self.caches):
+            parts = linear(rms_norm(x, weight, 1e-5), qkv).split(cuts, dim=-1)
+            query, key, value = (part.view(1, 1, -1, s.width).transpose(1, 2) for part in parts)
+            query, key = (rotary_reference(part, *angles, False) for part in (query, key))
+            keys, values = (
+                cache_append(cache.double(), new, self.slots, self.starts) for cache, new in zip(caches, (key, value))
+            )
+            seen = cached_reference(query, keys, values, self.slots, self.starts, None, s.width**-0.5, 0, 0.0)
+            x = x + linear(seen.transpose(1, 2).reshape(1, 1, -1), out)
+            gate, other = linear(rms_norm(x, weight, 1e-5), up).chunk(2, -1)
+            x = x + linear(functional.silu(gate) * other, down)
+        return linear(rms_norm(x, weight, 1e-5), self.head)
 
 
 class _Layer(nn.Module):

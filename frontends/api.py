@@ -140,20 +140,23 @@ def optimize(
             needed for any other module.
         target: what runs the result: ``"reference"`` (plain PyTorch), ``"cpu"`` (C++ kernels; inference only), the same
             computing otherwise (``"cpu:int8"``, ``"cpu:bfloat16"``, see :class:`CpuBackend`), ``"onnx"`` (onnxruntime;
-            inference only), ``"cuda"`` (Triton kernels; inputs lie on the GPU), or a backend, such as
-            ``CpuBackend(compute="int8")``. For a folder ``"cpu"`` keeps no
-            weights that have been packed (``CpuBackend(keep_weights=False)``): the folder still has them.
+            inference only), ``"cuda"`` (Triton kernels; inputs lie on the GPU), ``"cuda:compile"`` (the same, and what
+            no kernel takes through ``torch.compile``), or a backend, such as ``CpuBackend(compute="int8")``. For a
+            folder ``"cpu"`` keeps no weights that have been packed (``CpuBackend(keep_weights=False)``): the folder
+            still has them.
         dynamic: which sizes may vary, see :func:`graphwright.trace`.
         verify: ``False`` to check structure only, or how thoroughly to verify.
         hooks: called around each pass, such as ``DumpIR(folder)``.
 
     Raises:
         InputError: example inputs, passes or target do not fit.
+        BackendError: this machine cannot run the target; nothing was done.
         TraceError: the model cannot be traced.
         OrderError: the passes cannot run in this order; nothing was run.
         ContractViolation: a pass changed what it promised to keep; it is named.
     """
     backend = find_backend(target)
+    backend.check()
     if isinstance(model, str | os.PathLike):
         if example_inputs is not None:
             raise InputError(
@@ -230,10 +233,10 @@ def _onnx() -> Backend:
     return OnnxBackend()
 
 
-def _cuda() -> Backend:
+def _cuda(*, compile_rest: bool = False) -> Backend:
     from graphwright.backends.triton import TritonBackend
 
-    return TritonBackend()
+    return TritonBackend(compile_rest=compile_rest)
 
 
 # target name -> how to make its backend
@@ -243,6 +246,7 @@ BACKENDS: dict[str, Callable[..., Backend]] = {
     "cpu:bfloat16": partial(_cpu, "bfloat16"),
     "cpu:int8": partial(_cpu, "int8"),
     "cuda": _cuda,
+    "cuda:compile": partial(_cuda, compile_rest=True),
     "onnx": _onnx,
 }
 

@@ -14,7 +14,7 @@ from graphwright.backends.cpu.executor.session import CpuSession
 from graphwright.backends.cpu.features import features
 from graphwright.backends.cpu.lowering import Lowered, assemble, lower, lower_stage
 from graphwright.backends.depth import Depths, DepthSchedule
-from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.backends.executable import Backend, Executable, KernelUse, need_device
 from graphwright.backends.session import CACHES
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.errors import BackendError, InputError, ProgramError
@@ -42,7 +42,8 @@ class CpuExecutable(Executable):
         self._stages: dict[str, Assembled] = {}
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
-        """Run on flat inputs; gives flat outputs."""
+        """Run on flat inputs, which lie on the CPU; gives flat outputs."""
+        need_device(self.program, inputs, self.device)
         with torch.no_grad():
             results: tuple[Any, ...] = self._body(*inputs)
         return results

@@ -10,7 +10,7 @@ import onnx
 import torch
 from torch import fx
 
-from graphwright.backends.executable import Backend, Executable, KernelUse
+from graphwright.backends.executable import Backend, Executable, KernelUse, need_device
 from graphwright.backends.onnx.export import export_onnx
 from graphwright.backends.onnx.kernels import label, note_of, unpacked_weights
 from graphwright.backends.onnx.runtime import Session, open_session
@@ -40,7 +40,9 @@ class OnnxExecutable(Executable):
 
         Raises:
             BackendError: onnxruntime fails on them.
+            InputError: an input is not on the CPU.
         """
+        need_device(self._program, inputs, self.device)
         if self._is_decoder:
             tokens, slots, starts, rows, *caches = inputs
             weights = [caches.pop()] if self._is_switched else []

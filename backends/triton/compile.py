@@ -1,19 +1,25 @@
 """Compile kernels ahead of time for GPUs that need not be there, and read what the compiler made of them.
 
-``python -m graphwright.backends.triton.compile`` compiles every kernel in every configuration for sm_80 and sm_90, and
-in the first of each for gfx942, prints registers, shared memory and spills, and fails where something spills.
+``python -m graphwright.backends.triton.compile`` compiles every kernel in every configuration for sm_80 and sm_90 (for
+sm_89 those that sm_80 has not), and in the first of each for gfx942. It prints registers, shared memory and spills, and
+fails where something spills.
+
+``--json`` keeps the table with a digest of the kernels, and ``--check`` says at once, without compiling, whether such a
+table is still about these kernels and these launches. So tests know of every one of them that nothing spills.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +35,9 @@ from graphwright.backends.triton.launching import Launch, recorded
 from graphwright.backends.triton.status import AMD, triton_status
 from graphwright.ir.errors import BackendError
 
-TARGETS = ("sm_80", "sm_90", "gfx942")
+TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 # What one block of threads may have of shared memory, in bytes.
-SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 _TYPES = {
     torch.float16: "fp16",
@@ -57,8 +63,9 @@ class Compiled:
         target: such as ``sm_90``.
         registers: of a thread.
         shared: bytes of a block of threads.
-        spilled: bytes a thread (CUDA) or registers (AMD) that did not fit; 0 where nothing spills.
+        spilled: bytes of each thread that did not fit its registers; 0 where nothing spills.
         seconds: that it took; little where triton's cache had it.
+        key: digest of what was compiled but for the kernels' text: signature, constants, configuration.
     """
 
     case: str
@@ -69,6 +76,7 @@ class Compiled:
     shared: int
     spilled: int
     seconds: float
+    key: str = ""
 
     @property
     def fits(self) -> bool:
@@ -105,7 +113,7 @@ def compiled(launch: Launch, case: str, target: str) -> Compiled:
     seconds = time.perf_counter() - started
     registers, spilled = _resources(result)
     shared = int(result.metadata.shared)
-    return Compiled(case, launch.name, str(launch.config), target, registers, shared, spilled, seconds)
+    return Compiled(case, launch.name, str(launch.config), target, registers, shared, spilled, seconds, key_of(launch))
 
 
 def launches_of(case: Case, target: str, *, every: bool) -> Iterator[Launch]:
@@ -123,19 +131,52 @@ def launches_of(case: Case, target: str, *, every: bool) -> Iterator[Launch]:
             if case.table is not None:
                 take_tuned(case.table, arch, None)
         for each in launches:
-            key = f"{each.name} {each.config} {_specialized(each)}"
+            key = key_of(each)
             if key not in seen:
                 seen.add(key)
                 yield each
 
 
-def compile_all(targets: Sequence[str], *, every: bool, only: Sequence[str] = ("",)) -> Iterator[Compiled]:
-    """Compile the cases for targets."""
+def every_launch(
+    targets: Sequence[str], *, first: bool = False, only: Sequence[str] = ("",)
+) -> Iterator[tuple[str, str, Launch]]:
+    """Target, name of the case and launch of all that is compiled; AMD's in their first configuration."""
     for target in targets:
         for case in CASES:
             if any(text in case.name for text in only) and case.runs_on(target):
-                for each in launches_of(case, target, every=every):
-                    yield compiled(each, case.name, target)
+                for each in launches_of(case, target, every=not first and target.startswith("sm_")):
+                    yield target, case.name, each
+
+
+def key_of(launch: Launch) -> str:
+    """A digest of what a launch is compiled from but for the kernel's text."""
+    return hashlib.sha256(f"{launch.name} {launch.config} {_specialized(launch)}".encode()).hexdigest()[:16]
+
+
+def digest_of_kernels(folder: Path | None = None) -> str:
+    """A digest of the text of all kernels and their parts; comments, docstrings and what launches them do not count."""
+    found = hashlib.sha256()
+    for path in sorted((folder or Path(__file__).parent / "kernels").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            marks = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+            if not any(isinstance(mark, ast.Name) and mark.id in ("kernel", "part") for mark in marks):
+                continue
+            assert isinstance(node, ast.FunctionDef)
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            found.update(ast.unparse(node).encode())
+    return found.hexdigest()[:16]
+
+
+def objections(table: Mapping[str, Any]) -> list[str]:
+    """What speaks against a table that ``--json`` has kept: other kernels, other launches, or something that spills."""
+    rows = [Compiled(**row) for row in table["rows"]]
+    kept = {(row.target, row.key) for row in rows}
+    wanted = {(target, key_of(launch)): f"{target} {case} {launch}" for target, case, launch in every_launch(TARGETS)}
+    found = [f"is not in the table: {name}" for key, name in wanted.items() if key not in kept]
+    found += [f"is launched no more: {row}" for row in rows if (row.target, row.key) not in wanted]
+    found += [str(row) for row in rows if not row.fits]
+    return [*(["the kernels have changed"] if table["kernels"] != digest_of_kernels() else []), *found]
 
 
 def _specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
@@ -173,8 +214,9 @@ def _gpu(target: str) -> Any:
 def _resources(result: Any) -> tuple[int, int]:
     """Registers and spills: from the binary (CUDA) or the assembly's notes (AMD)."""
     if "cubin" not in result.asm:
-        notes = dict(re.findall(r"\.(\w+_count):\s+(\d+)", result.asm["amdgcn"]))
-        return int(notes["vgpr_count"]), int(notes["vgpr_spill_count"]) + int(notes["sgpr_spill_count"])
+        notes = dict(re.findall(r"\.(\w+):\s+(\d+)", result.asm["amdgcn"]))
+        # Scalar registers that do not fit lie in lanes of vector registers; only the stack is memory.
+        return int(notes["vgpr_count"]), int(notes["private_segment_fixed_size"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
@@ -194,15 +236,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", action="store_true", help="only the first configuration of each kernel")
     parser.add_argument("--only", action="append", metavar="TEXT", help="cases whose name has it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare such a table with the kernels, first")
     options = parser.parse_args(arguments)
+    if options.check is not None:
+        against = objections(json.loads(options.check.read_text(encoding="utf-8")))
+        if against:
+            print("\n".join(against), f"{options.check}: compile all kernels again with `make kernels`", sep="\n")
+            return 1
     rows: list[Compiled] = []
-    for target in options.target or TARGETS:
-        every = not options.first and target.startswith("sm_")
-        for row in compile_all([target], every=every, only=options.only or ("",)):
-            print(row, flush=True)
-            rows.append(row)
+    for target, case, launch in every_launch(
+        options.target or TARGETS, first=options.first, only=options.only or ("",)
+    ):
+        rows.append(compiled(launch, case, target))
+        print(rows[-1], flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+        lines = ",\n".join(f"    {json.dumps(asdict(row) | {'seconds': round(row.seconds, 2)})}" for row in rows)
+        head = f'"triton": {json.dumps(triton.__version__)},\n  "kernels": "{digest_of_kernels()}"'
+        options.json.write_text(f'{{\n  {head},\n  "rows": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
     bad = [row for row in rows if not row.fits]
     print(f"{len(rows)} kernels, {len(bad)} that spill or need more shared memory than there is")
     return 1 if bad else 0

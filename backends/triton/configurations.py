@@ -77,6 +77,7 @@ TABLE: dict[str, dict[int, tuple[Config, ...]]] = {
     "linear_fp8": {
         80: (Config({"BM": 64, "BN": 64, "BK": 64}, 4, 3),),
         90: (Config({"BM": 128, "BN": 128, "BK": 128}, 8, 3), Config({"BM": 64, "BN": 128, "BK": 128}, 4, 4)),
+        942: (Config({"BM": 64, "BN": 64, "BK": 64}, 4, 1),),
     },
     "attention 64": {
         80: (Config({"BQ": 128, "BT": 64}, 8, 3), Config({"BQ": 64, "BT": 64}, 4, 3)),
@@ -86,10 +87,18 @@ TABLE: dict[str, dict[int, tuple[Config, ...]]] = {
     "attention 128": {
         80: (Config({"BQ": 64, "BT": 32}, 4, 2), Config({"BQ": 64, "BT": 64}, 4, 2)),
         90: (Config({"BQ": 128, "BT": 64}, 8, 2), Config({"BQ": 64, "BT": 64}, 4, 2)),
+        942: (Config({"BQ": 64, "BT": 32}, 4, 1),),
     },
-    "attention 256": {80: (Config({"BQ": 32, "BT": 32}, 4, 2),), 90: (Config({"BQ": 64, "BT": 32}, 8, 2),)},
+    "attention 256": {
+        80: (Config({"BQ": 32, "BT": 32}, 4, 2),),
+        90: (Config({"BQ": 64, "BT": 32}, 8, 2),),
+        942: (Config({"BQ": 32, "BT": 32}, 4, 1),),
+    },
     "attention float32": {80: (Config({"BQ": 16, "BT": 32}, 4, 2),)},
-    "cached_attention": {80: (Config({"BT": 64}, 4, 3), Config({"BT": 32}, 4, 3), Config({"BT": 128}, 8, 2))},
+    "cached_attention": {
+        80: (Config({"BT": 64}, 4, 3), Config({"BT": 32}, 4, 3), Config({"BT": 128}, 8, 2)),
+        942: (Config({"BT": 32}, 4, 1),),
+    },
     "cached_attention float32": {80: (Config({"BT": 32}, 4, 2),), 90: (Config({"BT": 16}, 4, 2),)},
     "kron_linear": {80: (Config({"B1": 32, "A1": 32, "A2": 32, "B2": 32}, 4, 2),)},
     "linear_blocks": {80: (Config({"BM": 32}, 4, 3), Config({"BM": 64}, 4, 3))},

@@ -69,20 +69,24 @@ class _Record:
     launches: list[Launch]
     is_dry: bool
     arch: int | None
+    device: torch.device | None
 
 
 _RECORD: ContextVar[_Record | None] = ContextVar("triton launches", default=None)
 
 
 @contextmanager
-def recorded(*, dry: bool = False, arch: int | None = None) -> Iterator[list[Launch]]:
+def recorded(
+    *, dry: bool = False, arch: int | None = None, device: torch.device | None = None
+) -> Iterator[list[Launch]]:
     """Note the launches of the block.
 
     Args:
         dry: only note them. Tensors may then be on the ``meta`` device.
         arch: whose configurations are chosen, by default those of the device.
+        device: that tensors on the ``meta`` device stand for.
     """
-    record = _Record([], dry, arch)
+    record = _Record([], dry, arch, device)
     token = _RECORD.set(record)
     try:
         yield record.launches
@@ -93,7 +97,13 @@ def recorded(*, dry: bool = False, arch: int | None = None) -> Iterator[list[Lau
 def chosen_architecture(device: torch.device) -> int:
     """Whose configurations a launch on this device takes."""
     record = _RECORD.get()
-    return record.arch if record is not None and record.arch is not None else architecture(device)
+    return record.arch if record is not None and record.arch is not None else architecture(meant(device))
+
+
+def meant(device: torch.device) -> torch.device:
+    """The device that a tensor's device stands for, see :func:`recorded`."""
+    record = _RECORD.get()
+    return record.device if record is not None and record.device is not None else device
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, /, **arguments: Any) -> None:
@@ -106,15 +116,23 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, /, **arguments: A
         arguments: tensors, numbers and further constants by name; tensors of one device.
 
     Raises:
-        BackendError: tensors lie on several devices, or where the kernels do not run.
+        BackendError: tensors lie on several devices, or where the kernels do not run, or are of float64.
     """
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    for name, value in tensors.items():
+        if value.dtype == torch.float64:
+            raise BackendError(
+                f"{name} is float64, kernels compute in float16, bfloat16 and float32",
+                where=f"kernel {str(kernel.__name__).lstrip('_')}",
+                hint="convert it: x.float()",
+            )
     values = {**arguments, **config.blocks}
     record = _RECORD.get()
     if record is not None:
         record.launches.append(Launch(kernel, grid, values, config))
         if record.is_dry:
             return
-    check_devices({name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}, kernel)
+    check_devices(tensors, kernel)
     if 0 in grid:
         return
     kernel[grid](**values, num_warps=config.warps, num_stages=config.stages)

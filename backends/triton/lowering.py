@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import fx, nn
 
 from graphwright.backends.epilogues import epilogue_of, sum_before
 from graphwright.backends.executable import KernelUse
+from graphwright.backends.triton.launching import recorded
 from graphwright.backends.triton.nodes import LOWERINGS, LinearKernel, NodeKernel, Site
+from graphwright.backends.triton.nodes.epilogues import branch_of
 from graphwright.backends.triton.nodes.rows import Norm
+from graphwright.backends.triton.rest import compile_rest
 from graphwright.ir import ops
 from graphwright.ir.arguments import arguments_of, schema_of
 from graphwright.ir.names import op_name
@@ -43,7 +46,8 @@ class Use:
         node: of the program.
         kernel: whose name and launch are shown, or ``None`` where torch runs.
         reason: why torch runs, where a kernel could be.
-        role: empty for the kernel's own node, else what it does of this one.
+        role: empty for the kernel's own node, else what it does of this one; without a kernel, what runs it instead of
+            torch's own kernels.
     """
 
     node: fx.Node
@@ -54,12 +58,15 @@ class Use:
     def shown(self) -> KernelUse:
         """As ``explain()`` gives it; launch shapes are those of the first run."""
         name, path, op = self.node.name, path_of(self.node), op_name(self.node)
+        if self.kernel is None and self.role:
+            return KernelUse(name, path, op, self.role, self.reason)
         if self.kernel is None:
             return KernelUse(name, path, op, "reference" if ops.is_dialect(self.node.target) else "torch", self.reason)
         if self.role:
             return KernelUse(name, path, op, f"{self.role} of {self.kernel.label}")
-        launched = f": {self.kernel.launched}" if self.kernel.launched else ""
-        return KernelUse(name, path, op, f"triton {self.kernel.label}{launched}")
+        planned = f" (planned: {self.kernel.planned})" if self.kernel.planned else ""
+        launched = f": {self.kernel.launched}" if self.kernel.launched else planned
+        return KernelUse(name, path, op, f"{self.kernel.runner} {self.kernel.label}{launched}")
 
 
 @dataclass(frozen=True)
@@ -69,18 +76,41 @@ class Lowered:
     Attributes:
         body: the graph with kernels in it, on the device.
         uses: what runs for each node.
+        calls: of the kernels.
     """
 
     body: fx.GraphModule
     uses: tuple[Use, ...]
+    calls: tuple[Call, ...]
+
+    def plan(self, device: torch.device) -> None:
+        """Note what kernels that have not run would launch for the sizes that the program was traced with."""
+        for call in self.calls:
+            kernel = call.kernel
+            if kernel.launched or kernel.planned or kernel.runner != "triton":
+                continue
+            given = fx.node.map_arg(call.inputs, _blank)
+            with torch.no_grad(), recorded(dry=True, device=device) as launches:
+                kernel.forward(*given)
+            kernel.planned = "; ".join(map(str, launches))
 
 
-def lower(program: Program, device: torch.device) -> Lowered:
+def _blank(node: fx.Node) -> Any:
+    """A value of a node, of the sizes that were traced; tensors without numbers."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
+    sizes = [size if isinstance(size, int) else size.node.hint or 1 for size in value.shape]
+    return torch.empty(sizes, dtype=value.dtype, device="meta")
+
+
+def lower(program: Program, device: torch.device, compiler: str | None = None) -> Lowered:
     """Choose the kernels of a program, and move its weights to a device.
 
     Args:
         program: what to run; stays as it is.
         device: a GPU, or the CPU where kernels are interpreted.
+        compiler: backend of torch.compile for what has no kernel, ``None`` to run it as it is.
     """
     calls: dict[fx.Node, Call] = {}
     absorbed: set[fx.Node] = set()
@@ -102,21 +132,35 @@ def lower(program: Program, device: torch.device) -> Lowered:
             absorbed.add(total)
             uses[total] = Use(total, found, role="part")
         elif isinstance(found, LinearKernel):
-            epilogue = epilogue_of(program, node, absorbed)
+            branch = branch_of(program, node, absorbed)
+            sides: tuple[Any, ...] = (None, None)
+            if branch is not None:
+                sides, found.branch_scale = (branch.down, branch.up), branch.scale
+            epilogue = epilogue_of(program, node, absorbed, branch.absorbed if branch is not None else ())
             found.activation = epilogue.activation
-            calls[epilogue.last] = Call(found, (*inputs, epilogue.factor, epilogue.residual))
+            calls[epilogue.last] = Call(found, (*inputs, *sides, epilogue.factor, epilogue.residual))
             absorbed.update((node, *epilogue.absorbed))
             uses.update((each, Use(each, found, role="epilogue")) for each in epilogue.absorbed)
+            if branch is not None:
+                uses.update((each, Use(each, found, role="low-rank branch")) for each in branch.absorbed)
         else:
             calls[node] = Call(found, inputs)
-    body = _assemble(program, calls, absorbed - calls.keys(), device)
-    return Lowered(body, tuple(uses[node] for node in program.nodes if node in uses))
+    body, made = _assemble(program, calls, absorbed - calls.keys(), device)
+    if compiler is not None:
+        body, compiled = compile_rest(body, compiler, dynamic=bool(program.dims))
+        for node, use in uses.items():
+            if use.kernel is None and made[node].name in compiled:
+                uses[node] = replace(use, role=f"torch.compile {compiler}")
+    return Lowered(body, tuple(uses[node] for node in program.nodes if node in uses), tuple(calls.values()))
 
 
 def _assemble(
     program: Program, calls: dict[fx.Node, Call], absorbed: set[fx.Node], device: torch.device
-) -> fx.GraphModule:
-    """The graph with kernels in it; weights that only kernels read in a form of their own are left out."""
+) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """The graph with kernels in it, and what became of the program's nodes.
+
+    Weights that only kernels read, in a form of their own, are left out.
+    """
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     parts: dict[str, nn.Module | torch.Tensor] = {}
@@ -142,14 +186,14 @@ def _assemble(
             parts[str(copy.target)] = moved[id(tensor)]
         elif copy.op == "get_attr":
             graph.erase_node(copy)
-    return fx.GraphModule(parts, graph, class_name=program.title)
+    return fx.GraphModule(parts, graph, class_name=program.title), made
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == device.type:
         return tensor
-    values = tensor.detach().to(device)
-    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+    # A copy does not train: its gradients would reach nobody.
+    return tensor.detach().to(device)
 
 
 def _place(node: fx.Node, device: torch.device) -> None:

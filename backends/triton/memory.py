@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -26,15 +26,21 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 @contextmanager
-def room_for(program: Program, device: torch.device) -> Iterator[None]:
-    """Load a program's weights in the block, or leave nothing behind.
+def room(needed: int, device: torch.device, what: str, *, where: str, hint: str, besides: str = "") -> Iterator[None]:
+    """Put something on a device in the block, or leave nothing behind.
+
+    Args:
+        needed: bytes.
+        device: where.
+        what: such as ``"the weights need"``.
+        where: for the error.
+        hint: likewise.
+        besides: what the block needs more than that, such as ``" and room to pack them"``.
 
     Raises:
-        BackendError: the weights do not fit; it says how much they need.
+        BackendError: it does not fit; it says how much is needed.
     """
-    needed, free = weight_bytes(program), free_bytes(device)
-    message = f"the weights need {needed / 2**30:.2f} GiB"
-    where, hint = f"program {program.title!r}", "quantise the weights, free other models, or take a larger GPU"
+    free, message = free_bytes(device), f"{what} {needed / 2**30:.2f} GiB"
     if free is not None and needed > free:
         raise BackendError(f"{message}, {device} has {free / 2**30:.2f} GiB left", where=where, hint=hint)
     try:
@@ -47,4 +53,16 @@ def room_for(program: Program, device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    raise BackendError(f"{message} and room to pack them, which {device} has not: {failed}", where=where, hint=hint)
+    raise BackendError(f"{message}{besides}, which {device} has not: {failed}", where=where, hint=hint)
+
+
+def room_for(program: Program, device: torch.device) -> AbstractContextManager[None]:
+    """Load a program's weights in the block, or leave nothing behind; errors as of :func:`room`."""
+    return room(
+        weight_bytes(program),
+        device,
+        "the weights need",
+        where=f"program {program.title!r}",
+        hint="quantise the weights, free other models, or take a larger GPU",
+        besides=" and room to pack them",
+    )

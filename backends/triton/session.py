@@ -9,6 +9,7 @@ from torch import fx
 
 from graphwright.backends.session import CACHES, Session
 from graphwright.backends.triton.graphs import StepGraphs
+from graphwright.backends.triton.memory import room
 from graphwright.backends.triton.nodes.attention import Cache
 from graphwright.ir.arguments import arguments_of
 from graphwright.ir.decoder import DecoderLayout
@@ -17,6 +18,9 @@ from graphwright.ir.names import op_name
 
 if TYPE_CHECKING:
     from graphwright.backends.triton.executable import TritonExecutable
+
+# How caches may be stored: as everywhere, and in the half precision that GPUs have besides.
+STORED = {**CACHES, "float16": torch.float16}
 
 _APPEND, _ATTENTION = "graphwright.cache_append", "graphwright.cached_attention"
 
@@ -29,12 +33,12 @@ class TritonSession(Session):
         layout: of the decoder.
         slots: sequences held at a time.
         capacity: tokens that each can hold.
-        cache: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+        cache: one of :data:`STORED`.
         capture: whether short steps are recorded as CUDA graphs.
 
     Raises:
         InputError: there are no slots or no capacity.
-        BackendError: caches are read by something else than attention.
+        BackendError: caches are read by something else than attention, or memory does not suffice.
     """
 
     def __init__(
@@ -52,12 +56,13 @@ class TritonSession(Session):
         _check_caches(layout.caches(executable.program))
         self.layout, self.slots, self.capacity, self.cache = layout, slots, capacity, cache
         self._executable, self._device = executable, executable.device
-        dtype = CACHES[cache]
-        self._caches: list[Cache] = []
-        for heads, width in (*layout.keys, *layout.values):
-            values = torch.zeros(slots, heads, capacity, width, dtype=dtype, device=self._device)
-            scales = values.new_zeros(values.shape[:3], dtype=torch.float32) if cache == "int8" else None
-            self._caches.append(Cache(values, scales))
+        places = (*layout.keys, *layout.values)
+        each = [width * STORED[cache].itemsize + (4 if cache == "int8" else 0) for _, width in places]
+        needed = slots * capacity * sum(heads * size for (heads, _), size in zip(places, each))
+        what = f"the caches of {slots} sequences of {capacity} tokens need"
+        hint = "take a smaller capacity or fewer slots, or cache='int8'"
+        with room(needed, self._device, what, where="session", hint=hint):
+            self._caches = [_empty((slots, heads, capacity, width), cache, self._device) for heads, width in places]
         self._graphs = StepGraphs(self._logits, self._device) if capture else None
 
     @property
@@ -92,6 +97,11 @@ class TritonSession(Session):
             body = self._executable.lowered.body
             logits: torch.Tensor = body(tokens, slots, starts, rows, *self._caches, *weights)[0]
         return logits.float()
+
+
+def _empty(shape: tuple[int, int, int, int], cache: str, device: torch.device) -> Cache:
+    values = torch.zeros(shape, dtype=STORED[cache], device=device)
+    return Cache(values, values.new_zeros(shape[:3], dtype=torch.float32) if cache == "int8" else None)
 
 
 def _check_caches(caches: list[fx.Node]) -> None:

@@ -54,9 +54,11 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     )
     adapters.add_argument("--base", action="store_true", help="answer without the switched adapters")
     group = parser.add_argument_group("what runs them")
-    group.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="how keys and values are stored")
+    caches = ("float32", "bfloat16", "float16", "int8")
+    group.add_argument("--cache", choices=caches, help="how keys and values are stored; float16 on a GPU only")
     group.add_argument("--tokenizer", metavar="FOLDER", help="of the model (default: MODEL's own)")
-    group.add_argument("--target", choices=("cpu", "reference"), help="default: cpu where its kernels are installed")
+    targets = ("cpu", "cuda", "cuda:compile", "reference")
+    group.add_argument("--target", choices=targets, help="default: cpu where its kernels are installed")
     group.add_argument("--dtype", help="dtype of a Hugging Face folder's weights (default: as stored)")
 
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a saved Program or a Hugging Face folder")
     parser.add_argument("--recipe", required=True, metavar="FILE", help="TOML file that lists the passes")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write: Program and reports")
-    parser.add_argument("--target", help="backend to lower to (default: the recipe's, else reference)")
+    parser.add_argument("--target", help="such as cpu or cuda (default: the recipe's, else reference)")
     parser.add_argument("--no-verify", action="store_true", help="check the structure only, not the numbers")
     parser.add_argument("--force", action="store_true", help="replace a Program saved at OUT before")
     parser.add_argument(
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     from graphwright.ir.errors import InputError
 
     target = options.target or recipe.target or "reference"
-    find_backend(target)
+    find_backend(target).check()
     if not options.no_cache and options.task is None and is_language_model_folder(Path(options.model)):
         if options.attention is not None:
             raise InputError("is not for decoders", where="option --attention", hint="add --no-cache, or leave it out")

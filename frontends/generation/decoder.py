@@ -99,7 +99,8 @@ class Decoder(ABC):
         Args:
             slots: sequences held at a time.
             capacity: tokens that each can hold; the model's context by default.
-            cache: how keys and values are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+            cache: how keys and values are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``; on a GPU also
+                ``"float16"``.
             depth: let later tokens of an answer run through fewer layers. This changes answers.
 
         Raises:
@@ -156,7 +157,8 @@ class Decoder(ABC):
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):
                 raise
-            size = self.layout.cache_bytes(slots, tokens, {"int8": 1, "bfloat16": 2}.get(cache, 4)) / 2**30
+            width = {"int8": 1, "bfloat16": 2, "float16": 2}.get(cache, 4)
+            size = self.layout.cache_bytes(slots, tokens, width) / 2**30
             raise InputError(
                 f"the caches of {slots} sequences of {tokens} tokens need {size:.1f} GiB, which cannot be had",
                 where="session",

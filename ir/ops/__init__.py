@@ -27,6 +27,7 @@ DIALECT: dict[str, str] = {
     "gated_activation": "activation",
     "kron_linear": "kronecker",
     "linear_codebook": "codebook",
+    "linear_fp8_dynamic": "rounded_activations",
     "linear_int8_dynamic": "quantization",
     "linear_int8_static": "quantization",
     "linear_nbits": "quantization",

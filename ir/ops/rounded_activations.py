@@ -1,4 +1,4 @@
-"""Linears on packed integer weights whose activations are rounded to a few bits as they come."""
+"""Linears on packed weights whose activations are rounded to a few bits as they come: integers, and FP8."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from graphwright.ir.ops.codebook import LINEAR_CODEBOOK, codebook, dequantize_codebook
 from graphwright.ir.ops.definition import OpDefinition
-from graphwright.ir.ops.quantization import LINEAR_NBITS, unpack
+from graphwright.ir.ops.quantization import LINEAR_NBITS, by_rows, unpack
 
 ACTIVATION_BITS = (4, 8)
 ACTIVATION_RANGES = ("per_token", "per_group")
@@ -17,6 +18,7 @@ ACTIVATION_RANGES = ("per_token", "per_group")
 _SLICE_ELEMENTS = 1 << 20
 # Smaller ranges count as nothing: the reciprocal of their step overflows.
 _TINY = 1e-35
+_E4M3 = "fp8_e4m3"
 
 
 def round_activations(
@@ -156,6 +158,90 @@ LINEAR_NBITS_DYNAMIC = OpDefinition(
     ),
     reference=linear_nbits_dynamic,
     fake=_fake,
+    macs=LINEAR_NBITS.macs,
+    differentiable=("x", "bias"),
+)
+
+
+def round_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations as ``x ≈ value · scale``: E4M3 values, and ``scale = greatest |x| / 448`` along the last dimension.
+
+    Args:
+        x: ``[..., n]``, float32 or wider.
+
+    Returns:
+        values in x's dtype, to the nearest with ties to even, and scales ``[..., 1]``. Rows that hold NaN or infinity
+        have a NaN scale.
+    """
+    size = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(size < _TINY, torch.ones_like(size), size / codebook(_E4M3).largest)
+    scale = torch.where(torch.isfinite(size), scale, torch.nan)
+    return (x / scale).to(torch.float8_e4m3fn).to(x.dtype), scale
+
+
+def linear_fp8_dynamic(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    """``y = x̂ Ŵᵀ + b``: weights as in ``linear_codebook`` with ``fp8_e4m3``, activations rounded to it on the fly
+    (Micikevicius et al. 2022, "FP8 formats for deep learning", sec. 3).
+
+    Args:
+        x: ``[..., in]``, floating.
+        qweight: E4M3 numbers as bytes, uint8 ``[out, G, group_size]``.
+        scales: ``[out, G]``, floating.
+        bias: ``[out]`` or ``None``.
+        group_size: columns to a group.
+        activation: ``per_token`` (one scale for each row) or ``per_group`` (one for each row and group of the weights),
+            see :func:`round_fp8`.
+
+    Returns:
+        ``[..., out]`` of x's dtype, computed in float32 or wider. The gradient for x is that of ``x Ŵᵀ``
+        (straight-through, Bengio et al. 2013). A row that holds NaN or infinity gives NaN.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values, columns = x.to(wide), x.shape[-1]
+    padding = qweight.shape[1] * group_size - columns
+    grouped = functional.pad(values, (0, padding)).unflatten(-1, (qweight.shape[1], group_size))
+    with torch.no_grad():
+        rounded, scale = round_fp8(grouped if activation == "per_group" else values)
+        exact = (rounded * scale).flatten(-2)[..., :columns] if activation == "per_group" else rounded * scale
+        # What is not finite leaves no number in its row, also where it is in one group of it.
+        exact = torch.where(exact.isnan().any(-1, keepdim=True), torch.nan, exact)
+    values = values + (exact - values).detach()
+
+    def product(piece: slice) -> torch.Tensor:
+        weight = dequantize_codebook(qweight[piece], scales[piece], _E4M3, columns, wide)
+        return functional.linear(values, weight)
+
+    result = by_rows(values, product, len(qweight), qweight.shape[1] * group_size)
+    return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
+
+
+def _fp8_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    if activation not in ACTIVATION_RANGES:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATION_RANGES)}")
+    check: Any = LINEAR_CODEBOOK.fake
+    result: torch.Tensor = check(x, qweight, scales, bias, _E4M3, group_size)
+    return result
+
+
+LINEAR_FP8_DYNAMIC = OpDefinition(
+    name="linear_fp8_dynamic",
+    schema="(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, int group_size, str activation) -> Tensor",
+    reference=linear_fp8_dynamic,
+    fake=_fp8_fake,
     macs=LINEAR_NBITS.macs,
     differentiable=("x", "bias"),
 )

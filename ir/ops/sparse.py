@@ -129,8 +129,8 @@ def dense_codes(
 ) -> torch.Tensor:
     """All codes of a sparse weight, uint8 ``[out, columns]``; zero points where nothing is stored."""
     stored = unpack_mask(mask, columns)
-    middle = torch.full(stored.shape, 2 ** (bits_of(format) - 1), dtype=torch.uint8)
-    groups = torch.arange(columns) // group
+    middle = torch.full(stored.shape, 2 ** (bits_of(format) - 1), dtype=torch.uint8, device=mask.device)
+    groups = torch.arange(columns, device=mask.device) // group
     fill = middle if zeros is None else zeros[:, groups].contiguous()
     return fill.masked_scatter(stored, unpack_codes(values, format, int(offsets[-1])))
 

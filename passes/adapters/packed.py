@@ -32,7 +32,7 @@ class PackedBase:
         operands: the nodes of codes, scales and, where there are some, zero points.
         form: how they are stored.
         columns: of the weight.
-        activations: ``"none"``, ``"int8"`` or ``"int4"``: how inputs are rounded.
+        activations: ``"none"``, ``"int8"``, ``"int4"`` or ``"fp8"``: how inputs are rounded.
         factors: ``[in]``, what the weight was multiplied with before it was rounded; ``None`` for nothing.
         rows: the first of the weight and the one behind the last; ``None`` for all.
     """
@@ -56,10 +56,11 @@ class PackedBase:
             return PackedBase(
                 operands, Format(8, None, True, True, integer_products=True), columns, "int8", found, rows
             )
-        book = given.get("format")
+        is_fp8 = name == "graphwright.linear_fp8_dynamic"
+        book = "fp8_e4m3" if is_fp8 else given.get("format")
         bits = codebook(book).bits if book is not None else given["bits"]
         form = Format(bits, given["group_size"], "zero_points" not in operands, True, codebook=book)
-        rounded = {8: "int8", 4: "int4"}.get(given.get("activation_bits", 0), "none")
+        rounded = "fp8" if is_fp8 else {8: "int8", 4: "int4"}.get(given.get("activation_bits", 0), "none")
         return PackedBase(operands, form, columns, rounded, None, rows)
 
     @property

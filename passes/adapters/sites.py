@@ -23,6 +23,7 @@ ADAPTER = "adapter"
 # linears on weights that are packed -> the operand that is the input; all have the bias as "bias"
 PACKED_LINEARS: dict[str, str] = {
     "graphwright.linear_codebook": "x",
+    "graphwright.linear_fp8_dynamic": "x",
     "graphwright.linear_int8_dynamic": "x",
     "graphwright.linear_int8_static": "x",
     "graphwright.linear_nbits": "x",

@@ -20,6 +20,7 @@ _ROW_WISE: dict[str, str] = {
     "aten.rms_norm": "input",
     "graphwright.kron_linear": "x",
     "graphwright.linear_codebook": "x",
+    "graphwright.linear_fp8_dynamic": "x",
     "graphwright.linear_int8_dynamic": "x",
     "graphwright.linear_int8_static": "x",
     "graphwright.linear_nbits": "x",

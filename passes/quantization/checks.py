@@ -32,11 +32,11 @@ _LIMITS = {
     ("fp8_e5m2", 8, False): 0.15,
 }
 # The same with activations rounded too, by bits of the weights and what the activations become.
-_ROUNDED_ACTIVATIONS = {(8, "int8"): 0.15, (4, "int8"): 0.4, (4, "int4"): 0.8}
+_ROUNDED_ACTIVATIONS = {(8, "int8"): 0.15, (4, "int8"): 0.4, (4, "int4"): 0.8, (8, "fp8"): 0.2}
 
 
 # Bits of activations.
-ACTIVATIONS = {"none": 0, "int8": 8, "int4": 4}
+ACTIVATIONS = {"none": 0, "int8": 8, "int4": 4, "fp8": 8}
 RANGES = ("auto", "static", "per_token", "per_tensor", "per_group")
 
 
@@ -78,13 +78,19 @@ def check_activations(name: str, given: Options) -> None:
     """
     one_of(name, "activations", given.activations, ACTIVATIONS)
     one_of(name, "activation_ranges", given.activation_ranges, RANGES)
-    plain = given.dtype == "int" and given.group_size is None and given.block is None and given.symmetric
+    plain = given.dtype == "int" and given.block is None and given.symmetric
     narrow = given.dtype == "int" and given.bits == 4
     if given.activations == "int8" and not (narrow or (given.bits == 8 and plain)):
         raise InputError(
-            "INT8 activations go with symmetric INT8 weights, one scale per channel, or with 4-bit weights",
+            "INT8 activations go with symmetric INT8 weights, one scale per channel or group, or with 4-bit weights",
             where=f"{name}: activations='int8'",
-            hint="use bits=8, dtype='int', group_size=None, block=None, symmetric=True",
+            hint="use bits=8, dtype='int', block=None, symmetric=True",
+        )
+    if given.activations == "fp8" and given.dtype != "fp8_e4m3":
+        raise InputError(
+            "FP8 activations go with FP8 weights",
+            where=f"{name}: activations='fp8'",
+            hint="use dtype='fp8_e4m3'",
         )
     if given.activations == "int4" and not narrow:
         raise InputError(
@@ -95,11 +101,17 @@ def check_activations(name: str, given: Options) -> None:
     ranges = given.activation_ranges
     if ranges == "auto" or given.activations == "none":
         return
-    if (narrow and ranges in ("static", "per_tensor")) or (not narrow and ranges == "per_group"):
+    grouped = given.activations == "int8" and not narrow and given.group_size is not None
+    if narrow or given.activations == "fp8":
+        allowed: tuple[str, ...] = ("per_token", "per_group")
+    else:
+        allowed = ("per_group",) if grouped else ("static", "per_token", "per_tensor")
+    if ranges not in allowed:
+        kind = "FP8" if given.activations == "fp8" else f"{given.bits}-bit"
         raise InputError(
-            f"{given.bits}-bit weights do not have it",
+            f"{kind} weights{' in groups' * grouped} do not have it",
             where=f"{name}: activation_ranges={ranges!r}",
-            hint="use 'per_token' or 'per_group'" if narrow else "use 'auto', 'static', 'per_token', 'per_tensor'",
+            hint=f"use 'auto' or {', '.join(map(repr, allowed))}",
         )
 
 

@@ -53,6 +53,8 @@ class QuantizeLinears(Pass):
         %y = graphwright.linear_nbits(%x, %qweight, %scales, %zero_points, %b, 4, 128)      activations="none"
         %y = graphwright.linear_codebook(%x, %qweight, %scales, %b, "nf4", 64)              dtype="nf4"
         %y = graphwright.linear_nbits_dynamic(%x, %qweight, …, 4, 128, 8, "per_group")      the same, with bits=4
+        %y = graphwright.linear_nbits_dynamic(%x, %qweight, …, 8, 128, 8, "per_group")      "int8", in groups
+        %y = graphwright.linear_fp8_dynamic(%x, %qweight, %scales, %b, 128, "per_group")    dtype="fp8_e4m3", "fp8"
         %y = graphwright.linear_int8_dynamic(%x, %qweight, %scales, %b, "per_token")        activations="int8"
         %y = graphwright.linear_int8_static(%x, %qweight, %scales, %b, %input_scales, 131)  the same, with calibration
 
@@ -85,15 +87,17 @@ class QuantizeLinears(Pass):
             steps on either side of 0, so that the largest weights miss by half a step. Ours are finer, and have a code
             for the largest weight of each group.
         activations: ``"none"`` computes in floating point; ``"int8"`` quantises activations too, with symmetric 8-bit
-            weights per channel or 4-bit weights of any kind; ``"int4"`` to 4 bits, with 4-bit weights (Ashkboos et al.
-            2023, "QUIK"; :class:`SplitOutlierColumns` keeps out the features that 4 bits cannot hold).
+            weights per channel or group, or 4-bit weights of any kind; ``"int4"`` to 4 bits, with 4-bit weights
+            (Ashkboos et al. 2023, "QUIK"; :class:`SplitOutlierColumns` keeps out the features that 4 bits cannot hold);
+            ``"fp8"`` to E4M3, with weights of ``dtype="fp8_e4m3"``: for GPUs, others run it in PyTorch.
         activation_ranges: with INT8 activations, where their range comes from. ``"per_token"`` and ``"per_tensor"``:
             from the data, as the model runs. ``"static"``: from the calibration data, with a scale for each feature
             moved into the weights (SmoothQuant); the fastest. ``"auto"``: static where the linear's outputs on the
             calibration data then err by 2 % at most, or by no more than per token; per token elsewhere, and without
             such data. 4-bit weights have ``"per_token"`` (asymmetric, QUIK's; with INT4 the default) and
             ``"per_group"`` (symmetric, for each row and group of the weights, which CPU kernels compute in INT8; with
-            INT8 the default).
+            INT8 the default). 8-bit weights in groups have ``"per_group"``; FP8 both, ``"per_group"`` by default where
+            weights are in groups.
         rounding: how codes are chosen: the name of a method of :mod:`graphwright.passes.quantization.rounding` or one
             with options, such as ``Gptq(damping=0.1)``. By default GPTQ when there is calibration data, else nearest.
         calibration: typical inputs: batches, each as the model is called, a ``DataLoader`` of such, or
@@ -171,9 +175,12 @@ class QuantizeLinears(Pass):
 
     def _rounded_activations(self) -> tuple[int, str] | None:
         """Bits and ranges of activations that meet weights packed in a few bits; ``None`` where there are none."""
-        if self.activations == "none" or self.bits == 8:
+        if self.activations == "none" or self._integer_products():
             return None
-        usual = "per_group" if self.activations == "int8" else "per_token"
+        if self.activations == "fp8":
+            usual = "per_token" if self.form().group_size is None else "per_group"
+        else:
+            usual = "per_group" if self.activations == "int8" else "per_token"
         ranges = usual if self.activation_ranges == "auto" else self.activation_ranges
         return ACTIVATIONS[self.activations], ranges
 
@@ -185,7 +192,7 @@ class QuantizeLinears(Pass):
 
     def _integer_products(self) -> bool:
         """Whether products are those of bytes, one scale to a channel."""
-        return self.activations == "int8" and self.bits == 8
+        return self.activations == "int8" and self.bits == 8 and self.group_size is None
 
     def _local_limit(self) -> float:
         if self._rounding().pattern_of_zeros() is not None:

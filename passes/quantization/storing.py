@@ -50,6 +50,8 @@ def packed_linear(
     book, group = packed.form.codebook, packed.group_size
     if book is not None:
         op, rest = "graphwright.linear_codebook", [codes, scales, target.bias, book, group]
+        if activations is not None:  # the only numbers that activations are rounded to are those of the weights
+            op, rest = "graphwright.linear_fp8_dynamic", [codes, scales, target.bias, group, activations[1]]
     else:
         op, rest = "graphwright.linear_nbits", [codes, scales, zero_points, target.bias, packed.form.bits, group]
         if activations is not None:

@@ -238,6 +238,24 @@ def test_generate_says_what_is_wrong(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("target", ["cuda", "cuda:compile"])
+@pytest.mark.parametrize("command", ["generate", "optimize"])
+def test_a_target_without_its_gpu_is_an_error(
+    command: str, target: str, optimized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    recipe = tmp_path / "empty.toml"
+    recipe.write_text("[[pass]]\nname = 'remove-dead-code'\n", encoding="utf-8")
+    rest = {"generate": ["hi"], "optimize": ["--recipe", str(recipe), "-o", str(tmp_path / "out"), "--no-verify"]}
+    assert main([command, str(optimized), *rest[command], "--target", target]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "take target='cpu' on this machine" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def chat(
     optimized: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import triton.language as tl
 from graphwright.backends.triton.configurations import Config, choose
 from graphwright.backends.triton.kernels.products import operand_type
 from graphwright.backends.triton.launching import blocks_of, chosen_architecture, kernel, launch, part, power_of_two
+from graphwright.ir.errors import BackendError
 
 # The widest head whose tiles fit the registers.
 WIDEST_HEAD = 256
@@ -132,7 +133,11 @@ def attention(
         scale: factor on the scores.
         causal: query ``i`` sees keys ``j <= i + T - S`` only.
         window: when above 0, also only keys ``j > i + T - S - window``.
+
+    Raises:
+        BackendError: heads are too wide.
     """
+    check_heads(query.shape[3], value.shape[3], where="attention kernel")
     query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
     batch, heads, queries, width = query.shape
     keys, value_width = value.shape[2], value.shape[3]
@@ -171,6 +176,20 @@ def attention(
 
 
 LOG2_E = 1.4426950408889634
+
+
+def check_heads(*widths: int, where: str) -> None:
+    """Check that heads are no wider than kernels hold.
+
+    Raises:
+        BackendError: one is.
+    """
+    if max(widths) > WIDEST_HEAD:
+        raise BackendError(
+            f"heads of {max(widths)} features have no kernel",
+            where=where,
+            hint=f"heads of up to {WIDEST_HEAD} have; in a program wider ones run in torch",
+        )
 
 
 def strides(prefix: str, tensor: torch.Tensor) -> dict[str, int]:

@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 
 from graphwright.backends.triton.configurations import Config, choose
-from graphwright.backends.triton.kernels.attention import absorb, strides
+from graphwright.backends.triton.kernels.attention import absorb, check_heads, strides
 from graphwright.backends.triton.kernels.products import operand_type, processors, tanh
 from graphwright.backends.triton.launching import blocks_of, chosen_architecture, kernel, launch, power_of_two
 
@@ -239,7 +239,11 @@ def cached_attention(
         key_scales: float32 ``[N, Hkv, C]`` of int8 keys.
         value_scales: likewise of values.
         splits: programs that share the keys of a head, a power of two; as many as fill the GPU by default.
+
+    Raises:
+        BackendError: heads are too wide.
     """
+    check_heads(query.shape[3], values.shape[3], where="cached attention kernel")
     if query.stride(3) != 1:
         query = query.contiguous()
     batch, heads, length, width = query.shape

@@ -10,18 +10,22 @@ import torch
 from graphwright.backends.triton.kernels.products import ACTIVATIONS
 from graphwright.ir.errors import BackendError
 
+# The highest rank of a branch whose factors fit the registers beside the sums.
+WIDEST_BRANCH = 64
+
 
 @dataclass(frozen=True)
 class Epilogue:
-    """``activation(y + bias + down upᵀ) * factor + residual``; what is ``None`` is left out.
+    """``activation(y + bias + scale · down upᵀ) * factor + residual``; what is ``None`` is left out.
 
     Attributes:
         bias: ``[out]``.
         activation: one of :data:`graphwright.backends.triton.kernels.products.ACTIVATIONS`.
         factor: of the result's shape, or ``[out]``.
         residual: likewise.
-        down: the low-rank branch's ``x Aᵀ``, ``[..., r]`` of x's dtype, its scale multiplied in.
-        up: ``[out, r]``.
+        down: the low-rank branch's ``x Aᵀ``, ``[..., r]`` of x's dtype.
+        up: ``[out, r]``, r at most :data:`WIDEST_BRANCH`.
+        scale: of the branch.
     """
 
     bias: torch.Tensor | None = None
@@ -30,6 +34,7 @@ class Epilogue:
     residual: torch.Tensor | None = None
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
+    scale: float = 1.0
 
     @property
     def is_long(self) -> bool:
@@ -47,6 +52,12 @@ class Epilogue:
         if (self.down is None) != (self.up is None):
             raise BackendError("a low-rank branch has two factors", where="epilogue of a linear")
         rank = 0 if self.up is None else self.up.shape[1]
+        if rank > WIDEST_BRANCH:
+            raise BackendError(
+                f"a low-rank branch of rank {rank} does not fit the registers",
+                where="epilogue of a linear",
+                hint=f"ranks up to {WIDEST_BRANCH} do; add wider ones as linears of their own",
+            )
         sizes = {"bias": {outputs}, "factor": {outputs, rows * outputs}, "residual": {outputs, rows * outputs}}
         for name, wanted in {**sizes, "down": {rows * rank}, "up": {outputs * rank}}.items():
             value = getattr(self, name)
@@ -73,4 +84,5 @@ class Epilogue:
         """The kernel's arguments for the low-rank branch."""
         rank = 0 if self.up is None else self.up.shape[1]
         down, up = (None if each is None else each.contiguous() for each in (self.down, self.up))
-        return {"down": down, "up": up, "rank": rank, "RANK": max(16, 1 << max(0, rank - 1).bit_length())}
+        padded = max(16, 1 << max(0, rank - 1).bit_length())
+        return {"down": down, "up": up, "branch_scale": float(self.scale), "rank": rank, "RANK": padded}

@@ -1,4 +1,8 @@
-"""Linears with FP8 weights and FP8 activations (E4M3), with a scale for each row or group; Ada, Hopper and later."""
+"""Linears with FP8 weights and FP8 activations (E4M3), with a scale for each row or group.
+
+For Ada, Hopper and later. AMD's gfx942 has FP8 of another kind (FNUZ): there Triton multiplies these numbers, which
+float16 holds exactly, in float16.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import triton.language as tl
 
 from graphwright.backends.triton.configurations import choose
 from graphwright.backends.triton.kernels.epilogue import Epilogue
-from graphwright.backends.triton.kernels.products import finish
+from graphwright.backends.triton.kernels.products import add_branch, block_of_group, finish, operand_type
 from graphwright.backends.triton.kernels.rows import as_rows, row_config
 from graphwright.backends.triton.launching import blocks_of, chosen_architecture, kernel, launch, part
 from graphwright.ir.errors import BackendError
@@ -63,15 +67,24 @@ def _linear_fp8(
     bias: tl.tensor,
     factor: tl.tensor,
     residual: tl.tensor,
+    down: tl.tensor,
+    up: tl.tensor,
+    branch_scale: tl.tensor,
     y: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
     outputs: tl.tensor,
     groups: tl.tensor,
+    own_groups: tl.tensor,
     factor_stride: tl.tensor,
     residual_stride: tl.tensor,
+    rank: tl.tensor,
     ACTIVATION: tl.constexpr,
+    RANK: tl.constexpr,
+    DOT: tl.constexpr,
     GROUPED: tl.constexpr,
+    GROUP: tl.constexpr,
+    OWN_GROUPED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -87,16 +100,18 @@ def _linear_fp8(
         a = tl.load(left + start, (m < rows)[:, None] & within[None, :], 0.0)
         b = tl.load(right + start, (n < outputs)[None, :] & within[:, None], 0.0)
         if GROUPED:
-            group = start // BK
-            own = tl.load(scales + m * groups + group, m < rows, 0.0)
+            group = start // GROUP
+            own = tl.load(scales + m * own_groups + (group if OWN_GROUPED else 0), m < rows, 0.0)
             other = tl.load(weight_scales + n * groups + group, n < outputs, 0.0).to(tl.float32)
             total += tl.dot(a, b) * own[:, None] * other[None, :]
         else:
             # Tensor cores keep few bits of FP8 sums; they are added to float32 ones every 128 columns.
-            total = tl.dot(a, b, total, max_num_imprecise_acc=128)
+            total = tl.dot(a, b, total, max_num_imprecise_acc=BK if BK < 128 else 128)
     if not GROUPED:
         total *= tl.load(scales + m, m < rows, 0.0)[:, None]
         total *= tl.load(weight_scales + n, n < outputs, 0.0).to(tl.float32)[None, :]
+    if up is not None:
+        total = add_branch(total, n, m, down, up, branch_scale, rank, rows, outputs, RANK, DOT)
     inside = (m < rows)[:, None] & (n < outputs)[None, :]
     total = finish(
         *(total, n[None, :], m[:, None], inside, bias, factor, residual, factor_stride, residual_stride),
@@ -137,15 +152,25 @@ def round_fp8(x: torch.Tensor, *, group_size: int = 0) -> tuple[torch.Tensor, to
 
 
 def linear_fp8(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, epilogue: Epilogue | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    epilogue: Epilogue | None = None,
+    *,
+    per_group: bool = True,
 ) -> torch.Tensor:
-    """``y = x̂ Ŵᵀ`` with activations rounded to FP8 on the fly (Micikevicius et al. 2022, "FP8 formats", sec. 3).
+    """``y = x̂ Ŵᵀ`` with activations rounded to FP8 on the fly, see
+    :func:`graphwright.ir.ops.rounded_activations.linear_fp8_dynamic`.
+
+    Hopper's tensor cores keep 14 bits of a sum of FP8 products (DeepSeek-AI 2024, "DeepSeek-V3", sec. 3.3.2); here they
+    are added in float32 every 128 columns, or every group.
 
     Args:
         x: ``[..., in]``, floating.
         weight: float8_e4m3fn ``[out, in]``.
-        scales: ``[out]``, or ``[out, G]`` for groups along the input, which activations then have too.
-        epilogue: what follows the product; no low-rank branch.
+        scales: ``[out]``, or ``[out, G]`` for groups along the input.
+        per_group: activations have a scale for each row and group of the weight; else one for each row.
+        epilogue: what follows the product.
 
     Returns:
         ``[..., out]`` of x's dtype.
@@ -162,6 +187,7 @@ def linear_fp8(
         )
     outputs, columns = weight.shape
     groups = 1 if scales.dim() == 1 else scales.shape[1]
+    by_group = per_group and groups > 1
     if x.shape[-1] != columns or columns % groups or scales.shape[0] != outputs:
         raise BackendError(
             f"x {list(x.shape)}, weight {list(weight.shape)} and scales {list(scales.shape)} do not fit",
@@ -170,11 +196,11 @@ def linear_fp8(
     epilogue = epilogue or Epilogue()
     rows = x.shape[:-1].numel()
     epilogue.check(rows, outputs)
-    codes, own = round_fp8(x, group_size=columns // groups if groups > 1 else 0)
+    codes, own = round_fp8(x, group_size=columns // groups if by_group else 0)
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     config = choose("linear_fp8", arch)
     if groups > 1:
-        config = config.with_blocks(BK=columns // groups)
+        config = config.with_blocks(BK=block_of_group(columns // groups, where="linear_fp8 kernel"))
     launch(
         _linear_fp8,
         (blocks_of(outputs, config.blocks["BN"]), blocks_of(rows, config.blocks["BM"])),
@@ -184,11 +210,16 @@ def linear_fp8(
         weight=weight,
         weight_scales=scales.contiguous(),
         **epilogue.stored(outputs),
+        **epilogue.branch(),
         y=y,
         rows=rows,
         columns=columns,
         outputs=outputs,
         groups=groups,
+        own_groups=groups if by_group else 1,
+        OWN_GROUPED=by_group,
         GROUPED=groups > 1,
+        GROUP=columns // groups,
+        DOT=operand_type(x.dtype),
     )
     return y

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
 
 from graphwright.backends.triton.configurations import choose
 from graphwright.backends.triton.kernels.epilogue import Epilogue
-from graphwright.backends.triton.kernels.products import finish
+from graphwright.backends.triton.kernels.products import add_branch, block_of_group, finish, operand_type
 from graphwright.backends.triton.kernels.rows import as_rows, row_config
 from graphwright.backends.triton.launching import blocks_of, chosen_architecture, kernel, launch, part
 from graphwright.ir.errors import BackendError
@@ -96,6 +96,9 @@ def _linear_int8(
     bias: tl.tensor,
     factor: tl.tensor,
     residual: tl.tensor,
+    down: tl.tensor,
+    up: tl.tensor,
+    branch_scale: tl.tensor,
     y: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
@@ -103,8 +106,12 @@ def _linear_int8(
     groups: tl.tensor,
     factor_stride: tl.tensor,
     residual_stride: tl.tensor,
+    rank: tl.tensor,
     ACTIVATION: tl.constexpr,
+    RANK: tl.constexpr,
+    DOT: tl.constexpr,
     GROUPED: tl.constexpr,
+    GROUP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -121,7 +128,7 @@ def _linear_int8(
         a = tl.load(left + start, (m < rows)[:, None] & within[None, :], 0)
         b = tl.load(right + start, (n < outputs)[None, :] & within[:, None], 0)
         if GROUPED:
-            group = start // BK
+            group = start // GROUP
             own = tl.load(scales + m * groups + group, m < rows, 0.0)
             other = tl.load(weight_scales + n * groups + group, n < outputs, 0.0).to(tl.float32)
             total += tl.dot(a, b).to(tl.float32) * own[:, None] * other[None, :]
@@ -135,6 +142,8 @@ def _linear_int8(
             total = (sums - correction).to(tl.float32)
         total *= tl.load(scales + m, m < rows, 0.0)[:, None]
         total *= tl.load(weight_scales + n, n < outputs, 0.0).to(tl.float32)[None, :]
+    if up is not None:
+        total = add_branch(total, n, m, down, up, branch_scale, rank, rows, outputs, RANK, DOT)
     inside = (m < rows)[:, None] & (n < outputs)[None, :]
     total = finish(
         *(total, n[None, :], m[:, None], inside, bias, factor, residual, factor_stride, residual_stride),
@@ -197,7 +206,7 @@ def multiply_codes(
         weight: int8 ``[out, in]``, symmetric.
         scales: ``[out]``, or ``[out, G]`` with groups as the activations have them.
         sums: int32 ``[out]``, of each row of the weight; the zero points of activations are multiplied with them.
-        epilogue: without a low-rank branch.
+        epilogue: what follows the product.
         dtype: of the result, ``[rows, out]``.
 
     Raises:
@@ -210,13 +219,11 @@ def multiply_codes(
             f"weights have {scales.numel()} scales where activations want {outputs * groups}",
             where="linear_int8 kernel",
         )
-    if epilogue.up is not None:
-        raise BackendError("an 8-bit linear takes no low-rank branch", where="linear_int8 kernel")
     epilogue.check(rows, outputs)
     y = torch.empty(rows, outputs, dtype=dtype, device=x.codes.device)
     config = choose(f"linear_int8{' groups' * (groups > 1)}", chosen_architecture(x.codes.device))
     if groups > 1:
-        config = replace(config, blocks={**config.blocks, "BK": columns // groups})
+        config = config.with_blocks(BK=block_of_group(columns // groups, where="linear_int8 kernel"))
     launch(
         _linear_int8,
         (blocks_of(outputs, config.blocks["BN"]), blocks_of(rows, config.blocks["BM"])),
@@ -228,12 +235,15 @@ def multiply_codes(
         weight_scales=scales,
         weight_sums=sums,
         **epilogue.stored(outputs),
+        **epilogue.branch(),
         y=y,
         rows=rows,
         columns=columns,
         outputs=outputs,
         groups=groups,
         GROUPED=groups > 1,
+        GROUP=columns // groups,
+        DOT=operand_type(dtype),
     )
     return y
 

@@ -86,6 +86,7 @@ def _linear_nbits(
     residual: tl.tensor,
     down: tl.tensor,
     up: tl.tensor,
+    branch_scale: tl.tensor,
     y: tl.tensor,
     partial: tl.tensor,
     rows: tl.tensor,
@@ -137,8 +138,9 @@ def _linear_nbits(
         if split == 0:
             r = tl.arange(0, RANK)
             left = tl.load(up + n[:, None] * rank + r[None, :], (n < outputs)[:, None] & (r < rank)[None, :], 0.0)
-            right = tl.load(down + m[None, :] * rank + r[:, None], (m < rows)[None, :] & (r < rank)[:, None], 0.0)
-            total = tl.dot(left.to(DOT), right.to(DOT), total, input_precision="ieee")
+            at_down = down + m.to(tl.int64)[None, :] * rank + r[:, None]
+            right = tl.load(at_down, (m < rows)[None, :] & (r < rank)[:, None], 0.0)
+            total += branch_scale * tl.dot(left.to(DOT), right.to(DOT), input_precision="ieee")
     inside = (n < outputs)[:, None] & (m < rows)[None, :]
     place = m.to(tl.int64)[None, :] * outputs + n[:, None]
     if partial is not None:
@@ -266,7 +268,7 @@ def linear_nbits(x: torch.Tensor, weight: NbitsWeight, bias: torch.Tensor | None
 def fused_linear_nbits(
     x: torch.Tensor, weight: NbitsWeight, epilogue: Epilogue, *, splits: int | None = None
 ) -> torch.Tensor:
-    """``activation(x Ŵᵀ + b + x Aᵀ Bᵀ) * factor + residual``, without gradients; see :func:`linear_nbits`.
+    """``activation(x Ŵᵀ + b + s · x Aᵀ Bᵀ) * factor + residual``, without gradients; see :func:`linear_nbits`.
 
     Args:
         x: ``[..., in]``.

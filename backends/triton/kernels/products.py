@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from graphwright.backends.triton.launching import part
+from graphwright.backends.triton.launching import meant, part
 from graphwright.backends.triton.status import triton_status
+from graphwright.ir.errors import BackendError
 
 # What an epilogue can apply.
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu", "tanh")
@@ -28,11 +29,26 @@ def operand_type(dtype: torch.dtype) -> Any:
     return tl.float16 if dtype == torch.float16 else tl.float32
 
 
+def block_of_group(size: int, *, where: str) -> int:
+    """Columns that a kernel multiplies at once where groups of so many share a scale.
+
+    Raises:
+        BackendError: groups are no multiple of 32, the least that tensor cores take of 8-bit numbers.
+    """
+    for block in (128, 64, 32):
+        if size % block == 0:
+            return block
+    raise BackendError(
+        f"groups of {size} columns have no kernel", where=where, hint="use multiples of 32, such as 64 or 128"
+    )
+
+
 def processors(device: torch.device) -> int:
     """How many programs run side by side, each on a processor of its own."""
-    if device.type != "cuda":
+    own = meant(device)
+    if own.type != "cuda":
         return _PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return int(torch.cuda.get_device_properties(own).multi_processor_count)
 
 
 @part
@@ -76,6 +92,28 @@ def slope(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     elif ACTIVATION == "relu":
         x = tl.where(x > 0.0, 1.0, 0.0)
     return x
+
+
+@part
+def add_branch(
+    total: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    down: tl.tensor,
+    up: tl.tensor,
+    branch_scale: tl.tensor,
+    rank: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    RANK: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
+    """``total + scale · down upᵀ``, ``[rows, outputs]``: a low-rank branch; ``n`` are outputs and ``m`` rows."""
+    r = tl.arange(0, RANK)
+    at_down = down + m.to(tl.int64)[:, None] * rank + r[None, :]
+    left = tl.load(at_down, (m < rows)[:, None] & (r < rank)[None, :], 0.0)
+    right = tl.load(up + n[None, :] * rank + r[:, None], (n < outputs)[None, :] & (r < rank)[:, None], 0.0)
+    return total + branch_scale * tl.dot(left.to(DOT), right.to(DOT), input_precision="ieee")
 
 
 @part

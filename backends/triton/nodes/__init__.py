@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphwright.backends.triton.nodes import attention, linears, rows
+from graphwright.backends.triton.nodes import attention, linears, rounded_linears, rows, sparse_linears
 from graphwright.backends.triton.nodes.base import LinearKernel, Lowering, NodeKernel, Site
 
 __all__ = ["LOWERINGS", "LinearKernel", "Lowering", "NodeKernel", "Site"]
@@ -16,10 +16,13 @@ LOWERINGS: dict[str, Lowering] = {
     "graphwright.cached_attention": attention.lower_cached_attention,
     "graphwright.gated_activation": rows.lower_gated,
     "graphwright.kron_linear": linears.lower_kron,
-    "graphwright.linear_int8_dynamic": linears.lower_int8_dynamic,
-    "graphwright.linear_int8_static": linears.lower_int8_static,
+    "graphwright.linear_codebook": linears.lower_codebook,
+    "graphwright.linear_fp8_dynamic": rounded_linears.lower_fp8_dynamic,
+    "graphwright.linear_int8_dynamic": rounded_linears.lower_int8_dynamic,
+    "graphwright.linear_int8_static": rounded_linears.lower_int8_static,
     "graphwright.linear_nbits": linears.lower_nbits,
-    "graphwright.linear_nbits_dynamic": linears.lower_nbits_dynamic,
+    "graphwright.linear_nbits_dynamic": rounded_linears.lower_nbits_dynamic,
+    "graphwright.linear_sparse": sparse_linears.lower_sparse,
     "graphwright.rms_norm": rows.lower_rms_norm,
     "graphwright.rotary_embedding": rows.lower_rotary,
 }

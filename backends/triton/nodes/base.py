@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphwright.backends.triton.kernels.epilogue import Epilogue
 from graphwright.backends.triton.launching import recorded
+from graphwright.backends.triton.nodes.epilogues import branch_in_torch, epilogue_in_torch
 from graphwright.ir.arguments import arguments_of
 from graphwright.ir.program import Program
 
@@ -22,13 +25,17 @@ class NodeKernel(nn.Module):
 
     Attributes:
         inputs: names of the operator's arguments that it is called with, in order.
+        runner: whose kernels they are, for ``explain()``: ``"triton"`` or ``"torch"``.
         label: what ``explain()`` calls it.
         launched: what its first call has launched, for ``explain()``; empty before.
+        planned: what one of the traced sizes would launch; empty until somebody asks.
     """
 
     inputs: tuple[str, ...]
+    runner: str = "triton"
     label: str
     launched: str = ""
+    planned: str = ""
 
     def __call__(self, *inputs: Any) -> Any:
         """Run; the first time, note what is launched."""
@@ -40,15 +47,40 @@ class NodeKernel(nn.Module):
         return result
 
 
-class LinearKernel(NodeKernel):
-    """A linear that can do what follows it.
+class LinearKernel(NodeKernel, ABC):
+    """A linear that can do what follows it; what its kernel does at once is done in steps where gradients are wanted.
 
     Attributes:
         activation: set by the lowering when it takes one in.
+        branch_scale: likewise, of the low-rank branch.
     """
 
-    inputs = ("x",)
+    inputs = ("x", "bias")
     activation = ""
+    branch_scale = 1.0
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        down: torch.Tensor | None = None,
+        up: torch.Tensor | None = None,
+        factor: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``activation(product + bias + scale · down upᵀ) * factor + residual``."""
+        if wants_gradient(x, bias, down, up, factor, residual):
+            y = branch_in_torch(self.with_gradients(x, bias), down, up, self.branch_scale)
+            return epilogue_in_torch(y, self.activation, factor, residual)
+        return self.fused(x, Epilogue(bias, self.activation, factor, residual, down, up, self.branch_scale))
+
+    @abstractmethod
+    def with_gradients(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``product + bias``, to which gradients flow back."""
+
+    @abstractmethod
+    def fused(self, x: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        """The product and all that follows it, without gradients."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +98,10 @@ class Site:
     device: torch.device
 
     @cached_property
+    def _moved(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    @cached_property
     def arguments(self) -> dict[str, Any]:
         """The node's arguments by name; defaults are filled in."""
         return arguments_of(self.node)
@@ -76,8 +112,10 @@ class Site:
         return value is None or (isinstance(value, fx.Node) and value.op == "get_attr")
 
     def stored(self, name: str) -> torch.Tensor:
-        """The tensor of an argument, on the device."""
-        return self.program.tensor(self.arguments[name]).detach().to(self.device)
+        """The tensor of an argument, on the device; the same one each time."""
+        if name not in self._moved:
+            self._moved[name] = self.program.tensor(self.arguments[name]).detach().to(self.device)
+        return self._moved[name]
 
     def maybe_stored(self, name: str) -> torch.Tensor | None:
         """Like :meth:`stored`, and ``None`` for an argument that is ``None``."""

@@ -12,7 +12,8 @@ from torch.nn import functional
 from graphwright.backends.triton.kernels.epilogue import Epilogue
 from graphwright.backends.triton.kernels.linear_fp8 import linear_fp8, round_fp8
 from graphwright.backends.triton.kernels.linear_int8 import multiply_codes, round_rows, sums_of
-from graphwright.backends.triton.kernels.sparse_linear import BlockWeight, linear_blocks, two_of_four
+from graphwright.backends.triton.kernels.sparse_linear import BlockWeight, fused_linear_blocks
+from graphwright.backends.triton.kernels.two_of_four import two_of_four
 from graphwright.backends.triton.launching import recorded
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops.quantization import linear_int8_dynamic, linear_int8_static, pack
@@ -98,7 +99,7 @@ def test_blocks(size: int) -> None:
         weight, bias = weight.to(dtype), bias.to(dtype)
         packed = BlockWeight.of(weight, size)
         assert packed.values.shape == (1, size, size)
-        found = linear_blocks(x, packed, Epilogue(bias=bias, activation="relu"))
+        found = fused_linear_blocks(x, packed, Epilogue(bias=bias, activation="relu"))
         check(found, functional.linear(x.double(), weight.double(), bias.double()).relu(), dtype)
 
 
@@ -108,4 +109,4 @@ def test_what_cannot_be_stored_is_refused() -> None:
     with pytest.raises(BackendError, match="in blocks of 32 has no kernel"):
         BlockWeight.of(random(48, 32), 32)
     with pytest.raises(BackendError, match="not on cpu"):
-        two_of_four(random(64, 64))
+        two_of_four(random(64, 64).half())

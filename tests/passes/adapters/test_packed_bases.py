@@ -16,6 +16,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "graphwright.linear_nbits 3 bits": {"bits": 3, "group_size": 16},
     "graphwright.linear_codebook": {"dtype": "nf4", "group_size": 16},
     "graphwright.linear_nbits_dynamic": {"bits": 4, "group_size": 16, "activations": "int8"},
+    "graphwright.linear_nbits_dynamic 8 bits": {"bits": 8, "group_size": 16, "activations": "int8"},
+    "graphwright.linear_fp8_dynamic": {"dtype": "fp8_e4m3", "group_size": 16, "activations": "fp8"},
     "graphwright.linear_int8_dynamic": {"bits": 8, "activations": "int8"},
     "graphwright.linear_int8_static": {
         "bits": 8,
