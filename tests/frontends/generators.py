@@ -81,7 +81,9 @@ class TableDecoder(Decoder):
     def _lowered(self) -> Any:
         return self
 
-    def session(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32") -> CountingSession:
+    def session(
+        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32", depth: Any = None
+    ) -> CountingSession:
         self.sessions.append(CountingSession(self.table, slots, capacity or 64))
         return self.sessions[-1]
 

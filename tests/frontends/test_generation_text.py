@@ -45,7 +45,7 @@ class ScriptedDecoder(TableDecoder):
         super().__init__(torch.zeros(257, 257), tokenizer=BYTES)
         self.says = [*text.encode(), 256]
 
-    def session(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32") -> Any:
+    def session(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32", depth: Any = None) -> Any:
         made = super().session(slots=slots, capacity=capacity, cache=cache)
         says = self.says
 

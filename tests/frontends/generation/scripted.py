@@ -79,7 +79,9 @@ class ScriptedDecoder(Decoder):
     def _lowered(self) -> Any:
         return self
 
-    def session(self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32") -> ScriptedPipeline:
+    def session(
+        self, *, slots: int = 1, capacity: int | None = None, cache: str = "float32", depth: Any = None
+    ) -> ScriptedPipeline:
         return ScriptedPipeline(*self.options, slots, capacity or 64)
 
     def pipeline_session(
