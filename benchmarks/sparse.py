@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
 from graphwright.backends.cpu.kernels.byte_packing import pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, pack_floats
-from graphwright.backends.cpu.kernels.sparse_cost import blocks_pay, least_sparsity
+from graphwright.backends.cpu.kernels.sparse_cost import least_sparsity
 from graphwright.backends.cpu.kernels.sparse_linear import SparseLinear
 from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
 from graphwright.ir.ops.quantization import pack
@@ -148,7 +148,8 @@ def systems(weights: Weights, count: int, deepsparse: Callable[[], Any]) -> list
     x = np.random.default_rng(0).standard_normal((count, columns)).astype(np.float32)
     packed = weights.sparse()
     compute = "float32" if weights.codes is None else "int8"
-    made = [ours("graphwright sparse", packed, x, lambda own: SparseLinear(own, isa(), compute))]
+    gather = weights.values == "int8" and count > 1
+    made = [ours("graphwright sparse", packed, x, lambda own: SparseLinear(own, isa(), compute, gather=gather))]
     if weights.codes is None:
         plain = weights.meant.float()
         floats = pack_floats(plain)
@@ -227,7 +228,7 @@ def rival(weights: Weights, x: np.ndarray, get: Callable[[], Any]) -> System:
         process = get()
         _save_model(weights, x, path)
         save(given, {"x": x})
-        # What it streams is about what is not zero: as many copies as ours have, so that none finds its own in the cache.
+        # It streams about what is not zero: as many copies as ours have, so that none is found in the cache.
         size = 4 if weights.codes is None else 1
         copies = max(2, COLD_BYTES // int(weights.meant.count_nonzero() * size + 1)) if len(x) == 1 else 1
         process.ask("load", name, model=str(path), inputs=str(given), threads=THREADS, copies=copies)
@@ -309,18 +310,16 @@ def measure(rows: Rows, bounds: Bounds, weights: Weights, count: int, everyone: 
         )
     mine = found["graphwright sparse"]
     kind = "float32" if weights.values == "fp32" else weights.values
-    least = least_sparsity(isa(), kind, count)
+    least = least_sparsity(isa(), kind, count, gathers=kind == "int8")
     own_dense = next(value for name, value in found.items() if name == f"graphwright dense {weights.values}")
-    filled = 1 - weights.zeros if weights.blocks else 1 - weights.zeros**4
-    skips = weights.values == "int8" and blocks_pay(isa(), kind, count, filled)
     rows.add(
         case,
         "graphwright, as lowered",
-        sparse=str(skips or (least is not None and weights.zeros >= least)),
+        sparse=str(least is not None and weights.zeros >= least),
         dense_over_sparse=own_dense / mine,
         break_even_zeros=least,
     )
-    if (weights.zeros, weights.blocks) == (0.8, weights.values == "int8" and count > 1):
+    if weights.zeros == 0.8 and weights.values != "int4":
         wanted = {"int8": 2.2, "fp32": 2.0}[weights.values] if count == 1 else 1.0
         theirs = found.get(DEEPSPARSE[0], float("nan"))
         rows.require(theirs >= wanted * mine, f"{case}: {theirs / mine:.2f} x DeepSparse, {wanted} wanted")
