@@ -17,7 +17,7 @@ from graphwright.backends.cpu import CpuBackend, features, native_status
 from graphwright.backends.cpu.features import ISA_VARIABLE
 from graphwright.backends.cpu.kernels import sparse_linear
 from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
-from graphwright.backends.cpu.kernels.byte_packing import pack_nbits
+from graphwright.backends.cpu.kernels.byte_packing import pack_int8, pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
 from graphwright.backends.cpu.kernels.sparse_cost import _FEW_ROWS, _TABLE, least_sparsity
 from graphwright.backends.cpu.kernels.sparse_linear import SparseLinear
@@ -27,6 +27,7 @@ from graphwright.ir import ops
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops.quantization import pack
 from graphwright.ir.ops.sparse import compress, pack_codes
+from graphwright.ir.ops.sparse_int8 import stored_values
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason=native_status().message)
 
@@ -218,6 +219,69 @@ def test_gathered_columns_are_the_dense_kernels(shape: tuple[int, int], bits: in
             for kernel in kernels:
                 kernel.activation = "relu"
                 assert same(kernel(x, None, residual), wanted), (kernel.label, rows, share)
+
+
+@pytest.mark.parametrize("rounding", ["shifted", "fixed"])
+def test_grids_with_a_zero_point_are_the_dense_kernels(rounding: str) -> None:
+    """In registers with a few rows, gathered or expanded with more; infinity and NaN in one of them."""
+    for outputs, columns, share in ((1, 1, 1.0), (33, 7, 0.5), (65, 127, 0.2), (70, 260, 0.05)):
+        draw = torch.Generator().manual_seed(columns)
+        weight = torch.randint(-128, 128, (outputs, columns), generator=draw).to(torch.int8)
+        weight *= stored_at(outputs, columns, share)
+        scales, bias = torch.rand(outputs, generator=draw) + 0.1, random(outputs)
+        steps, zero = (torch.rand(columns, generator=draw) * 0.02 + 0.01, 101) if rounding == "fixed" else (None, 0)
+        mask, values, offsets = compress(stored_values(weight), weight != 0)
+        packed = pack_sparse(mask, values, offsets, scales.unsqueeze(1), None, "int8", columns, columns)
+        dense = ByteLinear(pack_int8(weight, scales), "scalar", rounding, bias, steps, zero)
+        for isa in isas():
+            for gather in (False, True):
+                kernel = SparseLinear(packed, isa, "int8", bias, rounding, steps, zero, gather)
+                for rows in (1, 3, 4, 5, 7, 13):
+                    x = random(rows, columns)
+                    if rows == 13:
+                        x[2, 0], x[5, columns // 2] = math.inf, math.nan
+                    assert same(kernel(x), dense(x)), (kernel.label, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("static", [False, True])
+def test_rounded_activations_in_a_program(
+    static: bool, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Mlp().eval(), random(max(rows, 2), 64)
+    quantise = gw.QuantizeLinears(bits=8, activations="int8", calibration=[random(99, 64)] if static else None)
+    programs = []
+    for more in ([], [gw.CompressLinears(min_sparsity=0.0)]):
+        program = gw.trace(model, x)
+        for item in (quantise, *more):
+            item(program)
+        programs.append(program)
+    wanted = CpuBackend().lower(programs[0])(x)[0]
+    for isa in isas():
+        monkeypatch.setenv(ISA_VARIABLE, isa)
+        small = CpuBackend().lower(programs[1])
+        label = small.explain()[0].kernel
+        if least_sparsity(isa, "int8", len(x), gathers=True) is None:
+            assert label.startswith("byte_linear ")
+            assert "; dense, as the dense kernel is faster" in label
+        else:
+            assert label.startswith("sparse_linear avx512_vbmi2, int8 weights of which 8")
+            assert f"rounded to int8 ({'fixed' if static else 'shifted'})" in label
+            assert ("more than a few rows" in label) == (len(x) > 4)
+        assert torch.equal(small(x)[0], wanted), isa
+    monkeypatch.delenv(ISA_VARIABLE)
+    whole = gw.optimize(model, [quantise, gw.CompressLinears()], example_inputs=(x,), target="cpu")
+    whole.save_packed(tmp_path / "model.packed")
+    loaded = gw.load_packed(tmp_path / "model.packed")
+    assert torch.equal(loaded(x), whole(x))
+    assert whole.explain()[0].kernel.startswith(loaded.explain()[0].kernel)  # without its reason for being chosen
+
+
+def test_ranges_of_the_whole_tensor_run_the_reference() -> None:
+    model, x = Mlp().eval(), random(40, 64)
+    passes = [gw.QuantizeLinears(bits=8, activations="int8", activation_ranges="per_tensor"), gw.CompressLinears()]
+    use = gw.optimize(model, passes, example_inputs=(x,), target="cpu").explain()[0]
+    assert (use.kernel, use.reason) == ("reference", "ranges of the whole tensor have no kernel; per token they have")
 
 
 def test_codes_at_the_ends_of_their_range_are_summed_exactly() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
 from graphwright.backends.cpu.kernels.byte_linear import MOST_COLUMNS, ByteLinear
-from graphwright.backends.cpu.kernels.byte_packing import PANEL, PackedLinear, pack_nbits
+from graphwright.backends.cpu.kernels.byte_packing import PANEL, PackedLinear, pack_int8, pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
 from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
 from graphwright.backends.cpu.kernels.sparse_cost import can_gather, least_sparsity
@@ -15,6 +15,7 @@ from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_s
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.ops.quantization import pack
 from graphwright.ir.ops.sparse import bits_of, decompress, dense_codes
+from graphwright.ir.ops.sparse_int8 import int8_weight
 
 _STORED = ("mask", "values", "row_offsets", "scales", "zero_points")
 
@@ -176,4 +177,51 @@ def _dense(site: Site, columns: int, bias: torch.Tensor | None, why: str) -> Ker
     return kernel
 
 
-LOWERINGS: dict[str, Lowering] = {"graphwright.linear_sparse": _sparse}
+def _dynamic(site: Site) -> Kernel | str:
+    if site.arguments["activation"] != "per_token":
+        return "ranges of the whole tensor have no kernel; per token they have"
+    return _rounded(site, "shifted", None, 0)
+
+
+def _static(site: Site) -> Kernel | str:
+    if not site.is_stored("input_scales"):
+        return "its input_scales are computed, not stored"
+    return _rounded(site, "fixed", site.stored("input_scales"), site.arguments["input_zero_point"])
+
+
+def _rounded(site: Site, rounding: str, input_scales: torch.Tensor | None, input_zero_point: int) -> Kernel | str:
+    """A linear that rounds its activations whatever linears compute in."""
+    names = ("mask", "values", "row_offsets", "scales")
+    refusal = unsuitable(site, (*names, "bias"))
+    if refusal:
+        return refusal
+    columns = int(site.value("x").shape[-1])
+    mask, values, offsets, scales = (site.stored(name) for name in names)
+    if len(mask) == 0 or columns == 0:
+        return "its weight is empty"
+    if columns > MOST_COLUMNS:
+        return f"it has more than {MOST_COLUMNS} input features"
+    bias, grid = site.maybe_stored("bias"), (input_scales, input_zero_point)
+    sparsity = 1 - int(offsets[-1]) / (len(mask) * columns)
+    against = _against(site, "int8", sparsity, rounded=True, gathers=True)
+    if against:
+        dense = site.packed_once(names, lambda: pack_int8(int8_weight(mask, values, columns), scales))
+        kernel: Linear = ByteLinear(dense, site.isa, rounding, bias, *grid)
+        kernel.label += f"; dense, as {against}"
+        return kernel
+    operands = mask, values, offsets, scales.unsqueeze(1).to(torch.float32), None, "int8", columns, columns
+    try:
+        packed = site.packed_once(names, lambda: pack_sparse(*operands))
+    except ValueError as error:
+        return str(error)
+    gathers = can_gather(site.isa, _rows(site))
+    kernel = SparseLinear(packed, site.isa, "int8", bias, rounding, *grid, gather=gathers)
+    kernel.label += _pays(site, "int8", gathers=gathers)
+    return kernel
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "graphwright.linear_sparse": _sparse,
+    "graphwright.linear_sparse_dynamic": _dynamic,
+    "graphwright.linear_sparse_static": _static,
+}

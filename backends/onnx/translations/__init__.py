@@ -88,4 +88,6 @@ TRANSLATIONS: dict[str, str] = {
     "graphwright.linear_int8_static": "integer:linear_int8_static",
     "graphwright.linear_outliers": "sparse_linear:linear_outliers",
     "graphwright.linear_sparse": "sparse_linear:linear_sparse",
+    "graphwright.linear_sparse_dynamic": "sparse_linear:linear_sparse_dynamic",
+    "graphwright.linear_sparse_static": "sparse_linear:linear_sparse_static",
 }
