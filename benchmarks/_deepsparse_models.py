@@ -16,6 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 def integer_products(source: Path, target: Path) -> int:
     """Write the products of dequantised rows and stored weights as integer products; gives how many there are.
 
+    What is rounded elsewhere is not: it would cost DeepSparse time and save none.
+
     Args:
         source: ONNX of onnxruntime's ``quantize_static`` in QDQ form, one scale to a tensor.
         target: where the other is written.
@@ -37,15 +39,16 @@ def integer_products(source: Path, target: Path) -> int:
         (codes, step, zero), (weight, factor, middle) = found
         name = node.output[0]
         scale = np.asarray(stored[step] * stored[factor], np.float32).reshape(())
-        graph.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
+        graph.initializer.append(numpy_helper.from_array(scale, f"{name}_rescale"))
         nodes += [
             helper.make_node("MatMulInteger", [codes, weight, zero, middle], [f"{name}_sums"]),
             helper.make_node("Cast", [f"{name}_sums"], [f"{name}_floats"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{name}_floats", f"{name}_scale"], [name]),
+            helper.make_node("Mul", [f"{name}_floats", f"{name}_rescale"], [name]),
         ]
         count += 1
     if count == 0:
         raise ValueError(f"{source}: no product of a dequantised input and a dequantised weight")
+    _take_out_rounding(nodes, made_by)
     del graph.node[:]
     graph.node.extend(_read(nodes, [each.name for each in graph.output]))
     onnx.save(model, target)
@@ -64,6 +67,20 @@ def _operands(
     if weight.input[0] not in stored or rows.input[0] in stored or stored[weight.input[1]].size != 1:
         return None
     return list(rows.input), list(weight.input)
+
+
+def _take_out_rounding(nodes: list[onnx.NodeProto], made_by: dict[str, onnx.NodeProto]) -> None:
+    """Let what reads codes that were dequantised at once read the floats that they were made of."""
+    before: dict[str, str] = {}
+    for node in nodes:
+        rounded = made_by.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if rounded is not None and rounded.op_type == "QuantizeLinear":
+            before[node.output[0]] = rounded.input[0]
+    for node in nodes:
+        for index, name in enumerate(node.input):
+            while name in before:
+                name = before[name]
+            node.input[index] = name
 
 
 def _read(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodeProto]:

@@ -344,8 +344,10 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _quantize_static(source: Path, target: Path, per_channel: bool) -> None:
-    # With one scale to a tensor it is for DeepSparse, which multiplies activations by each other in floats.
-    constant = {} if per_channel else {"MatMulConstBOnly": True}
+    # With one scale to a tensor it is for DeepSparse: activations are multiplied by each other in floats, and what
+    # products give is not rounded again, as in SparseML's exports.
+    options = {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]}
+    constant: dict[str, Any] = {} if per_channel else options
     quantize_static(
         str(source),
         str(target),
