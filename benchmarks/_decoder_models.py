@@ -55,12 +55,13 @@ def follower(token: int) -> int:
     return token + 1 if (token + 1) % CYCLE else token + 1 - CYCLE
 
 
-def folder(width: int = HIDDEN) -> Path:
+def folder(width: int = HIDDEN, layers: int = LAYERS) -> Path:
     """The original, as transformers saves it, in bfloat16, with a tokenizer of as many tokens.
 
     With another width, a model of as many layers that holds next to nothing.
     """
-    return made(MODELS / f"llama-{width}-{transformers.__version__}", lambda target: _save(target, width))
+    name = f"llama-{width}-{transformers.__version__}" + (f"-{layers}-layers" if layers != LAYERS else "")
+    return made(MODELS / name, lambda target: _save(target, width, layers))
 
 
 def expected(tokens: list[int]) -> np.ndarray:
@@ -87,7 +88,7 @@ def packed_bytes(path: Path) -> int:
     )
 
 
-def _save(target: Path, width: int) -> None:
+def _save(target: Path, width: int, layers: int) -> None:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=width,
@@ -95,7 +96,7 @@ def _save(target: Path, width: int) -> None:
         num_attention_heads=width // HEAD_SIZE,
         num_key_value_heads=KEY_VALUE_HEADS if width == HIDDEN else 1,
         vocab_size=VOCABULARY,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         head_dim=HEAD_SIZE,
         max_position_embeddings=POSITIONS,
         bos_token_id=1,

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import torch
+import transformers
 from _rival_worker import serve
 
 import graphwright as gw
@@ -75,12 +76,24 @@ def load(request: dict[str, Any]) -> Ours:
 
 
 def make(request: dict[str, Any]) -> None:
-    """From a Hugging Face folder ``source`` to the packed file ``target``, in groups of ``group`` columns."""
-    # A search for the best clip takes minutes, and nothing here depends on it.
-    quantize = gw.QuantizeLinears(bits=4, group_size=request["group"], lm_head=True, clip_search=False)
-    backend = gw.CpuBackend(compute="int8")
-    passes = [gw.PrepareDecoder(length=request["positions"]), quantize]
-    gw.optimize(request["source"], passes, target=backend, verify=False).save_packed(request["target"])
+    """From a Hugging Face folder ``source`` to the packed file ``target``.
+
+    ``bits`` of its linears, 4 where nothing is said and 32 for floats, in groups of ``group`` columns or whole rows; a
+    share of ``zeros``, the smallest weights of each linear and of the head.
+    """
+    bits, zeros = request.get("bits", 4), request.get("zeros", 0.0)
+    passes: list[gw.Pass] = [gw.PrepareDecoder(length=request["positions"])]
+    if zeros:
+        passes.append(gw.PruneLinears(sparsity=zeros, lm_head=True))
+    if bits != 32:
+        # A search for the best clip takes minutes, and nothing here depends on it.
+        passes.append(gw.QuantizeLinears(bits=bits, group_size=request["group"], lm_head=True, clip_search=False))
+    if zeros:
+        passes.append(gw.CompressLinears())
+    source = request["source"]
+    if bits == 32:
+        source = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    gw.optimize(source, passes, target=gw.CpuBackend(compute="int8"), verify=False).save_packed(request["target"])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,15 @@ from deepsparse import Engine
 
 
 def load(request: dict[str, Any]) -> Call:
-    """``model`` (ONNX), ``inputs`` (npz, in the model's order), ``threads``."""
+    """``model`` (ONNX), ``inputs`` (npz, in the model's order), ``threads``; ``copies`` of its weights take turns."""
     inputs = [np.ascontiguousarray(value) for value in np.load(request["inputs"]).values()]
     shapes = [list(value.shape) for value in inputs]
-    engine = Engine(request["model"], batch_size=len(inputs[0]), num_cores=request["threads"], input_shapes=shapes)
-    return lambda: engine.run(inputs, val_inp=False)[0]
+    engines = [
+        Engine(request["model"], batch_size=len(inputs[0]), num_cores=request["threads"], input_shapes=shapes)
+        for _ in range(request.get("copies", 1))
+    ]
+    turns = itertools.cycle(engines)
+    return lambda: next(turns).run(inputs, val_inp=False)[0]
 
 
 if __name__ == "__main__":

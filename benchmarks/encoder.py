@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ import onnxruntime
 import torch
 import transformers
 from _bounds import Bounds
+from _deepsparse_models import integer_products
 from _rival_worker import timed
 from _rivals import FOLDER, save, when_needed
 from _rows import Rows, parser
@@ -93,7 +94,7 @@ def measure(rows: Rows, bounds: Bounds, model: torch.nn.Module, made: list[Syste
     """Median milliseconds of every system, in turns, with a pause before each."""
     inputs, case = inputs_of(batch), f"BERT-base, batch {batch}, sequence {LENGTH}"
     with torch.no_grad():
-        expected = model(**_tensors(inputs)).last_hidden_state.numpy()
+        expected = model(**tensors(inputs)).last_hidden_state.numpy()
     running: list[tuple[System, Callable[[float, float], list[float]], float]] = []
     for system in made:
         system.times.clear()
@@ -103,7 +104,7 @@ def measure(rows: Rows, bounds: Bounds, model: torch.nn.Module, made: list[Syste
         except Exception as error:  # whatever keeps a rival from running is told
             if system.ours:
                 raise
-            rows.add(case, system.name, precision=system.precision, error=_last_line(error))
+            rows.add(case, system.name, precision=system.precision, error=last_line(error))
             continue
         running.append((system, time_it, agreement))
         least = 0.99999 if system.precision == "fp32" else 0.98
@@ -162,10 +163,10 @@ def systems(model: torch.nn.Module, quick: bool) -> list[System]:
     ]
     samples = FOLDER / "samples.npz"
     save(samples, _samples())
-    openvino = _process("openvino", OPENVINO, "_rival_openvino.py")
+    openvino = process("openvino", OPENVINO, "_rival_openvino.py")
     plain, quantized = str(files["plain"]), str(files["plain"].with_name("openvino-int8.xml"))
     int8 = {"model": plain, "int8": quantized, "samples": str(samples)}
-    deepsparse = _process("deepsparse", DEEPSPARSE, "_rival_deepsparse.py", {"NM_DISABLE_ANALYTICS": "1"})
+    deepsparse = process("deepsparse", DEEPSPARSE, "_rival_deepsparse.py", {"NM_DISABLE_ANALYTICS": "1"})
     return [
         *made,
         System(OPENVINO[0], "fp32", openvino({"model": plain, "hint": "f32"})),
@@ -173,8 +174,7 @@ def systems(model: torch.nn.Module, quick: bool) -> list[System]:
         # What is not INT8 in bfloat16, where the CPU has it: OpenVINO's default.
         System(f"{OPENVINO[0]} NNCF, default precision", "int8", openvino(int8)),
         System(DEEPSPARSE[0], "fp32", deepsparse({"model": plain})),
-        # It takes half as long with one scale for each weight as with one for each of its rows.
-        System(f"{DEEPSPARSE[0]} static QDQ", "int8", deepsparse({"model": str(files["static per tensor"])})),
+        System(f"{DEEPSPARSE[0]} static", "int8", deepsparse({"model": str(files["integer"])})),
     ]
 
 
@@ -182,7 +182,7 @@ def _samples() -> Inputs:
     return inputs_of(SAMPLES, seed=1)
 
 
-def _tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
+def tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in inputs.items()}
 
 
@@ -192,9 +192,9 @@ def _here(call: Callable[[], Any], answer: Callable[[Any], np.ndarray]) -> Any:
 
 def _ours(model: torch.nn.Module, quick: bool) -> list[System]:
     # Nothing is verified here, for time's sake: each system's answer is compared with the model's.
-    example = _tensors(inputs_of(2))
+    example = tensors(inputs_of(2))
     fused = gw.optimize(model, [gw.Cleanup(), gw.FuseAll()], example_inputs=example, verify=False)
-    calibration = [_tensors({name: value[i : i + 1] for name, value in _samples().items()}) for i in range(SAMPLES)]
+    calibration = [tensors({name: value[i : i + 1] for name, value in _samples().items()}) for i in range(SAMPLES)]
     recipes: dict[str, tuple[str, list[gw.Pass]]] = {
         "fp32": ("fp32", []),
         "int8 dynamic": ("int8", [gw.QuantizeLinears(bits=8, activations="int8")]),
@@ -205,13 +205,13 @@ def _ours(model: torch.nn.Module, quick: bool) -> list[System]:
     made = []
     for name, (precision, passes) in recipes.items():
         small = gw.optimize(fused, passes, example_inputs=example, verify=False, target="cpu")
-        made.append(System(f"{OURS} {name}", precision, _graph(small)))
+        made.append(System(f"{OURS} {name}", precision, executed(small)))
     return made
 
 
-def _graph(small: gw.OptimizedModel) -> Any:
+def executed(small: gw.OptimizedModel) -> Any:
     def start(inputs: Inputs) -> Any:
-        given = _tensors(inputs)
+        given = tensors(inputs)
         return _here(lambda: small(**given), lambda output: output.last_hidden_state.numpy())
 
     return start
@@ -232,7 +232,7 @@ def _ort(path: Path) -> Any:
 
 def _compiled(model: torch.nn.Module) -> Any:
     def start(inputs: Inputs) -> Any:
-        compiled, given = torch.compile(model, dynamic=False), _tensors(inputs)
+        compiled, given = torch.compile(model, dynamic=False), tensors(inputs)
 
         def call() -> Any:
             with torch.no_grad():
@@ -243,7 +243,7 @@ def _compiled(model: torch.nn.Module) -> Any:
     return start
 
 
-def _process(name: str, requirements: list[str], worker: str, environment: dict[str, str] | None = None) -> Any:
+def process(name: str, requirements: list[str], worker: str, environment: dict[str, str] | None = None) -> Any:
     """What opens systems in a rival's process, which is started when it is first needed."""
     get = when_needed(name, requirements, worker, environment)
 
@@ -258,24 +258,33 @@ def _process(name: str, requirements: list[str], worker: str, environment: dict[
     return lambda what: lambda inputs: start(what, inputs)
 
 
-def rival_files(model: torch.nn.Module) -> dict[str, Path]:
-    """What onnxruntime's tools make of the same model; kept under build/rivals."""
-    folder = FOLDER / f"bert-base-{version('torch')}-{version('transformers')}-{version('onnxruntime')}"
+NAMES = ("plain", "fused", "dynamic", "dynamic fused", "static", "static per tensor", "integer")
+
+
+def rival_files(model: torch.nn.Module, names: Sequence[str] = NAMES, label: str = "") -> dict[str, Path]:
+    """What onnxruntime's tools make of the same model; kept under build/rivals.
+
+    Args:
+        model: of :func:`bert`.
+        names: which of them, each behind what it is made from.
+        label: tells models apart whose weights differ.
+    """
+    folder = FOLDER / f"bert-base-{version('torch')}-{version('transformers')}-{version('onnxruntime')}{label}"
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("plain", "fused", "dynamic", "dynamic fused", "static", "static per tensor")
     files = {name: folder / f"{name.replace(' ', '-')}.onnx" for name in names}
-    steps: dict[str, Callable[[Path], None]] = {
+    steps: dict[str, Callable[[Path], object]] = {
         "plain": lambda target: _export(model, target),
         "fused": lambda target: _fuse(files["plain"], target),
         "dynamic": lambda target: _quantize(files["plain"], target),
         "dynamic fused": lambda target: _quantize(files["fused"], target),
         "static": lambda target: _quantize_static(files["plain"], target, per_channel=True),
         "static per tensor": lambda target: _quantize_static(files["plain"], target, per_channel=False),
+        "integer": lambda target: integer_products(files["static per tensor"], target),
     }
-    for name, step in steps.items():
+    for name in names:
         if not files[name].exists():
             part = files[name].with_suffix(".part")
-            step(part)
+            steps[name](part)
             part.rename(files[name])
     return files
 
@@ -297,7 +306,7 @@ def _export(model: torch.nn.Module, target: Path) -> None:
     # The TorchScript exporter: its graph is the one the optimiser's patterns were written for.
     torch.onnx.export(
         States(),
-        tuple(_tensors(inputs_of(2)).values()),
+        tuple(tensors(inputs_of(2)).values()),
         str(target),
         dynamo=False,
         opset_version=17,
@@ -335,6 +344,10 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _quantize_static(source: Path, target: Path, per_channel: bool) -> None:
+    # With one scale to a tensor it is for DeepSparse: activations are multiplied by each other in floats, and what
+    # products give is not rounded again, as in SparseML's exports.
+    options = {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]}
+    constant: dict[str, Any] = {} if per_channel else options
     quantize_static(
         str(source),
         str(target),
@@ -344,11 +357,11 @@ def _quantize_static(source: Path, target: Path, per_channel: bool) -> None:
         per_channel=per_channel,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        extra_options={"DefaultTensorType": 1},
+        extra_options={"DefaultTensorType": 1, **constant},
     )
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

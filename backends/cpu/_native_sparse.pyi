@@ -61,10 +61,15 @@ class SparseLinear(LinearInstruction):
         scales: npt.NDArray[np.float16] | npt.NDArray[np.float32] | None,
         zeros: npt.NDArray[np.uint8] | None,
         bias: npt.NDArray[np.float32] | None,
+        rounding: str,
+        input_steps: npt.NDArray[np.float32] | None,
+        input_zero: int,
+        gather: bool,
+        threads: int,
     ) -> None: ...
     @property
-    def some_blocks(self) -> float:
-        """The share of blocks of four columns that are not zeros; 1 where kernels do not skip such blocks."""
+    def gathered_steps(self) -> int:
+        """Slots of the gathered weights, of all panels: what many rows take in place of dense steps; 0 without them."""
     @property
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""

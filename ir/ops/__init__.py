@@ -34,6 +34,8 @@ DIALECT: dict[str, str] = {
     "linear_nbits_dynamic": "rounded_activations",
     "linear_outliers": "outliers",
     "linear_sparse": "sparse",
+    "linear_sparse_dynamic": "sparse_int8",
+    "linear_sparse_static": "sparse_int8",
     "rms_norm": "normalization",
     "rotary_embedding": "position",
     "select_rows": "cache",

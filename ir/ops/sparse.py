@@ -174,6 +174,23 @@ def linear_sparse(
     return (result + bias.to(wide) if bias is not None else result).to(x.dtype)
 
 
+def check_stored(x: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, row_offsets: torch.Tensor) -> int:
+    """How many outputs a sparse weight has that ``x`` is multiplied with.
+
+    Raises:
+        ValueError: its parts do not fit together, or not to ``x``.
+    """
+    outputs = row_offsets.shape[0] - 1
+    expected = (outputs, -(-int(x.shape[-1]) // 8))
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != expected:
+        raise ValueError(f"mask must be uint8 {list(expected)}, not {mask.dtype} {list(mask.shape)}")
+    if row_offsets.dtype != torch.int32 or row_offsets.dim() != 1 or outputs < 0:
+        raise ValueError(f"row_offsets must be an int32 vector, not {row_offsets.dtype} {list(row_offsets.shape)}")
+    if values.dim() != 1:
+        raise ValueError(f"values must be a vector, not {list(values.shape)}")
+    return outputs
+
+
 def _fake(
     x: torch.Tensor,
     mask: torch.Tensor,
@@ -187,15 +204,7 @@ def _fake(
 ) -> torch.Tensor:
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    columns = int(x.shape[-1])
-    outputs = row_offsets.shape[0] - 1
-    expected = (outputs, -(-columns // 8))
-    if mask.dtype != torch.uint8 or tuple(mask.shape) != expected:
-        raise ValueError(f"mask must be uint8 {list(expected)}, not {mask.dtype} {list(mask.shape)}")
-    if row_offsets.dtype != torch.int32 or row_offsets.dim() != 1 or outputs < 0:
-        raise ValueError(f"row_offsets must be an int32 vector, not {row_offsets.dtype} {list(row_offsets.shape)}")
-    if values.dim() != 1:
-        raise ValueError(f"values must be a vector, not {list(values.shape)}")
+    columns, outputs = int(x.shape[-1]), check_stored(x, mask, values, row_offsets)
     check_vectors(outputs, bias=bias)
     if format == "float":
         if scales is not None or zero_points is not None or group_size != 0:

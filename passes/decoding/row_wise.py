@@ -27,6 +27,8 @@ _ROW_WISE: dict[str, str] = {
     "graphwright.linear_nbits_dynamic": "x",
     "graphwright.linear_outliers": "x",
     "graphwright.linear_sparse": "x",
+    "graphwright.linear_sparse_dynamic": "x",
+    "graphwright.linear_sparse_static": "x",
     "graphwright.rms_norm": "x",
 }
 

@@ -25,7 +25,10 @@ from graphwright.passes.fusion.heads import given_back
 _LINEAR = "aten.linear"
 _QUANTIZED = frozenset(
     f"graphwright.{name}"
-    for name in ("linear_codebook", "linear_int8_dynamic", "linear_int8_static", "linear_nbits", "linear_sparse")
+    for name in (
+        *("linear_codebook", "linear_int8_dynamic", "linear_int8_static", "linear_nbits"),
+        *("linear_sparse", "linear_sparse_dynamic", "linear_sparse_static"),
+    )
 )
 _CACHED = "graphwright.cached_attention"
 _ATTENTION = frozenset({"graphwright.attention", "aten.scaled_dot_product_attention", _CACHED})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from graphwright.ir.errors import InputError
 from graphwright.ir.names import op_name
 from graphwright.ir.ops.quantization import pack, unpack
 from graphwright.ir.ops.sparse import bits_of, compress, decompress, dense_codes, pack_codes, unpack_mask
+from graphwright.ir.ops.sparse_int8 import int8_weight, stored_values
 from graphwright.ir.pattern import Refusal
 from graphwright.ir.program import Program
 from graphwright.ir.provenance import TAGS, path_of, tags_of
@@ -30,7 +31,22 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Operands of a sparse linear that must be stored to be decompressed.
 _STORED = ("mask", "values", "row_offsets", "zero_points")
 # linear -> its operands: input and weight
-_LINEARS = {"aten.linear": ("input", "weight"), "graphwright.linear_nbits": ("x", "qweight")}
+_LINEARS = {
+    "aten.linear": ("input", "weight"),
+    "graphwright.linear_nbits": ("x", "qweight"),
+    "graphwright.linear_int8_dynamic": ("x", "qweight"),
+    "graphwright.linear_int8_static": ("x", "qweight"),
+}
+# Linears that round their activations -> the sparse ones, which take what the dense ones take behind the weight.
+_ROUNDED = {
+    "graphwright.linear_int8_dynamic": ("graphwright.linear_sparse_dynamic", ("scales", "bias", "activation")),
+    "graphwright.linear_int8_static": (
+        "graphwright.linear_sparse_static",
+        ("scales", "bias", "input_scales", "input_zero_point"),
+    ),
+}
+_DENSE = {sparse: (dense, rest) for dense, (sparse, rest) in _ROUNDED.items()}
+_FORM = ("scales", "zero_points", "bits", "group_size", "activation", "input_scales", "input_zero_point")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +62,12 @@ class CompressLinears(Pass):
         %y = graphwright.linear_nbits(%x, %qweight, %scales, %zero_points, %b, 8, 128)
         ->
         %y = graphwright.linear_sparse(%x, %mask, %values, %row_offsets, %scales, %zero_points, %b, "int8", 128)
+
+        %y = graphwright.linear_int8_dynamic(%x, %qweight, %scales, %b, "per_token")
+        ->
+        %y = graphwright.linear_sparse_dynamic(%x, %mask, %values, %row_offsets, %scales, %b, "per_token")
+
+    and likewise ``linear_int8_static``, whose activations have a grid beforehand.
 
     Nothing is rounded: every weight, and every code with its scale, is the same as before; ``-0.0`` becomes ``0.0``.
     A quantised weight is zero where its code is the zero point. :class:`DecompressLinears` is the exact inverse.
@@ -122,11 +144,13 @@ class CompressLinears(Pass):
                 return f"its weight is {stored.dtype} of {stored.dim()} dimensions, not a floating matrix"
             return None
         given = arguments_of(node)
-        if given["bits"] not in _CODED:
-            return f"codes of {given['bits']} bits take hardly more than the bits of a mask"
-        operands = [given[name] for name in ("scales", "zero_points") if given[name] is not None]
+        operands = [given[name] for name in ("scales", "zero_points", "input_scales") if given.get(name) is not None]
         if any(each.op != "get_attr" for each in operands):
             return "its scales are computed, not stored"
+        if op_name(node) in _ROUNDED:
+            return None
+        if given["bits"] not in _CODED:
+            return f"codes of {given['bits']} bits take hardly more than the bits of a mask"
         if given["zero_points"] is not None and program.tensor(given["zero_points"]).dtype != torch.uint8:
             return "its zero points lie between codes, so no weight of it is zero"
         return None
@@ -149,6 +173,8 @@ class CompressLinears(Pass):
         tensor = program.tensor(weight)
         if name == "aten.linear":
             dense, stored, format = tensor.detach(), tensor.detach() != 0, "float"
+        elif name in _ROUNDED:
+            dense, stored, format = stored_values(tensor), tensor != 0, "int8"
         else:
             dense, stored = _codes(program, first)
             format = _CODED[arguments_of(first)["bits"]]
@@ -169,16 +195,20 @@ class CompressLinears(Pass):
         follow(program, [base], str(made[0].target), stored)
         for node in nodes:
             given = arguments_of(node)
-            scales, zeros, group = (given.get(each) for each in ("scales", "zero_points", "group_size"))
-            operands = (given[_LINEARS[name][0]], *made, scales, zeros, given["bias"], format, group or 0)
-            new = rewriter.call("graphwright.linear_sparse", *operands, like=node, tags=(SPARSE,))
-            rewriter.replace(node, new)
+            if name in _ROUNDED:
+                op, rest = _ROUNDED[name]
+                operands = (given["x"], *made, *(given[each] for each in rest))
+            else:
+                scales, zeros, group = (given.get(each) for each in ("scales", "zero_points", "group_size"))
+                op = "graphwright.linear_sparse"
+                operands = (given[_LINEARS[name][0]], *made, scales, zeros, given["bias"], format, group or 0)
+            rewriter.replace(node, rewriter.call(op, *operands, like=node, tags=(SPARSE,)))
         return sparsity
 
 
 def _form(node: fx.Node) -> tuple[Any, ...]:
     given = arguments_of(node)
-    return op_name(node), *(given.get(name) for name in ("scales", "zero_points", "bits", "group_size"))
+    return op_name(node), *(given.get(name) for name in _FORM)
 
 
 def _codes(program: Program, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +231,8 @@ class DecompressLinears(Pass):
         ->
         %y = aten.linear(%x, %w, %b)
 
-    Codes become a ``linear_nbits`` on the same scales and zero points. For passes that work on dense weights: adapters,
+    Codes become a ``linear_nbits`` on the same scales and zero points, ``linear_sparse_dynamic`` and ``…_static`` the
+    ``linear_int8_dynamic`` and ``…_static`` that they were. For passes that work on dense weights: adapters,
     quantisation, pruning. Weights get back the names that they had.
 
     It does not fire on: linears outside ``where``; a mask or values that are computed; a floating weight whose dtype is
@@ -218,7 +249,7 @@ class DecompressLinears(Pass):
         dense: dict[str, torch.Tensor] = {}
         with program.edit() as rewriter:
             for node in program.nodes:
-                if node.op != "call_function" or op_name(node) != "graphwright.linear_sparse":
+                if node.op != "call_function" or op_name(node) not in ("graphwright.linear_sparse", *_DENSE):
                     continue
                 reason = self._objection(program, node) if chosen(node) else "not selected by where= / ignore="
                 if reason is not None:
@@ -236,9 +267,11 @@ class DecompressLinears(Pass):
         if protected:
             return f"it is tagged {', '.join(sorted(protected))}, which this pass leaves alone"
         given = arguments_of(node)
-        operands = [given[name] for name in _STORED if given[name] is not None]
+        operands = [given[name] for name in _STORED if given.get(name) is not None]
         if any(each.op != "get_attr" for each in operands):
             return "its weight is computed, not stored"
+        if op_name(node) in _DENSE:
+            return None
         if given["format"] != "float":
             whole = given["group_size"] * bits_of(given["format"]) % 8 == 0
             return None if whole else f"a group of {given['group_size']} codes does not fill whole bytes"
@@ -248,29 +281,34 @@ class DecompressLinears(Pass):
 
 def _decompress(program: Program, rewriter: Rewriter, node: fx.Node, dense: dict[str, torch.Tensor]) -> None:
     """Rewrite a linear; ``dense`` has the weights that were made for others, by the name of their mask."""
-    given = arguments_of(node)
-    columns, format, group = int(given["x"].meta["val"].shape[-1]), given["format"], given["group_size"]
-    mask, values, offsets, zeros = (
-        program.tensor(given[name]) if given[name] is not None else None for name in _STORED
-    )
-    assert mask is not None
-    assert values is not None
-    assert offsets is not None
-    name = str(given["mask"].target)
-    if name not in dense and format == "float":
-        whole = decompress(mask, values.detach(), offsets, None, None, format, group, columns, values.dtype)
-        trained = isinstance(values, torch.nn.Parameter)
-        dense[name] = torch.nn.Parameter(whole, requires_grad=values.requires_grad) if trained else whole
-    elif name not in dense:
-        codes = dense_codes(mask, values, offsets, zeros, format, group, columns)
-        dense[name] = pack(codes, bits_of(format), group, zeros)
+    given, op = arguments_of(node), op_name(node)
+    name, columns = str(given["mask"].target), int(given["x"].meta["val"].shape[-1])
+    if name not in dense:
+        dense[name] = _dense(program, op, given, columns)
     weight = rewriter.weight(name.removesuffix("_mask"), dense[name], like=node)
-    follow(program, [name], str(weight.target), unpack_mask(mask, columns))
-    if format == "float":
+    follow(program, [name], str(weight.target), unpack_mask(program.tensor(given["mask"]), columns))
+    if op in _DENSE:
+        whole, names = _DENSE[op]
+        new = rewriter.call(whole, given["x"], weight, *(given[each] for each in names), like=node)
+    elif given["format"] == "float":
         new = rewriter.call("aten.linear", given["x"], weight, given["bias"], like=node)
     else:
-        rest = given["scales"], given["zero_points"], given["bias"], bits_of(format), group
+        rest = given["scales"], given["zero_points"], given["bias"], bits_of(given["format"]), given["group_size"]
         new = rewriter.call("graphwright.linear_nbits", given["x"], weight, *rest, like=node)
     for made in (weight, new):
         made.meta[TAGS] = tags_of(made) - {SPARSE}
     rewriter.replace(node, new)
+
+
+def _dense(program: Program, op: str, given: Mapping[str, Any], columns: int) -> torch.Tensor:
+    """A sparse linear's weight as the dense linear stores it."""
+    mask, values, offsets = (program.tensor(given[name]) for name in _STORED[:3])
+    if op in _DENSE:
+        return int8_weight(mask, values, columns)
+    format, group = given["format"], given["group_size"]
+    if format == "float":
+        whole = decompress(mask, values.detach(), offsets, None, None, format, group, columns, values.dtype)
+        trained = isinstance(values, torch.nn.Parameter)
+        return torch.nn.Parameter(whole, requires_grad=values.requires_grad) if trained else whole
+    zeros = program.tensor(given["zero_points"]) if given["zero_points"] is not None else None
+    return pack(dense_codes(mask, values, offsets, zeros, format, group, columns), bits_of(format), group, zeros)

@@ -132,7 +132,7 @@ def _zeros(program: Program, node: fx.Node) -> tuple[str, torch.Tensor, bool, bo
     if not plain and not name.startswith("graphwright.linear_"):
         return None
     given = arguments_of(node)
-    if name == "graphwright.linear_sparse":
+    if name.startswith("graphwright.linear_sparse"):
         if given["mask"].op != "get_attr":
             return None
         bits, columns = program.tensor(given["mask"]), int(given["x"].meta[VAL].shape[-1])

@@ -35,7 +35,7 @@ def check_unpacked(name: str, node: fx.Node) -> None:
             where=f"{name} at {path_of(node) or node.name}",
             hint="prune first, then quantise; or leave the linear out with ignore=",
         )
-    if op_name(node) == "graphwright.linear_sparse":
+    if op_name(node).startswith("graphwright.linear_sparse"):
         raise InputError(
             "the weight is compressed already",
             where=f"{name} at {path_of(node) or node.name}",

@@ -60,7 +60,7 @@ def test_detection_agrees_with_the_operating_system() -> None:
     flags = set(line.split(":", 1)[1].split())
     avx2 = {"avx2", "fma", "f16c"}
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    vbmi2 = avx512 | {"avx512_vnni", "avx512_vbmi2"}
+    vbmi2 = avx512 | {"avx512_vnni", "avx512vbmi", "avx512_vbmi2"}
     bf16 = vbmi2 | {"avx512_bf16"}
     needed = {
         "scalar": set[str](),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,9 @@ from graphwright.backends.cpu import CpuBackend, features, native_status
 from graphwright.backends.cpu.features import ISA_VARIABLE
 from graphwright.backends.cpu.kernels import sparse_linear
 from graphwright.backends.cpu.kernels.byte_linear import ByteLinear
-from graphwright.backends.cpu.kernels.byte_packing import pack_nbits
+from graphwright.backends.cpu.kernels.byte_packing import pack_int8, pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
-from graphwright.backends.cpu.kernels.sparse_cost import _FEW_ROWS, _TABLE, blocks_pay, least_sparsity
+from graphwright.backends.cpu.kernels.sparse_cost import _FEW_ROWS, _TABLE, least_sparsity
 from graphwright.backends.cpu.kernels.sparse_linear import SparseLinear
 from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
 from graphwright.frontends.huggingface import load_decoder
@@ -25,6 +27,7 @@ from graphwright.ir import ops
 from graphwright.ir.errors import BackendError
 from graphwright.ir.ops.quantization import pack
 from graphwright.ir.ops.sparse import compress, pack_codes
+from graphwright.ir.ops.sparse_int8 import stored_values
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason=native_status().message)
 
@@ -33,6 +36,8 @@ ROWS = (0, 1, 2, 3, 4, 5, 9)
 # (outputs, columns): around panels of 64, steps of four columns and blocks of 128 steps.
 SHAPES = [(1, 1), (3, 5), (33, 7), (64, 64), (65, 127), (130, 520)]
 SHARES = (0.0, 0.2, 0.6, 1.0)
+# Instruction sets that run the kernels of AVX512_VBMI2.
+VBMI2 = ("avx512_vbmi2", "avx512_bf16", "amx")
 
 
 def isas() -> list[str]:
@@ -191,70 +196,150 @@ def test_float_activations(bits: int, zeros: bool, compute: str) -> None:
                     assert same(found, dense), (isa, rows)
 
 
-class Blocks(Coded):
-    """Codes with one scale for each output, of which whole blocks of four columns are the middle code."""
-
-    def __init__(self, bits: int, outputs: int, columns: int, share: float, *, half: bool = False) -> None:
-        draw = torch.Generator().manual_seed(columns)
-        stored = (torch.rand(outputs, -(-columns // 4), generator=draw) < share).repeat_interleave(4, 1)[:, :columns]
-        middle = 2 ** (bits - 1)
-        codes = torch.randint(0, 2 * middle, (outputs, columns), generator=draw, dtype=torch.uint8)
-        codes = torch.where(stored, codes, middle).to(torch.uint8)
-        group, format = columns + -columns % 8, f"int{bits}"
-        scales = torch.rand(outputs, 1, generator=draw) + 0.1
-        scales = scales.half() if half else scales
-        mask, values, offsets = compress(codes, codes != middle)
-        self.stored = mask, values, offsets, scales
-        self.sparse = pack_sparse(mask, pack_codes(values, format), offsets, scales, None, format, group, columns)
-        self.dense = pack_nbits(pack(codes, bits, group, None), scales, None, bits, columns)
+def gathering(case: Coded, isa: str, bias: torch.Tensor | None = None, **options: Any) -> SparseLinear:
+    return SparseLinear(case.sparse, isa, "int8", bias, gather=True, **options)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_many_rows_skip_blocks_of_four_to_the_same_sums(bits: int) -> None:
-    """Tiles of rows, spans of steps, and blocks so full that nothing is skipped."""
-    for outputs, columns, share in ((65, 127, 0.2), (64, 64, 0.0), (130, 1030, 0.3), (70, 260, 0.1), (66, 96, 0.9)):
-        case, bias = Blocks(bits, outputs, columns, share, half=columns == 260), random(outputs)
+@pytest.mark.parametrize("shape", [(1, 1), (33, 7), (64, 63), (65, 64), (66, 65), (130, 127), (70, 1030)])
+def test_gathered_columns_are_the_dense_kernels(shape: tuple[int, int], bits: int) -> None:
+    """Windows of 64 columns and their ends, tiles of six rows, outputs of which some are far behind the others."""
+    outputs, columns = shape
+    bias = random(outputs)
+    for share in (0.0, 0.02, 0.2, 0.6, 1.0):
+        case = Coded(bits, outputs, columns, columns + -columns % 8, share, zeros=False, half=share == 0.2)
         dense = ByteLinear(case.dense, "scalar", "symmetric", bias)
         dense.activation = "relu"
-        for rows in (31, 32, 33, 129, 300):
+        kernels = [gathering(case, isa, bias) for isa in isas()]
+        for rows in (0, 1, 4, 5, 6, 7, 12, 13, 31, 200):
             x, residual = random(rows, columns), random(rows, outputs, seed=1)
-            x[3, 5] = 0.0 if rows == 31 else math.nan
+            if rows == 13:
+                x[3, columns // 2] = math.nan
             wanted = dense(x, None, residual)
-            for isa in isas():
-                kernel = SparseLinear(case.sparse, isa, "int8", bias)
+            for kernel in kernels:
                 kernel.activation = "relu"
-                assert same(kernel(x, None, residual), wanted), (isa, rows, columns)
-        assert kernel._kernel.some_blocks == pytest.approx(share, abs=0.08)
+                assert same(kernel(x, None, residual), wanted), (kernel.label, rows, share)
 
 
-def test_blocks_are_skipped_where_that_is_faster() -> None:
+@pytest.mark.parametrize("rounding", ["shifted", "fixed"])
+def test_grids_with_a_zero_point_are_the_dense_kernels(rounding: str) -> None:
+    """In registers with a few rows, gathered or expanded with more; infinity and NaN in one of them."""
+    for outputs, columns, share in ((1, 1, 1.0), (33, 7, 0.5), (65, 127, 0.2), (70, 260, 0.05)):
+        draw = torch.Generator().manual_seed(columns)
+        weight = torch.randint(-128, 128, (outputs, columns), generator=draw).to(torch.int8)
+        weight *= stored_at(outputs, columns, share)
+        scales, bias = torch.rand(outputs, generator=draw) + 0.1, random(outputs)
+        steps, zero = (torch.rand(columns, generator=draw) * 0.02 + 0.01, 101) if rounding == "fixed" else (None, 0)
+        mask, values, offsets = compress(stored_values(weight), weight != 0)
+        packed = pack_sparse(mask, values, offsets, scales.unsqueeze(1), None, "int8", columns, columns)
+        dense = ByteLinear(pack_int8(weight, scales), "scalar", rounding, bias, steps, zero)
+        for isa in isas():
+            for gather in (False, True):
+                kernel = SparseLinear(packed, isa, "int8", bias, rounding, steps, zero, gather)
+                for rows in (1, 3, 4, 5, 7, 13):
+                    x = random(rows, columns)
+                    if rows == 13:
+                        x[2, 0], x[5, columns // 2] = math.inf, math.nan
+                    assert same(kernel(x), dense(x)), (kernel.label, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("static", [False, True])
+def test_rounded_activations_in_a_program(
+    static: bool, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Mlp().eval(), random(max(rows, 2), 64)
+    quantise = gw.QuantizeLinears(bits=8, activations="int8", calibration=[random(99, 64)] if static else None)
+    programs = []
+    for more in ([], [gw.CompressLinears(min_sparsity=0.0)]):
+        program = gw.trace(model, x)
+        for item in (quantise, *more):
+            item(program)
+        programs.append(program)
+    wanted = CpuBackend().lower(programs[0])(x)[0]
+    for isa in isas():
+        monkeypatch.setenv(ISA_VARIABLE, isa)
+        small = CpuBackend().lower(programs[1])
+        label = small.explain()[0].kernel
+        if least_sparsity(isa, "int8", len(x), gathers=True) is None:
+            assert label.startswith("byte_linear ")
+            assert "; dense, as the dense kernel is faster" in label
+        else:
+            assert label.startswith("sparse_linear avx512_vbmi2, int8 weights of which 8")
+            assert f"rounded to int8 ({'fixed' if static else 'shifted'})" in label
+            assert ("more than a few rows" in label) == (len(x) > 4)
+        assert torch.equal(small(x)[0], wanted), isa
+    monkeypatch.delenv(ISA_VARIABLE)
+    whole = gw.optimize(model, [quantise, gw.CompressLinears()], example_inputs=(x,), target="cpu")
+    whole.save_packed(tmp_path / "model.packed")
+    loaded = gw.load_packed(tmp_path / "model.packed")
+    assert torch.equal(loaded(x), whole(x))
+    assert whole.explain()[0].kernel.startswith(loaded.explain()[0].kernel)  # without its reason for being chosen
+
+
+def test_ranges_of_the_whole_tensor_run_the_reference() -> None:
+    model, x = Mlp().eval(), random(40, 64)
+    passes = [gw.QuantizeLinears(bits=8, activations="int8", activation_ranges="per_tensor"), gw.CompressLinears()]
+    use = gw.optimize(model, passes, example_inputs=(x,), target="cpu").explain()[0]
+    assert (use.kernel, use.reason) == ("reference", "ranges of the whole tensor have no kernel; per token they have")
+
+
+def test_codes_at_the_ends_of_their_range_are_summed_exactly() -> None:
+    """Every product as large as it can be: the sums are those of integers, in float64."""
+    codes = torch.where(torch.arange(512) % 2 == 0, 0, 255).to(torch.uint8).repeat(64, 1)
+    mask, values, offsets = compress(codes, codes != 128)
+    packed = pack_sparse(mask, values, offsets, torch.ones(64, 1), None, "int8", 512, 512)
+    x = torch.where(torch.arange(512) % 2 == 0, -127.0, 127.0).repeat(8, 1)
+    wanted = (x.double() @ (codes.double() - 128).t()).float()
+    for isa in isas():
+        assert same(SparseLinear(packed, isa, "int8", gather=True)(x), wanted), isa
+
+
+def test_outputs_take_what_they_have_of_a_window() -> None:
+    """Of 4096 columns with a fifth of them stored at random, hardly more products than the fullest output needs."""
+    case = Coded(8, 64, 4096, 4096, 0.2, zeros=False)
+    fullest = int((case.weight != 0).sum(1).max())
+    for isa in isas():
+        steps = gathering(case, isa)._kernel.gathered_steps
+        if isa in VBMI2:
+            assert -(-fullest // 4) <= steps <= 1.15 * fullest / 4
+        else:
+            assert steps == 0
+
+
+def test_columns_are_gathered_where_that_is_faster() -> None:
     class Sparse(nn.Module):
         def __init__(self, share: float) -> None:
             super().__init__()
             torch.manual_seed(1)
             self.up = nn.Linear(256, 128)
             with torch.no_grad():
-                self.up.weight *= (torch.rand(128, 64) < share).repeat_interleave(4, 1)
+                self.up.weight *= torch.rand(128, 256) < share
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.up(x)
             return y
 
-    x = random(128, 256)
-    for share in (0.1, 0.35):
+    x, isa = random(128, 256), str(features().selected)
+    least = least_sparsity(isa, "int8", 128, gathers=True)
+    for share in (0.2, 0.9):
         program = gw.trace(Sparse(share).eval(), x)
-        for item in (gw.QuantizeLinears(bits=8), gw.CompressLinears()):
+        for item in (gw.QuantizeLinears(bits=8), gw.CompressLinears(min_sparsity=0.0)):
             item(program)
         small = CpuBackend(compute="int8").lower(program)
         label = small.explain()[0].kernel
-        if blocks_pay(str(features().selected), "int8", 128, share):
+        if least is not None and 1 - share >= least:
             assert label.startswith("sparse_linear ")
-            assert "skips blocks of four columns, of which" in label
+            assert "more than a few rows in " in label
+            assert label.endswith(f"of the dense kernel's products; faster than dense from {least:.0%} zeros on")
         else:
-            assert "dense, as the dense kernel is faster with 128 rows" in label
-    assert not blocks_pay("scalar", "int8", 128, 0.1)
-    assert not blocks_pay("avx512_bf16", "int8", 16, 0.1)
-    assert blocks_pay("avx512_bf16", "int8", 128, 0.1)
+            assert label.startswith("byte_linear ")
+            assert "; dense, as " in label
+    assert least_sparsity("scalar", "int8", 128, gathers=True) is None
+    assert least_sparsity("avx512_bf16", "int8", 128) is None
+    gained = least_sparsity("avx512_bf16", "int8", 128, gathers=True)
+    assert gained is not None
+    assert 0.25 < gained < 0.4
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -288,6 +373,7 @@ def test_the_number_of_threads_changes_nothing(rows: int) -> None:
             kernels = (
                 SparseLinear(sparse_floats(weight), isa, "float32"),
                 SparseLinear(case.sparse, isa, "int8"),
+                gathering(Coded(8, 700, 300, 304, 0.3, zeros=False), isa),
                 SparseLinear(case.sparse, isa, "float32"),
             )
             for kernel in kernels:
@@ -358,7 +444,7 @@ def test_quantised_weights_run_as_the_dense_ones(bits: int, compute: str) -> Non
     if compute == "float32":
         assert label.startswith("nbits_linear ")
         assert "dense, as zeros of codes save time only where activations are rounded" in label
-    elif features().selected in ("avx512_vbmi2", "avx512_bf16", "amx"):
+    elif features().selected in VBMI2:
         assert label.startswith("sparse_linear avx512_vbmi2")
         assert "faster than dense from" in label
     torch.testing.assert_close(sparse(x), dense(x), rtol=1e-5, atol=1e-5)
@@ -396,8 +482,10 @@ def test_more_zeros_never_make_a_sparse_linear_slower() -> None:
     for (isa, kind), costs in _TABLE.items():
         few = _FEW_ROWS[isa]
         for rows in (1, 4, 8, 32, 128, 512):
-            times = [costs.sparse(rows, share / 20, few, skips=kind == "float32") for share in range(9)]
-            assert times == sorted(times), (isa, kind, rows)
+            for gathers in (False, "int" in kind):
+                costing = partial(costs.sparse, rows, few=few, skips=kind == "float32", gathers=gathers)
+                times = [costing(share / 20) for share in range(9)]
+                assert times == sorted(times), (isa, kind, rows)
 
 
 def test_what_has_no_kernel_runs_the_reference_and_says_why() -> None:
@@ -419,6 +507,12 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         kernel._kernel.run(np.zeros((2, 40), np.float32), np.zeros((2, 69), np.float32), 1)
     with pytest.raises(ValueError, match="multiplied as floats"):
         SparseLinear(sparse_floats(weight), isas()[-1], "int8")
+    for options in ({"rounding": "shifted"}, {"gather": True}):
+        with pytest.raises(ValueError, match="only rounded activations have a grid or gathered columns"):
+            SparseLinear(sparse_floats(weight), isas()[-1], "float32", None, **options)
+        grouped = Coded(8, 70, 40, 8, 0.3, zeros=False)
+        with pytest.raises(ValueError, match="one group without zero points is needed"):
+            SparseLinear(grouped.sparse, isas()[-1], "int8", None, **options)
     mask, values, offsets = compress(weight, weight != 0)
     with pytest.raises(ValueError, match="as many values"):
         pack_sparse(mask, values[:-1], offsets, None, None, "float", 0, 40)
@@ -430,7 +524,7 @@ def test_decoders_run_them_without_python(monkeypatch: pytest.MonkeyPatch) -> No
     """q, k and v are merged before they are compressed; merging afterwards is refused."""
     pytest.importorskip("transformers")
     decoders = pytest.importorskip("tests.frontends.decoders")
-    monkeypatch.setattr(sparse_linear, "least_sparsity", lambda *_: 0.5)  # whatever this CPU has
+    monkeypatch.setattr(sparse_linear, "least_sparsity", lambda *_, **__: 0.5)  # whatever this CPU has
     model = decoders.make("llama")
     with torch.no_grad():
         for name, weight in model.named_parameters():

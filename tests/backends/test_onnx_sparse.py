@@ -60,6 +60,23 @@ def test_held_masks_are_written(tmp_path: Path, mode: str) -> None:
     torch.testing.assert_close(torch.from_numpy(found), held(X).detach(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["runtime", "portable"])
+@pytest.mark.parametrize("static", [False, True])
+def test_rounded_activations_are_written_as_the_dense_linear_is(tmp_path: Path, static: bool, mode: str) -> None:
+    passes = [gw.QuantizeLinears(bits=8, activations="int8", calibration=[torch.randn(80, 64)] if static else None)]
+    files = []
+    for more in ([], [gw.CompressLinears()]):
+        small = gw.optimize(Sparse().eval(), [*passes, *more], example_inputs=(X,), target="reference")
+        export = small.export_onnx(tmp_path / f"{len(more)}.onnx", mode=mode)
+        assert export.error < 1e-4
+        files.append(onnx.load(export.path, load_external_data=False).graph)
+    dense, sparse = files
+    assert [node.op_type for node in sparse.node] == [node.op_type for node in dense.node]
+    assert {each.name: each.raw_data for each in sparse.initializer} == {
+        each.name: each.raw_data for each in dense.initializer
+    }
+
+
 @pytest.mark.parametrize("compressed", [True, False])
 def test_sparse_initialisers_make_the_file_smaller(tmp_path: Path, compressed: bool) -> None:
     passes = [gw.CompressLinears()] if compressed else []

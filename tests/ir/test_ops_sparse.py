@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphwright.ir import ops
 from graphwright.ir.ops.sparse import compress, pack_codes, pack_mask, unpack_codes, unpack_mask
+from graphwright.ir.ops.sparse_int8 import int8_weight, stored_values
 
 DOUBLE = torch.float64
 WIDTHS = (1, 2, 3, 7, 8, 9, 31, 33)
@@ -193,3 +194,61 @@ def test_work_is_that_of_the_values() -> None:
     given = [random(3, 20), *operands, None, "float", 0]
     shapes = {n: tuple(v.shape) if isinstance(v, torch.Tensor) else v for n, v in zip(names, given, strict=True)}
     assert definition.macs(shapes) == 3 * np.count_nonzero(matrix)
+
+
+# -- rounded activations -----------------------------------------------------------------------------------------------
+
+
+def int8_operands(outputs: int, columns: int, share: float) -> tuple[list[Any], torch.Tensor]:
+    draw = torch.Generator().manual_seed(outputs)
+    weight = torch.randint(-128, 128, (outputs, columns), generator=draw).to(torch.int8)
+    weight *= torch.rand(outputs, columns, generator=draw) < share
+    mask, values, offsets = compress(stored_values(weight), weight != 0)
+    return [mask, values, offsets, torch.rand(outputs, generator=draw) + 0.1], weight
+
+
+@given(st.sampled_from(WIDTHS), st.sampled_from(WIDTHS), st.sampled_from((0, 1, 3)), st.sampled_from((0.0, 0.3, 1)))
+@settings(max_examples=25, deadline=None)
+def test_rounded_activations(outputs: int, columns: int, rows: int, share: float) -> None:
+    """What the dense operators give on the same weights, and their gradients."""
+    operands, weight = int8_operands(outputs, columns, share)
+    assert torch.equal(int8_weight(operands[0], operands[1], columns), weight)
+    bias, grid = random(outputs, seed=1).float(), (torch.rand(columns) + 0.01, 100)
+    for name, rest in (("dynamic", ("per_token",)), ("dynamic", ("per_tensor",)), ("static", grid)):
+        results, gradients = [], []
+        for op, given_operands in (("sparse", operands), ("int8", [weight, operands[3]])):
+            x = random(rows, columns, seed=2).float().requires_grad_()
+            result = ops.get(f"linear_{op}_{name}").target(x, *given_operands, bias, *rest)
+            result.sum().backward()
+            results.append(result)
+            gradients.append(x.grad)
+        assert torch.equal(*results)
+        assert torch.equal(*gradients)
+
+
+def test_rounded_operands_that_do_not_fit() -> None:
+    (mask, values, offsets, scales), _ = int8_operands(9, 17, 0.5)
+    dynamic, static = (ops.get(f"linear_sparse_{name}").target for name in ("dynamic", "static"))
+    x, steps = torch.zeros(2, 17), torch.ones(17)
+    for wrong, reason in (
+        ((x, mask[:, 1:], values, offsets, scales, None, "per_token"), r"mask must be uint8 \[9, 3\]"),
+        ((x, mask, values.int(), offsets, scales, None, "per_token"), "values must be uint8, not torch.int32"),
+        ((x, mask, values, offsets.long(), scales, None, "per_token"), "row_offsets must be an int32 vector"),
+        ((x, mask, values, offsets, scales[1:], None, "per_token"), r"scales must be \[9\]"),
+        ((x, mask, values, offsets, scales, None, "per_row"), "'per_row' is not one of"),
+    ):
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match=reason):
+            dynamic(*wrong)
+    for grid, reason in (
+        ((steps, 256), "must be in 0..255, not 256"),
+        ((steps[1:], 3), r"input_scales must be \[17\]"),
+    ):
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match=reason):
+            static(x, mask, values, offsets, scales, None, *grid)
+
+
+def test_stored_weights_are_counted_alone() -> None:
+    (mask, values, offsets, scales), weight = int8_operands(9, 17, 0.5)
+    shapes = {"x": (2, 3, 17), "mask": mask.shape, "values": values.shape, "row_offsets": offsets.shape}
+    count = ops.get("linear_sparse_dynamic").macs({**shapes, "scales": scales.shape, "bias": None})
+    assert count == 6 * int((weight != 0).sum())

@@ -109,6 +109,47 @@ def test_codes_come_back(bits: int, group: int | None, symmetric: bool) -> None:
     assert torch.equal(program(X), wanted)
 
 
+def rounding(*, static: bool, share: float = 0.3) -> gw.Program:
+    """Its activations are rounded to 8 bits, on a grid known beforehand or as they come."""
+    program = gw.trace(Mlp(share=share), X)
+    gw.QuantizeLinears(bits=8, activations="int8", calibration=[torch.randn(9, 5, 40)] if static else None)(program)
+    return program
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_weights_of_linears_that_round_activations_come_back(static: bool, listing: Listing) -> None:
+    program = rounding(static=static)
+    before, lines, wanted = dict(program.tensors()), listing(program), program(X)
+    kind = "static" if static else "dynamic"
+    assert lines[0].startswith(f"%linear_int8_{kind} = ")
+    assert gw.CompressLinears()(program)
+    parts = "%up_qweight_mask, %up_qweight_values, %up_qweight_row_offsets"
+    rest = lines[0].partition("%up_qweight, ")[2]
+    assert listing(program)[0] == f"%linear_sparse_{kind} = graphwright.linear_sparse_{kind}(%x, {parts}, {rest}"
+    assert torch.equal(program(X), wanted)
+    assert not gw.CompressLinears()(program)
+    assert gw.describe_sparsity(program).linears[0].sparsity == pytest.approx(0.7, abs=0.05)
+    assert gw.DecompressLinears()(program)
+    assert not gw.DecompressLinears()(program)
+    assert listing(program)[0].split("(")[1].replace("qweight_1", "qweight") == lines[0].split("(")[1]
+    after = program.tensors()
+    assert sorted(after) == sorted(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(program(X), wanted)
+
+
+def test_a_mask_is_followed_through_rounded_activations() -> None:
+    program = gw.trace(Mlp(share=1.0), X)
+    for item in (gw.PruneLinears(sparsity=0.6, where="up"), gw.QuantizeLinears(bits=8, activations="int8")):
+        item(program)
+    assert gw.CompressLinears()(program)
+    row = next(row for row in gw.describe_sparsity(program).linears if row.weight == "up.qweight_mask")
+    assert row.intact
+    assert row.pattern == "unstructured"
+    with pytest.raises(InputError, match="the weight is compressed already"):
+        gw.PruneLinears(sparsity=0.8, where="up")(program)
+
+
 def test_it_takes_fewer_bytes() -> None:
     program = quantized(8, None, symmetric=True)
     before = program.tensors()["up.qweight"].nbytes

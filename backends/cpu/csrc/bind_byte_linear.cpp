@@ -1,9 +1,10 @@
 // Linears on integer weights, for Python.
 #include <string_view>
-#include <vector>
+#include <utility>
 
 #include "bindings.h"
 #include "byte_linear.h"
+#include "held_grid.h"
 #include "isa.h"
 #include "linear_output.h"
 
@@ -29,7 +30,7 @@ class HeldByteLinear : public LinearInstruction {
              std::optional<Array<const float>> bias, std::string_view rounding, std::optional<Array<const float>> steps,
              int zero)
       : kernels_(graphwright::isa(isa).kernels()), columns_(columns), codes_(std::move(codes)), scales_(std::move(scales)),
-        zeros_(std::move(zeros)), sums_(std::move(sums)), bias_(std::move(bias)), steps_(std::move(steps)) {
+        zeros_(std::move(zeros)), sums_(std::move(sums)), bias_(std::move(bias)), grid_(rounding, std::move(steps), columns, zero) {
     expect(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8");
     const std::size_t step = 32 / static_cast<std::size_t>(bits);
     expect(group > 0 && group % step == 0, "a group must be whole steps");
@@ -47,23 +48,7 @@ class HeldByteLinear : public LinearInstruction {
                 data_of(sums_, panels * kPanel, "sums has the wrong size"), outputs, panels, groups, group, bits,
                 1 << (bits - 1), half};
     data_of(bias_, outputs, "bias has the wrong size");
-    if (rounding == "symmetric") grid_.rounding = Rounding::kSymmetric;
-    else if (rounding == "shifted") grid_.rounding = Rounding::kShifted;
-    else if (rounding == "fixed") grid_.rounding = Rounding::kFixed;
-    else throw std::invalid_argument("rounding must be symmetric, shifted or fixed");
-    if (grid_.rounding != Rounding::kSymmetric) expect(groups == 1 && sums_.has_value(), "one group, and sums, are needed");
-    grid_.steps = data_of(steps_, columns, "steps has the wrong size");
-    grid_.zero = zero;
-    for (std::size_t column = 0; steps_ && column < columns; ++column) {
-      const float inverse = 1.0F / grid_.steps[column];
-      if (!(inverse > 1e-36F && inverse < 1e36F)) {
-        inverses_.clear();
-        break;
-      }
-      inverses_.push_back(inverse);
-    }
-    grid_.inverses = inverses_.empty() ? nullptr : inverses_.data();
-    expect(grid_.rounding != Rounding::kFixed || (steps_.has_value() && zero >= 0 && zero <= 255), "a grid is needed");
+    expect(!grid_.shifted() || (groups == 1 && sums_.has_value()), "one group, and sums, are needed");
   }
 
   const char* isa() const { return kernels_.byte_linear->isa; }
@@ -74,25 +59,24 @@ class HeldByteLinear : public LinearInstruction {
     expect(y.shape(0) == x.shape(0) && y.shape(1) == weights_.outputs, "y has the wrong shape");
     const LinearOutput output = output_of(y, bias_ ? bias_->data() : nullptr, activation, factor, residual);
     nb::gil_scoped_release release;
-    run_byte_linear(kernels_, weights_, grid_, x.data(), x.shape(0), columns_, output, threads);
+    run_byte_linear(kernels_, weights_, grid_.grid(), x.data(), x.shape(0), columns_, output, threads);
   }
 
   void run(const Tensor* operands, std::size_t threads) const override {
     const LinearOutput output = output_of(operands, bias_ ? bias_->data() : nullptr, activation_);
-    run_byte_linear(kernels_, weights_, grid_, operands[0].as<const float>(), operands[0].rows(), columns_, output, threads);
+    run_byte_linear(kernels_, weights_, grid_.grid(), operands[0].as<const float>(), operands[0].rows(), columns_, output, threads);
   }
 
  private:
   KernelTable kernels_;
   PackedLinear weights_{};
-  ActivationGrid grid_{};
   std::size_t columns_;
   Array<const std::uint8_t> codes_;
   nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu> scales_;
   std::optional<Array<const std::uint8_t>> zeros_;
   std::optional<Array<const std::int32_t>> sums_;
-  std::optional<Array<const float>> bias_, steps_;
-  std::vector<float> inverses_;
+  std::optional<Array<const float>> bias_;
+  HeldGrid grid_;
 };
 
 }  // namespace

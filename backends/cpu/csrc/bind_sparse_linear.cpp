@@ -5,8 +5,10 @@
 
 #include "bindings.h"
 #include "float_linear.h"
+#include "held_grid.h"
 #include "isa.h"
 #include "linear_output.h"
+#include "sparse_gather.h"
 #include "sparse_linear.h"
 
 namespace graphwright {
@@ -66,19 +68,21 @@ class HeldSparseLinear : public LinearInstruction {
  public:
   HeldSparseLinear(std::string_view isa, std::size_t outputs, std::size_t columns, std::string_view kind, std::size_t group,
                    std::string_view compute, Words masks, Bytes values, Words offsets, std::optional<Scales> scales,
-                   std::optional<Bytes> zeros, std::optional<Array<const float>> bias)
+                   std::optional<Bytes> zeros, std::optional<Array<const float>> bias, std::string_view rounding,
+                   std::optional<Array<const float>> input_steps, int input_zero, bool gather_columns, std::size_t threads)
       : kernels_(graphwright::isa(isa).kernels()), shape_(shape_of(outputs, columns, kind, group)), masks_(std::move(masks)),
         offsets_(std::move(offsets)), values_(std::move(values)), scales_(std::move(scales)), zeros_(std::move(zeros)),
-        bias_(std::move(bias)) {
+        bias_(std::move(bias)), grid_(rounding, std::move(input_steps), columns, input_zero) {
     const std::size_t panels = shape_.panels(), blocks = panels * shape_.blocks();
     expect(masks_.shape(0) == panels * shape_.steps() * shape_.words(), "masks has the wrong size");
     expect(offsets_.shape(0) == blocks + 1, "offsets has the wrong size");
     expect(values_.shape(0) == offsets_.data()[blocks] + kSparseBeyond, "values has the wrong size");
     data_of(bias_, outputs, "bias has the wrong size");
-    sparse_ = {masks_.data(), values_.data(), offsets_.data(), outputs, panels, shape_.steps(), shape_.kind, 1.0};
+    sparse_ = {masks_.data(), values_.data(), offsets_.data(), outputs, panels, shape_.steps(), shape_.kind, nullptr};
     rounded_ = compute == "int8";
     bfloat16_ = compute == "bfloat16";
     expect(rounded_ || bfloat16_ || compute == "float32", "compute must be float32, bfloat16 or int8");
+    expect(rounded_ || (!grid_.shifted() && !gather_columns), "only rounded activations have a grid or gathered columns");
     if (!shape_.coded()) {
       expect(!rounded_ && !scales_ && !zeros_, "floats are multiplied as floats, and have no scales");
       return;
@@ -97,11 +101,16 @@ class HeldSparseLinear : public LinearInstruction {
     weights_.columns = columns;
     weights_.group_size = group;
     weights_.coding = Coding::kInt8;
-    if (rounded_ && groups == 1 && !zeros_) add_up();
+    expect((!grid_.shifted() && !gather_columns) || (groups == 1 && !zeros_), "one group without zero points is needed");
+    if (grid_.shifted() || gather_columns) add_up();
+    if (!gather_columns || kernels_.sparse_bytes->gathered == nullptr) return;
+    gathered_ = gather(kernels_, sparse_, weights_.packed, threads);
+    view_ = gathered_.view();
+    sparse_.gathered = &view_;
   }
 
-  // The share of blocks of four columns that hold something: those that kernels for many rows cannot skip.
-  double some_blocks() const { return sparse_.some_blocks; }
+  // Products of four columns for every output that more than a few rows take, and dense ones would; 0 where not gathered.
+  std::size_t gathered_steps() const { return gathered_.slots.size(); }
 
   const char* isa() const { return shape_.coded() ? kernels_.sparse_bytes->isa : kernels_.sparse_floats->isa; }
 
@@ -124,30 +133,21 @@ class HeldSparseLinear : public LinearInstruction {
   void multiply(const float* x, std::size_t rows, const LinearOutput& y, std::size_t threads) const {
     if (!shape_.coded()) return run_sparse_linear(kernels_, sparse_, x, rows, y, threads);
     if (!rounded_) return run_coded_linear(kernels_, weights_, bfloat16_, x, rows, y, threads, &sparse_);
-    constexpr ActivationGrid kGrid{Rounding::kSymmetric, nullptr, nullptr, 0};
-    run_byte_linear(kernels_, weights_.packed, kGrid, x, rows, shape_.columns, y, threads, &sparse_);
+    run_byte_linear(kernels_, weights_.packed, grid_.grid(), x, rows, shape_.columns, y, threads, &sparse_);
   }
 
-  // Sums of the weights of each output, and the share of blocks that are not zeros.
+  // Sums of the weights of each output.
   void add_up() {
     sums_.assign(sparse_.panels * kPanel, 0);
-    std::size_t some = 0;
     for (std::size_t panel = 0; panel < sparse_.panels; ++panel) {
       const std::uint8_t* codes = expanded(kernels_, sparse_, weights_.packed, panel, 0);
       for (std::size_t step = 0; step < sparse_.steps; ++step, codes += kStepBytes) {
-        for (std::size_t n = 0; n < kPanel; ++n) {
-          bool any = false;
-          for (std::size_t place = 0; place < 4; ++place) {
-            const std::int32_t code = std::int32_t{codes[n * 4 + place]} - weights_.packed.middle;
-            sums_[panel * kPanel + n] += code;
-            any = any || code != 0;
-          }
-          some += any ? 1 : 0;
+        for (std::size_t i = 0; i < kStepBytes; ++i) {
+          sums_[panel * kPanel + i / 4] += std::int32_t{codes[i]} - weights_.packed.middle;
         }
       }
     }
     weights_.packed.sums = sums_.data();
-    sparse_.some_blocks = static_cast<double>(some) / static_cast<double>(shape_.outputs * sparse_.steps);
   }
 
   KernelTable kernels_;
@@ -155,11 +155,14 @@ class HeldSparseLinear : public LinearInstruction {
   SparseWeights sparse_{};
   CodedWeights weights_{};
   bool rounded_ = false, bfloat16_ = false;
+  Gathered gathered_;
+  GatheredWeights view_{};
   Words masks_, offsets_;
   Bytes values_;
   std::optional<Scales> scales_;
   std::optional<Bytes> zeros_;
   std::optional<Array<const float>> bias_;
+  HeldGrid grid_;
   std::vector<std::int32_t> sums_;
 };
 
@@ -174,10 +177,12 @@ void bind_sparse_linear(nb::module_& m) {
         "masks"_a, "offsets"_a, "values"_a.noconvert(), "threads"_a, "Stored values, as bytes, into the kernels' layout.");
   nb::class_<HeldSparseLinear, LinearInstruction>(m, "SparseLinear", "A linear whose weights are mostly zeros.")
       .def(nb::init<std::string_view, std::size_t, std::size_t, std::string_view, std::size_t, std::string_view, Words, Bytes,
-                    Words, std::optional<Scales>, std::optional<Bytes>, std::optional<Array<const float>>>(),
+                    Words, std::optional<Scales>, std::optional<Bytes>, std::optional<Array<const float>>, std::string_view,
+                    std::optional<Array<const float>>, int, bool, std::size_t>(),
            "isa"_a, "outputs"_a, "columns"_a, "kind"_a, "group"_a, "compute"_a, "masks"_a, "values"_a, "offsets"_a,
-           "scales"_a.none(), "zeros"_a.none(), "bias"_a.none())
-      .def_prop_ro("some_blocks", &HeldSparseLinear::some_blocks, "The share of blocks of four columns that are not zeros.")
+           "scales"_a.none(), "zeros"_a.none(), "bias"_a.none(), "rounding"_a, "input_steps"_a.none(), "input_zero"_a,
+           "gather"_a, "threads"_a)
+      .def_prop_ro("gathered_steps", &HeldSparseLinear::gathered_steps, "Slots of the gathered weights, of all panels.")
       .def_prop_ro("isa", &HeldSparseLinear::isa, "The instruction set of the kernel that runs.")
       .def("run",
            nb::overload_cast<const Matrix<const float>&, const Matrix<float>&, std::size_t, std::string_view,

@@ -67,40 +67,23 @@ void run_sparse(const KernelTable& kernels, const SparseWeights& sparse, const P
   }
 }
 
-// With so many rows, and so few blocks of four columns that are not zero, those are multiplied alone.
-constexpr std::size_t kSkipRows = 32;
-constexpr double kSkipBlocks = 0.4;
-
-bool skips_blocks(const KernelTable& kernels, const SparseWeights& sparse, const PackedLinear& weights, std::size_t rows) {
-  return kernels.sparse_bytes->skip != nullptr && rows >= kSkipRows && weights.groups == 1 && weights.zeros == nullptr &&
-         weights.sums != nullptr && sparse.some_blocks <= kSkipBlocks;
-}
-
-void run_skipping(const KernelTable& kernels, const SparseWeights& sparse, const PackedLinear& weights, const ByteRows& rows,
-                  const LinearOutput& y, std::size_t threads) {
+// Rows as gathered weights read them.
+RaisedRows raise_rows(const ByteRows& rows, std::size_t columns, std::size_t threads) {
   static thread_local std::vector<std::uint8_t> held;
-  const SparseByteKernels& own = *kernels.sparse_bytes;
-  TurnedBytes turned{nullptr, rows.scales, rows.rows, 0, 0, (rows.rows + own.most_rows - 1) / own.most_rows};
-  turned.height = (rows.rows + turned.tiles - 1) / turned.tiles;
-  turned.width = (turned.height + own.lanes - 1) / own.lanes * own.lanes;
-  turned.tiles = (rows.rows + turned.height - 1) / turned.height;
-  const std::size_t stride = weights.group, tile_bytes = sparse.steps * turned.width * 4;
-  std::uint8_t* codes = scratch(held, turned.tiles * tile_bytes);
-  // Whole lines, so that two threads never write one.
-  const std::size_t piece = std::max<std::size_t>(16, (sparse.steps / (2 * threads) + 15) / 16 * 16);
-  const std::size_t pieces = (sparse.steps + piece - 1) / piece;
-  parallel_for(turned.tiles * pieces, threads, [&](std::size_t index) {
-    const std::size_t tile = index / pieces, row = tile * turned.height, step = index % pieces * piece;
-    own.turn(rows.codes + row * stride + step * 4, stride, std::min(turned.height, rows.rows - row),
-             std::min(piece, sparse.steps - step), turned.width, codes + tile * tile_bytes + step * turned.width * 4);
+  // An odd number of lines, so that rows below each other do not share their places in the first cache.
+  constexpr std::size_t kLine = 64;
+  const std::size_t stride = (std::max(columns, kWindow) / kLine | 1) * kLine + 2 * kLine;
+  std::uint8_t* codes = scratch(held, rows.rows * stride + kLine);
+  codes += (kLine - reinterpret_cast<std::uintptr_t>(codes) % kLine) % kLine;
+  constexpr std::size_t kPiece = 8;
+  parallel_for((rows.rows + kPiece - 1) / kPiece, threads, [&](std::size_t index) {
+    for (std::size_t row = index * kPiece; row < std::min(rows.rows, (index + 1) * kPiece); ++row) {
+      const auto* from = reinterpret_cast<const std::uint8_t*>(rows.codes) + row * columns;
+      std::uint8_t* to = codes + row * stride;
+      for (std::size_t i = 0; i < columns; ++i) to[i] = static_cast<std::uint8_t>(from[i] ^ 128U);
+    }
   });
-  turned.codes = codes;
-  parallel_for(weights.panels, threads, [&](std::size_t panel) {
-    static thread_local std::vector<float> sums;
-    own.skip(sparse, weights, turned, y, panel, scratch(sums, (turned.tiles + 1) * kPanel * turned.width));
-    // What went past the caches is seen by other threads only after this.
-    if (y.past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
-  });
+  return {codes, stride};
 }
 
 }  // namespace
@@ -151,9 +134,8 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
   const RowShape shape{rows, columns, columns, padded, weights.group};
   round_rows(*kernels.byte_rows, grid, x, shape, weights.groups, bytes, threads);
 
-  if (sparse != nullptr && skips_blocks(kernels, *sparse, weights, rows)) {
-    return run_skipping(kernels, *sparse, weights, bytes, y, threads);
-  }
+  const bool gathers = sparse != nullptr && sparse->gathered != nullptr && rows > kernels.sparse_bytes->few_rows;
+  const RaisedRows raised = gathers ? raise_rows(bytes, padded, threads) : RaisedRows{};
   const bool few = rows <= kFewByteRows;
   // Each thread has rows of its own where there are many: those that it wrote before, and that it will read next.
   const std::size_t at_least = std::clamp<std::size_t>(rows / kRowsOfThread, 1, threads);
@@ -168,6 +150,7 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
     block.row_begin = rows * (index / runs) / parts;
     block.row_end = rows * (index / runs + 1) / parts;
     if (sparse == nullptr) kernels.byte_linear->run(weights, bytes, y, block);
+    else if (gathers) kernels.sparse_bytes->gathered(*sparse->gathered, weights, bytes, raised, y, block);
     else run_sparse(kernels, *sparse, weights, bytes, y, block);
     // What went past the caches is seen by other threads only after this.
     if (y.past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);

@@ -63,6 +63,7 @@ CpuFlags detect() {
   f.avx512cd = bit(extended.ebx, 28);
   f.avx512bw = bit(extended.ebx, 30);
   f.avx512vl = bit(extended.ebx, 31);
+  f.avx512vbmi = bit(extended.ecx, 1);
   f.avx512_vbmi2 = bit(extended.ecx, 6);
   f.avx512_vnni = bit(extended.ecx, 11);
   f.amx_bf16 = bit(extended.edx, 22);

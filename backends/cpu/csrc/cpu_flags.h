@@ -18,6 +18,7 @@ struct CpuFlags {
   bool avx512dq = false;
   bool avx512vl = false;
   bool avx512_vnni = false;
+  bool avx512vbmi = false;
   bool avx512_vbmi2 = false;
   bool avx512_bf16 = false;
   bool amx_tile = false;

@@ -20,7 +20,7 @@ constexpr Requirement kAvx512Flags[] = {{"os_avx512", &CpuFlags::os_avx512}, {"a
                                         {"avx512bw", &CpuFlags::avx512bw},   {"avx512cd", &CpuFlags::avx512cd},
                                         {"avx512dq", &CpuFlags::avx512dq},   {"avx512vl", &CpuFlags::avx512vl}};
 constexpr Requirement kAvx512VnniFlags[] = {{"avx512_vnni", &CpuFlags::avx512_vnni}};
-constexpr Requirement kAvx512Vbmi2Flags[] = {{"avx512_vbmi2", &CpuFlags::avx512_vbmi2}};
+constexpr Requirement kAvx512Vbmi2Flags[] = {{"avx512vbmi", &CpuFlags::avx512vbmi}, {"avx512_vbmi2", &CpuFlags::avx512_vbmi2}};
 constexpr Requirement kAvx512Bf16Flags[] = {{"avx512_bf16", &CpuFlags::avx512_bf16}};
 constexpr Requirement kAmxFlags[] = {{"os_amx", &CpuFlags::os_amx},
                                      {"amx_tile", &CpuFlags::amx_tile},

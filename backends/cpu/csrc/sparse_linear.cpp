@@ -110,6 +110,7 @@ PackedLinear panel_of(const PackedLinear& weights, std::size_t panel, const std:
   one.codes = codes;
   one.scales = static_cast<const std::uint8_t*>(weights.scales) + cell * (weights.half_scales ? 2 : 4);
   if (weights.zeros != nullptr) one.zeros = weights.zeros + cell;
+  if (weights.sums != nullptr) one.sums = weights.sums + panel * kPanel;
   one.outputs = std::min(kPanel, weights.outputs - panel * kPanel);
   one.panels = 1;
   return one;

@@ -24,13 +24,32 @@ inline constexpr std::size_t kSparseSteps = kBlockSteps;
 // A kernel may read so many bytes beyond the last value.
 inline constexpr std::size_t kSparseBeyond = 64;
 
+// Columns that a slot of gathered weights reaches.
+inline constexpr std::size_t kWindow = 64;
+
+// Of each output of a panel up to four weights whose columns lie in one window: of output n bytes 4n..4n + 3.
+struct alignas(64) GatheredSlot {
+  std::uint8_t places[kStepBytes];  // of their columns in the window
+  std::int8_t codes[kStepBytes];    // less the zero point; 0 where there is none
+};
+
+// Weights of one group for many rows: of every output its own columns are picked out of a row, four for each product, so
+// that all zeros are skipped. Windows of a panel follow each other from left to right, wherever the output that is behind
+// all others needs one, and the others take from it what they have in it; 4096 columns of which 20 % are not zeros need 243
+// slots, where 205 would do if all outputs had theirs alike, and the dense weights have 1024 steps.
+struct GatheredWeights {
+  const GatheredSlot* slots;
+  const std::uint32_t* windows;  // [slots]: the first column of each
+  const std::uint64_t* offsets;  // [panels + 1]: where each panel's begin
+};
+
 struct SparseWeights {
   const std::uint64_t* masks;    // [panels][steps][words of a step]
   const std::uint8_t* values;
   const std::uint64_t* offsets;  // [panels][blocks of kSparseSteps], in bytes; and where the last one ends
   std::size_t outputs, panels, steps;
   SparseValues kind;
-  double some_blocks;            // of codes: the share of blocks of four columns that are not zeros
+  const GatheredWeights* gathered;  // of codes, for many rows; or null
 
   std::size_t blocks() const { return (steps + kSparseSteps - 1) / kSparseSteps; }
   std::size_t words() const { return kind == SparseValues::kInt8 || kind == SparseValues::kInt4 ? 4 : 1; }
@@ -49,12 +68,10 @@ struct SparseFill {
   std::uint8_t raise;         // added to every code, zero points too
 };
 
-// Rows of codes with 128 added to each, in tiles of `height` rows, each of them step by step, rows side by side; what is
-// padded to `width` rows is 128.
-struct TurnedBytes {
-  const std::uint8_t* codes;  // [tiles][steps][width][4]
-  const float* scales;        // [rows]
-  std::size_t rows, height, width, tiles;
+// Rows of codes with 128 added to each. A window of any row's columns can be read whole.
+struct RaisedRows {
+  const std::uint8_t* codes;  // [rows][stride]
+  std::size_t stride;
 };
 
 struct SparseByteKernels {
@@ -64,13 +81,10 @@ struct SparseByteKernels {
   // Up to `few_rows` rows with codes that are expanded in registers; null where they are not.
   void (*few)(const SparseWeights&, const PackedLinear&, const ByteRows&, const LinearOutput&, const LinearBlock&);
   std::size_t few_rows;
-  // Many rows, of weights with one group and no zero points, whose `sums` are given: all rows of a panel, blocks of four
-  // columns that are zeros being skipped. Scratch: [tiles][64][width] and [64][width]. Null where there is none.
-  void (*skip)(const SparseWeights&, const PackedLinear&, const TurnedBytes&, const LinearOutput&, std::size_t panel,
-               float* scratch);
-  void (*turn)(const std::int8_t* codes, std::size_t stride, std::size_t rows, std::size_t steps, std::size_t width,
-               std::uint8_t* to);
-  std::size_t lanes, most_rows;  // a tile's width is a multiple of the one, and the other at most
+  // More rows, on weights that have been gathered; the linear has one group, no zero points, and its `sums`. Null where
+  // there is none.
+  void (*gathered)(const GatheredWeights&, const PackedLinear&, const ByteRows&, const RaisedRows&, const LinearOutput&,
+                   const LinearBlock&);
 };
 
 // Rows of floats, in tiles of `height` rows, each of them column by column; what is padded to `width` rows is 0.

@@ -15,8 +15,10 @@ _FEW_ROWS = {"avx512_vbmi2": 4, "avx512": 4, "avx2": 1}
 _SKIP_ROWS, _SKIP_DENSITY, _SKIP_BLOCKS = 32, 0.45, 0.4
 # Vectors that skip zeros wait for their rows now and then, where dense tiles keep them in registers.
 _SKIP_EFFICIENCY, _NS_PER_ENTRY = 0.75, 0.6
-# Of a block of four that is not zeros; its products wait for loads, one for each, where dense tiles make two meanwhile.
-_NS_PER_BLOCK, _LOADS = 1.5, 2.0
+# Gathered columns. Of the dense kernel's products that many are made: of a window of 64 columns, outputs that have none
+# left in it wait. (Counted: random zeros of 4096 columns, 5 to 50 % not zeros.) Each picks its bytes of the row first.
+_LEAST_SLOTS, _SLOTS, _PICK = 0.047, 0.955, 1.4
+_SLOT_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,17 @@ class Arithmetic:
         """Of the dense linear."""
         return max(64 * self.dense_bytes * _NS_PER_BYTE, self.dense_least, rows * self.dense_row)
 
-    def sparse(self, rows: int, density: float, few: int, *, skips: bool) -> float:
+    def sparse(self, rows: int, density: float, few: int, *, skips: bool, gathers: bool = False) -> float:
         """Of the sparse one, of whose weights a share of ``density`` is stored."""
         memory = (8 + 64 * density * self.value_bytes) * _NS_PER_BYTE
         if rows <= few:
             return max(memory, self.least, rows * self.row)
+        if gathers:
+            slots = _LEAST_SLOTS + _SLOTS * density
+            return slots * max(64 * _SLOT_BYTES * _NS_PER_BYTE, rows * self.dense_row * _PICK)
         if skips and rows >= _SKIP_ROWS and density <= _SKIP_DENSITY:
             return density * (64 * _NS_PER_ENTRY + rows * self.dense_row / _SKIP_EFFICIENCY)
         return max(memory, self.expand + rows * self.dense_row)
-
-    def blocks(self, rows: int, share: float) -> float:
-        """Of the sparse one with many rows that skips blocks of four columns, of which a share is not zeros."""
-        return self.least + 16 * share * _NS_PER_BLOCK + rows * self.dense_row * share * _LOADS
 
 
 # By the kernels' instruction set and the kind of values. 4-bit values of two words share bytes, which fills them less.
@@ -78,7 +79,13 @@ _BYTES = {
 _FLOATS = {"avx_vnni": "avx2", **dict.fromkeys(("avx512_vnni", "avx512_vbmi2", "avx512_bf16", "amx"), "avx512")}
 
 
-def least_sparsity(isa: str, kind: str, rows: int) -> float | None:
+def can_gather(isa: str, rows: int) -> bool:
+    """Whether an instruction set has a kernel that picks each output's own columns, for so many rows."""
+    own = _BYTES.get(isa, isa)
+    return own == "avx512_vbmi2" and rows > _FEW_ROWS[own]
+
+
+def least_sparsity(isa: str, kind: str, rows: int, *, gathers: bool = False) -> float | None:
     """The share of zeros from which on a sparse linear is faster than the dense one on the same values.
 
     Args:
@@ -86,6 +93,7 @@ def least_sparsity(isa: str, kind: str, rows: int) -> float | None:
         kind: of the values: ``float32``, ``bfloat16``, ``int8`` or ``int4`` (the last two with activations rounded to
             8 bits).
         rows: of the input.
+        gathers: whether its codes may be gathered: they have one scale for each output and no zero points.
 
     Returns:
         a share in whole per cent, or ``None`` where no share is enough.
@@ -95,21 +103,8 @@ def least_sparsity(isa: str, kind: str, rows: int) -> float | None:
     if costs is None:
         return None
     few, skips = _FEW_ROWS[own] if own != "avx2" or kind in ("float32", "bfloat16") else 0, "float" in kind
+    gathers = gathers and can_gather(isa, rows)
     for percent in range(101):
-        if costs.sparse(rows, 1 - percent / 100, few, skips=skips) < costs.dense(rows):
+        if costs.sparse(rows, 1 - percent / 100, few, skips=skips, gathers=gathers) < costs.dense(rows):
             return percent / 100
     return None
-
-
-def blocks_pay(isa: str, kind: str, rows: int, share: float) -> bool:
-    """Whether many rows are faster where blocks of four columns are skipped that are zeros.
-
-    Args:
-        isa, kind, rows: as for :func:`least_sparsity`; of codes with a scale for each output and no zero points.
-        share: of the blocks that are not zeros.
-    """
-    own = _BYTES.get(isa, isa)
-    if own != "avx512_vbmi2" or rows < _SKIP_ROWS or share > _SKIP_BLOCKS:
-        return False
-    costs = _TABLE[own, kind]
-    return costs.blocks(rows, share) < costs.dense(rows)

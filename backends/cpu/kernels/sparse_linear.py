@@ -7,14 +7,15 @@ import torch
 
 from graphwright.backends.cpu.kernels.base import Kernel, Lowering, Site, stored_floats
 from graphwright.backends.cpu.kernels.byte_linear import MOST_COLUMNS, ByteLinear
-from graphwright.backends.cpu.kernels.byte_packing import PackedLinear, pack_nbits
+from graphwright.backends.cpu.kernels.byte_packing import PANEL, PackedLinear, pack_int8, pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
 from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
-from graphwright.backends.cpu.kernels.sparse_cost import blocks_pay, least_sparsity
+from graphwright.backends.cpu.kernels.sparse_cost import can_gather, least_sparsity
 from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.ops.quantization import pack
 from graphwright.ir.ops.sparse import bits_of, decompress, dense_codes
+from graphwright.ir.ops.sparse_int8 import int8_weight
 
 _STORED = ("mask", "values", "row_offsets", "scales", "zero_points")
 
@@ -25,12 +26,28 @@ class SparseLinear(Linear):
     Args:
         packed: the weights.
         isa: instruction set of the kernel.
-        compute: ``float32``; ``int8`` rounds activations to 8 bits, a scale for each row and group of columns;
-            ``bfloat16`` lets many rows be rounded to it, as ``NbitsLinear`` does. The last two are for codes only.
+        compute: ``float32``; ``int8`` rounds activations to 8 bits; ``bfloat16`` lets many rows be rounded to it, as
+            ``NbitsLinear`` does. The last two are for codes only.
         bias: ``[out]`` or ``None``.
+        rounding: with ``int8``, as for :class:`ByteLinear`; ``shifted`` and ``fixed`` are for one group without zero
+            points.
+        input_scales: ``[in]``, for ``fixed``.
+        input_zero_point: in 0..255, for ``fixed``.
+        gather: whether rows above a few are to skip all zeros, where the instruction set has a kernel for it, at the
+            price of a second copy of the weights, of twice the bytes. For ``int8``, one group and no zero points.
     """
 
-    def __init__(self, packed: PackedSparse, isa: str, compute: str, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        packed: PackedSparse,
+        isa: str,
+        compute: str,
+        bias: torch.Tensor | None = None,
+        rounding: str = "symmetric",
+        input_scales: torch.Tensor | None = None,
+        input_zero_point: int = 0,
+        gather: bool = False,
+    ) -> None:
         from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
         kernel = _native.SparseLinear(
@@ -46,15 +63,22 @@ class SparseLinear(Linear):
             packed.scales.numpy() if packed.scales is not None else None,
             packed.zeros.numpy() if packed.zeros is not None else None,
             stored_floats(bias),
+            rounding,
+            stored_floats(input_scales),
+            input_zero_point,
+            gather,
+            torch.get_num_threads(),
         )
-        rounding = {
-            "int8": "activations rounded to int8 (symmetric)",
+        computed = {
+            "int8": f"activations rounded to int8 ({rounding})",
             "bfloat16": "many rows rounded to bfloat16",
             "float32": "float32",
         }[compute]
-        super().__init__(
-            kernel, packed.columns, packed.outputs, f"sparse_linear {kernel.isa}, {packed.described}, {rounding}"
-        )
+        label = f"sparse_linear {kernel.isa}, {packed.described}, {computed}"
+        if kernel.gathered_steps:
+            share = kernel.gathered_steps / (-(-packed.outputs // PANEL) * -(-packed.columns // 4))
+            label += f", more than a few rows in {share:.0%} of the dense kernel's products"
+        super().__init__(kernel, packed.columns, packed.outputs, label)
         self.packed = packed
 
 
@@ -76,13 +100,8 @@ def _sparse(site: Site) -> Kernel | str:
     if rounded and scales is not None and scales.shape[1] > 1 and group % 4:
         return "the kernel rounds activations in groups of whole steps of 4 columns"
     sparsity = 1 - int(offsets[-1]) / (len(mask) * columns)
-    against = _against(site, kind, sparsity, rounded=rounded)
-    blocks = (
-        _blocks(mask, columns) if rounded and zeros is None and scales is not None and scales.shape[1] == 1 else 1.0
-    )
-    skips = rounded and blocks_pay(site.isa, kind, _rows(site), blocks)
-    if skips:
-        against = ""
+    gathers = rounded and zeros is None and scales is not None and scales.shape[1] == 1
+    against = _against(site, kind, sparsity, rounded=rounded, gathers=gathers)
     whole = format == "float" or group * bits_of(format) % 32 == 0 or (scales is not None and scales.shape[1] == 1)
     if against and whole:
         return _dense(site, columns, bias, against)
@@ -91,19 +110,18 @@ def _sparse(site: Site) -> Kernel | str:
         packed = site.packed_once(_STORED[:3], lambda: pack_sparse(*operands))
     except ValueError as error:
         return str(error)
-    kernel = SparseLinear(packed, site.isa, site.compute if format != "float" else "float32", bias)
-    least = least_sparsity(site.isa, kind, _rows(site))
-    if skips:
-        kernel.label += f"; skips blocks of four columns, of which {1 - blocks:.0%} are zeros"
-    elif not against and least is not None:
-        kernel.label += f"; faster than dense from {least:.0%} zeros on"
+    gathers = gathers and not against and can_gather(site.isa, _rows(site))
+    compute = site.compute if format != "float" else "float32"
+    kernel = SparseLinear(packed, site.isa, compute, bias, gather=gathers)
+    if not against:
+        kernel.label += _pays(site, kind, gathers=gathers)
     return kernel
 
 
-def _blocks(mask: torch.Tensor, columns: int) -> float:
-    """The share of blocks of four columns that are not zeros."""
-    some = int(((mask & 15) != 0).sum()) + int((mask >= 16).sum())
-    return some / (len(mask) * -(-columns // 4))
+def _pays(site: Site, kind: str, *, gathers: bool) -> str:
+    """From where on zeros pay, for the label."""
+    least = least_sparsity(site.isa, kind, _rows(site), gathers=gathers)
+    return f"; faster than dense from {least:.0%} zeros on" if least is not None else ""
 
 
 def _rows(site: Site) -> int:
@@ -116,12 +134,12 @@ def _rows(site: Site) -> int:
     return rows
 
 
-def _against(site: Site, kind: str, sparsity: float, *, rounded: bool) -> str:
+def _against(site: Site, kind: str, sparsity: float, *, rounded: bool, gathers: bool) -> str:
     """Why the dense kernel is faster, or an empty string."""
     if kind in ("int8", "int4") and not rounded:
         return "zeros of codes save time only where activations are rounded too (compute='int8')"
     rows = _rows(site)
-    least = least_sparsity(site.isa, kind, rows)
+    least = least_sparsity(site.isa, kind, rows, gathers=gathers)
     if least is None:
         return f"the dense kernel is faster with {rows} rows, whatever the share of zeros"
     if sparsity < least:
@@ -159,4 +177,51 @@ def _dense(site: Site, columns: int, bias: torch.Tensor | None, why: str) -> Ker
     return kernel
 
 
-LOWERINGS: dict[str, Lowering] = {"graphwright.linear_sparse": _sparse}
+def _dynamic(site: Site) -> Kernel | str:
+    if site.arguments["activation"] != "per_token":
+        return "ranges of the whole tensor have no kernel; per token they have"
+    return _rounded(site, "shifted", None, 0)
+
+
+def _static(site: Site) -> Kernel | str:
+    if not site.is_stored("input_scales"):
+        return "its input_scales are computed, not stored"
+    return _rounded(site, "fixed", site.stored("input_scales"), site.arguments["input_zero_point"])
+
+
+def _rounded(site: Site, rounding: str, input_scales: torch.Tensor | None, input_zero_point: int) -> Kernel | str:
+    """A linear that rounds its activations whatever linears compute in."""
+    names = ("mask", "values", "row_offsets", "scales")
+    refusal = unsuitable(site, (*names, "bias"))
+    if refusal:
+        return refusal
+    columns = int(site.value("x").shape[-1])
+    mask, values, offsets, scales = (site.stored(name) for name in names)
+    if len(mask) == 0 or columns == 0:
+        return "its weight is empty"
+    if columns > MOST_COLUMNS:
+        return f"it has more than {MOST_COLUMNS} input features"
+    bias, grid = site.maybe_stored("bias"), (input_scales, input_zero_point)
+    sparsity = 1 - int(offsets[-1]) / (len(mask) * columns)
+    against = _against(site, "int8", sparsity, rounded=True, gathers=True)
+    if against:
+        dense = site.packed_once(names, lambda: pack_int8(int8_weight(mask, values, columns), scales))
+        kernel: Linear = ByteLinear(dense, site.isa, rounding, bias, *grid)
+        kernel.label += f"; dense, as {against}"
+        return kernel
+    operands = mask, values, offsets, scales.unsqueeze(1).to(torch.float32), None, "int8", columns, columns
+    try:
+        packed = site.packed_once(names, lambda: pack_sparse(*operands))
+    except ValueError as error:
+        return str(error)
+    gathers = can_gather(site.isa, _rows(site))
+    kernel = SparseLinear(packed, site.isa, "int8", bias, rounding, *grid, gather=gathers)
+    kernel.label += _pays(site, "int8", gathers=gathers)
+    return kernel
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "graphwright.linear_sparse": _sparse,
+    "graphwright.linear_sparse_dynamic": _dynamic,
+    "graphwright.linear_sparse_static": _static,
+}

@@ -89,4 +89,6 @@ TRANSLATIONS: dict[str, str] = {
     "graphwright.linear_outliers": "sparse_linear:linear_outliers",
     "graphwright.linear_sparse": "sparse_linear:linear_sparse",
     "graphwright.apply_mask": "choice:apply_mask",
+    "graphwright.linear_sparse_dynamic": "sparse_linear:linear_sparse_dynamic",
+    "graphwright.linear_sparse_static": "sparse_linear:linear_sparse_static",
 }

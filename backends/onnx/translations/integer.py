@@ -10,6 +10,9 @@ so a product with the constant 128, and a correction of rank one that joins the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import onnx_ir as ir
 import torch
 from torch import fx
@@ -23,6 +26,22 @@ _MIDDLE = 128
 _LEVELS = 255
 # Added to every scale: nothing to those of values that matter, and no division by zero.
 _SMALLEST = 1e-30
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A stored weight.
+
+    Attributes:
+        name: what its initialisers are named after.
+        outputs, columns: of the matrix.
+        make: gives it, int8 ``[out, in]``.
+    """
+
+    name: str
+    outputs: int
+    columns: int
+    make: Callable[[], torch.Tensor]
 
 
 def linear_int8_dynamic(
@@ -43,21 +62,7 @@ def linear_int8_dynamic(
     Raises:
         ExportError: the weights are computed, not stored, or the activations are not float32.
     """
-    weight, factors, shift = _operands(lower, node, qweight, scales, bias)
-    if activation == "per_tensor":
-        key = ("per tensor", lower.elements(x))
-        codes, step, zero = lower.once(key, lambda: _per_tensor(lower, x))
-        values = _product(lower, codes, weight, step, factors, zero, shift)
-        result = values[-1]
-    else:
-        codes, step, correction = lower.once(("per token", lower.elements(x)), lambda: _per_token(lower, x))
-        one, middle = lower.graph.constant(1.0, torch.float32), lower.graph.constant(_MIDDLE, torch.uint8)
-        values = _product(lower, codes, weight, one, factors, middle, None)
-        values.append(lower.graph.call("Mul", values[-1], step))
-        columns = _columns(lower, qweight, scales, bias)
-        result = lower.graph.call("Gemm", correction, columns, values[-1])
-    lower.set_rows(node, result)
-    lower.expect(node, "MatMulIntegerToFloat", values)
+    multiply_dynamic(lower, node, x, _stored(lower, node, qweight), scales, bias, activation)
 
 
 def linear_int8_static(
@@ -78,31 +83,86 @@ def linear_int8_static(
     Raises:
         ExportError: weights or scales are computed, not stored, or the activations are not float32.
     """
-    weight, factors, shift = _operands(lower, node, qweight, scales, bias)
+    weight = _stored(lower, node, qweight)
+    multiply_static(lower, node, x, weight, scales, bias, input_scales, input_zero_point)
+
+
+def multiply_dynamic(
+    lower: Lowering,
+    node: fx.Node,
+    x: fx.Node,
+    weight: Int8Weight,
+    scales: fx.Node,
+    bias: fx.Node | None,
+    activation: str,
+) -> None:
+    """What :func:`linear_int8_dynamic` writes, on a weight that need not be stored so.
+
+    Raises:
+        ExportError: the scales are computed, not stored, or the activations are not float32.
+    """
+    matrix, factors, shift = _operands(lower, node, weight, scales, bias)
+    if activation == "per_tensor":
+        key = ("per tensor", lower.elements(x))
+        codes, step, zero = lower.once(key, lambda: _per_tensor(lower, x))
+        values = _product(lower, codes, matrix, step, factors, zero, shift)
+        result = values[-1]
+    else:
+        codes, step, correction = lower.once(("per token", lower.elements(x)), lambda: _per_token(lower, x))
+        one, middle = lower.graph.constant(1.0, torch.float32), lower.graph.constant(_MIDDLE, torch.uint8)
+        values = _product(lower, codes, matrix, one, factors, middle, None)
+        values.append(lower.graph.call("Mul", values[-1], step))
+        columns = _columns(lower, weight, scales, bias)
+        result = lower.graph.call("Gemm", correction, columns, values[-1])
+    lower.set_rows(node, result)
+    lower.expect(node, "MatMulIntegerToFloat", values)
+
+
+def multiply_static(
+    lower: Lowering,
+    node: fx.Node,
+    x: fx.Node,
+    weight: Int8Weight,
+    scales: fx.Node,
+    bias: fx.Node | None,
+    input_scales: fx.Node,
+    input_zero_point: int,
+) -> None:
+    """What :func:`linear_int8_static` writes, on a weight that need not be stored so.
+
+    Raises:
+        ExportError: scales are computed, not stored, or the activations are not float32.
+    """
+    matrix, factors, shift = _operands(lower, node, weight, scales, bias)
     if input_scales.op != "get_attr":
         raise lower.refuse(node, "the scales of the input must be stored, here they are computed")
     key = ("static", lower.elements(x), str(input_scales.target), input_zero_point)
     codes, zero = lower.once(key, lambda: _static(lower, x, input_scales, input_zero_point))
     one = lower.graph.constant(1.0, torch.float32)
-    values = _product(lower, codes, weight, one, factors, zero, shift)
+    values = _product(lower, codes, matrix, one, factors, zero, shift)
     lower.set_rows(node, values[-1])
     lower.expect(node, "MatMulIntegerToFloat", values)
 
 
+def _stored(lower: Lowering, node: fx.Node, qweight: fx.Node) -> Int8Weight:
+    if qweight.op != "get_attr":
+        raise lower.refuse(node, "quantised weights must be stored, here they are computed")
+    stored = lower.program.tensor(qweight).detach()
+    return Int8Weight(str(qweight.target), len(stored), stored.shape[1], lambda: stored)
+
+
 def _operands(
-    lower: Lowering, node: fx.Node, qweight: fx.Node, scales: fx.Node, bias: fx.Node | None
+    lower: Lowering, node: fx.Node, weight: Int8Weight, scales: fx.Node, bias: fx.Node | None
 ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Weight ``[in, out]``, scales and bias."""
-    if qweight.op != "get_attr" or scales.op != "get_attr":
-        raise lower.refuse(node, "quantised weights must be stored, here they are computed")
+    if scales.op != "get_attr":
+        raise lower.refuse(node, "the scales of quantised weights must be stored, here they are computed")
     if lower.dtype(node) != torch.float32:
         raise lower.refuse(node, f"the runtime rounds float32 activations only, not {lower.dtype(node)}")
-    stored = lower.program.tensor(qweight).detach()
-    weight = lower.graph.derived(
-        f"{qweight.target}.transposed", torch.int8, (stored.shape[1], stored.shape[0]), lambda: stored.t()
-    )
+    shape = weight.columns, weight.outputs
+    matrix = lower.graph.derived(f"{weight.name}.transposed", torch.int8, shape, lambda: weight.make().t())
     shift = lower.tensor(bias, torch.float32) if bias is not None else None
-    return weight, lower.tensor(scales, torch.float32), shift
+    return matrix, lower.tensor(scales, torch.float32), shift
 
 
 def _static(lower: Lowering, x: fx.Node, input_scales: fx.Node, input_zero_point: int) -> tuple[ir.Value, ir.Value]:
@@ -175,13 +235,13 @@ def _per_row(lower: Lowering, rows: Size) -> tuple[ir.Value, ir.Value]:
     return ones, middles
 
 
-def _columns(lower: Lowering, qweight: fx.Node, scales: fx.Node, bias: fx.Node | None) -> ir.Value:
+def _columns(lower: Lowering, weight: Int8Weight, scales: fx.Node, bias: fx.Node | None) -> ir.Value:
     """The right factor of the correction, ``[2, N]``: what a zero point takes from each output, and the bias."""
-    stored, factors = lower.program.tensor(qweight).detach(), lower.program.tensor(scales).detach()
+    factors = lower.program.tensor(scales).detach()
 
     def make() -> torch.Tensor:
-        sums = stored.sum(dim=1, dtype=torch.int64).double() * factors.double()
+        sums = weight.make().sum(dim=1, dtype=torch.int64).double() * factors.double()
         shift = lower.program.tensor(bias).detach().double() if bias is not None else torch.zeros_like(sums)
         return torch.stack((-sums, shift)).float()
 
-    return lower.graph.derived(f"{qweight.target}.correction", torch.float32, (2, stored.shape[0]), make)
+    return lower.graph.derived(f"{weight.name}.correction", torch.float32, (2, weight.outputs), make)

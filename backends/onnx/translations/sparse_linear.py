@@ -7,9 +7,11 @@ from torch import fx
 
 from graphwright.backends.onnx import encodings
 from graphwright.backends.onnx.lowering import Lowering
+from graphwright.backends.onnx.translations.integer import Int8Weight, multiply_dynamic, multiply_static
 from graphwright.backends.onnx.translations.weight_only import StoredWeights, multiply
 from graphwright.ir.ops.quantization import pack
 from graphwright.ir.ops.sparse import bits_of, decompress, dense_codes
+from graphwright.ir.ops.sparse_int8 import int8_weight
 
 
 def linear_outliers(
@@ -98,3 +100,57 @@ def linear_sparse(
     names = [name, *(str(each.target) if each is not None else "" for each in (scales, zero_points))]
     weights = StoredWeights.of(names, [packed, factors, zeros], bits_of(format), group_size, columns, block)
     multiply(lower, node, x, weights, bias)
+
+
+def linear_sparse_dynamic(
+    lower: Lowering,
+    node: fx.Node,
+    x: fx.Node,
+    mask: fx.Node,
+    values: fx.Node,
+    row_offsets: fx.Node,
+    scales: fx.Node,
+    bias: fx.Node | None,
+    activation: str,
+) -> None:
+    """What ``linear_int8_dynamic`` is written as, on the dense weight under its old name.
+
+    Raises:
+        ExportError: the weight is computed, the input features vary, or the activations are not float32.
+    """
+    weight = _int8(lower, node, x, mask, values, row_offsets)
+    multiply_dynamic(lower, node, x, weight, scales, bias, activation)
+
+
+def linear_sparse_static(
+    lower: Lowering,
+    node: fx.Node,
+    x: fx.Node,
+    mask: fx.Node,
+    values: fx.Node,
+    row_offsets: fx.Node,
+    scales: fx.Node,
+    bias: fx.Node | None,
+    input_scales: fx.Node,
+    input_zero_point: int,
+) -> None:
+    """What ``linear_int8_static`` is written as, on the dense weight under its old name.
+
+    Raises:
+        ExportError: the weight is computed, the input features vary, or the activations are not float32.
+    """
+    weight = _int8(lower, node, x, mask, values, row_offsets)
+    multiply_static(lower, node, x, weight, scales, bias, input_scales, input_zero_point)
+
+
+def _int8(
+    lower: Lowering, node: fx.Node, x: fx.Node, mask: fx.Node, values: fx.Node, row_offsets: fx.Node
+) -> Int8Weight:
+    columns = lower.shape(x)[-1]
+    if not isinstance(columns, int):
+        raise lower.refuse(node, "the input features vary from call to call")
+    if any(each.op != "get_attr" for each in (mask, values, row_offsets)):
+        raise lower.refuse(node, "a sparse weight must be stored, here it is computed")
+    bits, stored = (lower.program.tensor(each).detach() for each in (mask, values))
+    name = str(mask.target).removesuffix("_mask")
+    return Int8Weight(name, len(bits), columns, lambda: int8_weight(bits, stored, columns))

@@ -69,9 +69,6 @@ const SparseByteKernels sparse_bytes = {.isa = "avx2",
                                         .expand = expand,
                                         .few = nullptr,
                                         .few_rows = 0,
-                                        .skip = nullptr,
-                                        .turn = nullptr,
-                                        .lanes = 1,
-                                        .most_rows = 1};
+                                        .gathered = nullptr};
 
 }  // namespace graphwright::avx2

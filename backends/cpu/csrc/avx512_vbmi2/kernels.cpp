@@ -1,4 +1,4 @@
-// AVX512_VBMI2 on top of AVX512_VNNI: bytes are spread by a mask in one instruction.
+// AVX512_VBMI2 on top of AVX512_VNNI: bytes are spread by a mask, or picked by their places, in one instruction.
 #include "kernel_table.h"
 
 namespace graphwright::avx512_vbmi2 {

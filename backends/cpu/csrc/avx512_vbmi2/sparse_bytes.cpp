@@ -1,4 +1,5 @@
-// Sparse codes in 512-bit vectors: a word of the mask is a vector, for one row and a few in registers.
+// Sparse codes in 512-bit vectors: a word of the mask is a vector, for one row and a few in registers. With many rows each
+// output has columns of its own, picked out of a vector of the row.
 #include <immintrin.h>
 
 #include "sparse_linear_kernels.h"
@@ -18,12 +19,8 @@ struct V : Vectors {
   static Int expand(Int fill, std::uint64_t mask, Int values) { return _mm512_mask_expand_epi8(fill, mask, values); }
   // Of small numbers, one to a lane.
   static Int each_byte(Int v) { return _mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101)); }
-  static Int bits(Float v) { return _mm512_castps_si512(v); }
-  static void store_ints(std::int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
-  // Signed bytes with 128 added to each.
-  static void store_unsigned(std::uint8_t* p, Float v) {
-    _mm512_storeu_si512(p, _mm512_xor_si512(bits(v), _mm512_set1_epi8(-128)));
-  }
+  // The bytes of `from` at these places, each in 0..63.
+  static Int pick(Int places, Int from) { return _mm512_permutexvar_epi8(places, from); }
   static void prefetch_near(const std::uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 };
 
@@ -61,7 +58,7 @@ struct S {
 
 #include "sparse_bytes.inc"
 #include "sparse_few.inc"
-#include "sparse_blocks.inc"
+#include "sparse_gathered.inc"
 
 #undef GRAPHWRIGHT_UNROLL
 
@@ -72,9 +69,6 @@ const SparseByteKernels sparse_bytes = {.isa = "avx512_vbmi2",
                                         .expand = expand,
                                         .few = sparse_few,
                                         .few_rows = kFewSparseRows,
-                                        .skip = skip_blocks,
-                                        .turn = turn_bytes,
-                                        .lanes = V::kLanes,
-                                        .most_rows = V::kLanes * kBlockVectors};
+                                        .gathered = gathered};
 
 }  // namespace graphwright::avx512_vbmi2

@@ -31,9 +31,6 @@ const SparseByteKernels sparse_bytes = {.isa = "scalar",
                                         .expand = expand,
                                         .few = nullptr,
                                         .few_rows = 0,
-                                        .skip = nullptr,
-                                        .turn = nullptr,
-                                        .lanes = 1,
-                                        .most_rows = 1};
+                                        .gathered = nullptr};
 
 }  // namespace graphwright::scalar
