@@ -25,7 +25,8 @@ def blocks_of(matrix: np.ndarray, pattern: str) -> np.ndarray:
     rows, columns = matrix.shape
     if "x" in pattern:
         r, c = (int(each) for each in pattern.split("x"))
-        return matrix.reshape(rows // r, r, columns // c, c).transpose(0, 2, 1, 3).reshape(-1, r * c)
+        blocks: np.ndarray = matrix.reshape(rows // r, r, columns // c, c).transpose(0, 2, 1, 3).reshape(-1, r * c)
+        return blocks
     return matrix.reshape(-1, int(pattern.partition(":")[2] or 1))
 
 
