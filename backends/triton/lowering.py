@@ -64,6 +64,9 @@ class Use:
             return KernelUse(name, path, op, "reference" if ops.is_dialect(self.node.target) else "torch", self.reason)
         if self.role:
             return KernelUse(name, path, op, f"{self.role} of {self.kernel.label}")
+        if self.kernel.idle:
+            reason = "its kernel launched nothing: there were no rows, or a gradient was wanted that PyTorch gives"
+            return KernelUse(name, path, op, "reference" if ops.is_dialect(self.node.target) else "torch", reason)
         planned = f" (planned: {self.kernel.planned})" if self.kernel.planned else ""
         launched = f": {self.kernel.launched}" if self.kernel.launched else planned
         return KernelUse(name, path, op, f"{self.kernel.runner} {self.kernel.label}{launched}")

@@ -27,7 +27,8 @@ class NodeKernel(nn.Module):
         inputs: names of the operator's arguments that it is called with, in order.
         runner: whose kernels they are, for ``explain()``: ``"triton"`` or ``"torch"``.
         label: what ``explain()`` calls it.
-        launched: what its first call has launched, for ``explain()``; empty before.
+        launched: what the first call that launched something has launched, for ``explain()``; empty before.
+        idle: whether the last call has launched nothing, as where only PyTorch gives a gradient that is wanted.
         planned: what one of the traced sizes would launch; empty until somebody asks.
     """
 
@@ -35,15 +36,16 @@ class NodeKernel(nn.Module):
     runner: str = "triton"
     label: str
     launched: str = ""
+    idle: bool = False
     planned: str = ""
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run; the first time, note what is launched."""
-        if self.launched:
+        """Run; until something is launched, note what is."""
+        if self.launched or self.runner != "triton":
             return self.forward(*inputs)
         with recorded() as launches:
             result = self.forward(*inputs)
-        self.launched = "; ".join(map(str, launches)) or "nothing launched"
+        self.launched, self.idle = "; ".join(map(str, launches)), not launches
         return result
 
 

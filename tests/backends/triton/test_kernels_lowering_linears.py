@@ -285,6 +285,8 @@ def test_sparse_weights_train_and_are_laid_out_again() -> None:
     (found,) = torch.autograd.grad(small(x), values, slope)
     (wanted,) = torch.autograd.grad(small.body(x)[0], values, slope)
     check(found, wanted)
+    uses = [use for use in small.explain() if use.op == "graphwright.linear_sparse"]
+    assert all(use.kernel == "reference" and "launched nothing" in use.reason for use in uses)
     agree(small, x)
     with torch.no_grad():
         values.mul_(2)
