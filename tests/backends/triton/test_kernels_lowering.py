@@ -144,7 +144,7 @@ def test_sessions_that_cannot_be() -> None:
         session.step(tokens, one, one, tokens[:, :1])
 
 
-@pytest.mark.parametrize("target", [CPU, "cpu", "onnx"], ids=str)
+@pytest.mark.parametrize("target", [CPU, "cpu", "onnx"], ids=["triton", "cpu", "onnx"])
 def test_inputs_elsewhere_are_refused(target: Any) -> None:
     x = random(2, 64)
     small = gw.optimize(nn.Linear(64, 8).eval(), example_inputs=(x,), target=target, verify=False)
