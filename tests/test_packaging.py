@@ -343,7 +343,7 @@ def test_make_help_lists_every_target(repository: Path) -> None:
         pytest.skip("needs make")
     done = subprocess.run(["make", "help"], cwd=repository, capture_output=True, text=True, check=True)
     assert set(re.findall(r"^  make ([a-z]+) ", done.stdout, re.MULTILINE)) == {
-        "help", "setup", "lint", "test", "sanitize", "demo", "bench", "clean",
+        "help", "setup", "lint", "test", "sanitize", "kernels", "demo", "bench", "clean",
     }  # fmt: skip
 
 
