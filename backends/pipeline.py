@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from graphwright.backends.session import Session
@@ -75,6 +78,32 @@ class PipelineSession(Session):
         inner = slots * self.repeats + repetitions
         self._check(tokens, inner, starts, rows, self.slots * self.repeats)
         return self._stage(tokens, hidden, repetitions == 0, inner, starts, rows)
+
+    def stage_tokens(
+        self,
+        tokens: Sequence[int],
+        hidden: npt.NDArray[np.float32],
+        repetitions: Sequence[int],
+        slots: Sequence[int],
+        starts: Sequence[int],
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """:meth:`stage` for one token in each row, all of them classified: what decoding takes again and again.
+
+        Args:
+            tokens, repetitions, slots, starts: a number for each row.
+            hidden: float32 ``[B, D]``.
+
+        Returns:
+            logits float32 ``[B, V]``, overwritten by the next stage, and the hidden state float32 ``[B, D]``.
+
+        Raises:
+            InputError: as for :meth:`stage`.
+        """
+        count = len(tokens)
+        ids, which, at, begin = (torch.tensor(each, dtype=torch.int64) for each in (tokens, repetitions, slots, starts))
+        rows = torch.zeros(count, 1, dtype=torch.int64)
+        logits, after = self.stage(ids.unsqueeze(1), torch.from_numpy(hidden).unsqueeze(1), which, at, begin, rows)
+        return logits.view(count, -1).numpy(), after.view(count, -1).numpy()
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of one slot to another, at every repetition."""

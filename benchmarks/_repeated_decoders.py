@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 
@@ -84,16 +87,32 @@ class ReplayedPredictions(PipelineSession):
         rows: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits, after = self._inner._stage(tokens, hidden, is_new, slots, starts, rows)
-        began = time.perf_counter()
         if rows.shape[1]:
-            chosen = []
-            for slot, start in zip(slots.tolist(), starts.tolist(), strict=True):
-                at = start + tokens.shape[1] - 1
-                is_wrong = self._is_flipped[at] and slot % self.repeats < self._until
-                chosen.append(self._right[at] + is_wrong)
-            logits.numpy()[range(len(chosen)), -1, chosen] = 1e30
-        self.replacing_seconds += time.perf_counter() - began
+            ends = [start + tokens.shape[1] - 1 for start in starts.tolist()]
+            self._replace(logits.numpy()[:, -1], [slot % self.repeats for slot in slots.tolist()], ends)
         return logits, after
+
+    def stage_tokens(
+        self,
+        tokens: Sequence[int],
+        hidden: npt.NDArray[np.float32],
+        repetitions: Sequence[int],
+        slots: Sequence[int],
+        starts: Sequence[int],
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """As the inner session's, then replaced."""
+        logits, after = self._inner.stage_tokens(tokens, hidden, repetitions, slots, starts)
+        self._replace(logits, repetitions, starts)
+        return logits, after
+
+    def _replace(self, logits: npt.NDArray[np.float32], repetitions: Sequence[int], places: Sequence[int]) -> None:
+        began = time.perf_counter()
+        chosen = [
+            self._right[at] + (self._is_flipped[at] and repetition < self._until)
+            for repetition, at in zip(repetitions, places, strict=True)
+        ]
+        logits[range(len(chosen)), chosen] = 1e30
+        self.replacing_seconds += time.perf_counter() - began
 
     def _copy(self, source: int, target: int, length: int) -> None:
         self._inner._copy(source, target, length)

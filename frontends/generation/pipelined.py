@@ -111,8 +111,7 @@ class PipelinedRun(Run):
         repeats = cache.session.repeats
         self._flips, self._completed = [0] * (repeats - 1), 0
         self._first_flips = self._rows = self._lane_stages = self._dropped = self._exits = self._early_flips = 0
-        self._hidden = torch.zeros(1, 1, cache.session.width)
-        self._first = torch.zeros(repeats * cache.session.slots, 1, dtype=torch.int64)
+        self._hidden = np.zeros((1, cache.session.width), np.float32)
 
     def result(self) -> Generation:
         """What there is so far."""
@@ -165,18 +164,14 @@ class PipelinedRun(Run):
 
     def _run_stage(self, lanes: Several[_Lane]) -> npt.NDArray[np.float32]:
         flying = [(lane.sequence.slot, flight) for lane in lanes for flight in lane.flights]
-        # One array: each takes as long to make as a small kernel to run.
-        given = np.array([(each.token, each.depth, slot, each.position, each.row) for slot, each in flying], np.int64)
-        tokens, depths, slots, positions, rows = torch.from_numpy(given).unbind(1)
-        logits, self._hidden = self._pipeline.stage(
-            tokens.unsqueeze(1),
-            self._hidden.index_select(0, rows),
-            depths,
-            slots,
-            positions,
-            self._first[: len(flying)],
+        logits, self._hidden = self._pipeline.stage_tokens(
+            [flight.token for _, flight in flying],
+            self._hidden[[flight.row for _, flight in flying]],
+            [flight.depth for _, flight in flying],
+            [slot for slot, _ in flying],
+            [flight.position for _, flight in flying],
         )
-        return logits.view(len(flying), -1).numpy()
+        return logits
 
     def _advance_lane(self, lane: _Lane, at: int, logits: npt.NDArray[np.float32], best: Several[int]) -> None:
         """Take over what the stage gave for one sequence, from row ``at`` on."""

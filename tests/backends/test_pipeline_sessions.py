@@ -169,6 +169,40 @@ def test_bad_stages_are_refused_before_anything_is_written() -> None:
         made._executable.pipeline(cache="int8")
 
 
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_single_tokens_as_numbers(target: str) -> None:
+    """What decoding calls gives what stages of tensors give, bit for bit, and refuses the same."""
+    made: Any = gw.optimize(shared_decoder(cycle(2, 2), prepared=True), target=target, verify=False)
+    one, other = (made._executable.pipeline(slots=2, capacity=4) for _ in range(2))
+    hidden, column = np.zeros((3, one.width), np.float32), torch.zeros(3, 1, dtype=torch.int64)
+    for tokens, repetitions, slots, starts in (
+        ([5, 6], [0, 0], [0, 1], [0, 0]),
+        ([5, 7, 6], [1, 0, 1], [0, 0, 1], [0, 1, 0]),
+    ):
+        count = len(tokens)
+        found, after = one.stage_tokens(tokens, hidden[:count], repetitions, slots, starts)
+        numbers = [torch.tensor(each) for each in (repetitions, slots, starts)]
+        ids, before = torch.tensor(tokens).unsqueeze(1), torch.from_numpy(hidden[:count]).unsqueeze(1)
+        wanted, hidden_after = other.stage(ids, before, *numbers, column[:count])
+        assert np.array_equal(found, wanted[:, 0].numpy())
+        assert np.array_equal(after, hidden_after[:, 0].numpy())
+        hidden = after[[0, 0, 1]]
+    good: dict[str, Any] = {"tokens": [3], "hidden": hidden[:1], "repetitions": [0], "slots": [0], "starts": [0]}
+    bad: list[tuple[str, Any, str]] = [
+        ("tokens", [97], "token 97 is not in the vocabulary"),
+        ("tokens", [], "shapes do not fit|hidden is"),
+        ("hidden", hidden[:1, :3], "hidden is"),
+        ("repetitions", [-1], r"repetitions \[-1\] are not all among 2"),
+        ("slots", [2], r"slots \[2\] are not all among 2"),
+        ("starts", [4], "do not fit a cache of 4"),
+    ]
+    for name, value, text in bad:
+        with pytest.raises(InputError, match=text):
+            one.stage_tokens(**{**good, name: value})
+    with pytest.raises(InputError, match="not distinct"):
+        one.stage_tokens([3, 3], hidden[:2], [0, 0], [0, 0], [0, 1])
+
+
 def test_a_backend_without_stages_says_so() -> None:
     from graphwright.backends.executable import Executable
 
