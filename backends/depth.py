@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -53,12 +54,14 @@ class Depths:
         slots: of the session.
 
     Attributes:
-        taken: of every row so far, in order.
+        last: of the rows of the last step, in no order.
+        taken: how many tokens of answers and pieces of prompts have run through so many layers so far.
     """
 
     def __init__(self, schedule: DepthSchedule, layers: int, slots: int) -> None:
         self.schedule, self.layers = schedule, layers
-        self.taken: list[int] = []
+        self.last: list[int] = []
+        self.taken: Counter[int] = Counter()
         self._origins = [0] * slots
 
     def rows(self, tokens: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -78,8 +81,8 @@ class Depths:
                 self._origins[slot] = min(self._origins[slot], start)
                 depth = self.schedule.depth(self.layers, start - self._origins[slot])
             found.setdefault(depth, []).append(row)
-        for depth, rows in found.items():
-            self.taken += [depth] * len(rows)
+        self.last = [depth for depth, rows in found.items() for _ in rows]
+        self.taken.update(self.last)
         return {depth: torch.tensor(rows) for depth, rows in found.items()}
 
     def copied(self, source: int, target: int, length: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -43,7 +44,7 @@ def torchao_linears(kind: str, x: torch.Tensor, outputs: int, count: int) -> Cal
         layer = nn.Linear(x.shape[-1], outputs, bias=False, dtype=x.dtype, device=x.device).requires_grad_(False)
         quantize_(layer, torchao_config(kind))
         layers.append(torch.compile(layer) if kind in ("int8", "fp8") else layer)
-    return [lambda each=layer: each(x) for layer in layers]  # type: ignore[misc]
+    return [partial(layer, x) for layer in layers]
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def test_a_token_runs_the_first_layers_and_the_classifier(target: str, prepared:
     for place, token in enumerate([4, 8, 15]):
         given = (torch.full((2, 1), token), slots, starts + 3 + place, first)
         found, whole, few = (each.step(*given).clone() for each in (session, plain, short))
-        depths.append(session.depths.taken[-1])
+        depths.append(session.depths.last[-1])
         torch.testing.assert_close(found, whole if depths[-1] == 4 else few, rtol=0, atol=1e-5)
         assert not torch.allclose(whole, few, atol=1e-2)
     assert depths == [4, 2, 2]
@@ -80,14 +80,15 @@ def test_rows_have_depths_of_their_own_and_tokens_are_taken_back(target: str) ->
     session.step(torch.tensor([[3, 4]]), torch.tensor([1]), torch.tensor([0]), zero)
     both = torch.tensor([[6], [7]])
     found = session.step(both, torch.tensor([0, 1]), torch.tensor([5, 2]), torch.zeros(2, 1).long()).clone()
-    assert session.depths.taken == [4, 4, 2, 4, 1, 4]
+    assert session.depths.last == [1, 4]
+    assert session.depths.taken == {4: 4, 2: 1, 1: 1}
     alone = decoder(target, prepared=True).session(slots=1, capacity=24)
     alone.step(torch.tensor([[3, 4]]), torch.tensor([0]), torch.tensor([0]), zero)
     wanted = alone.step(torch.tensor([[7]]), torch.tensor([0]), torch.tensor([2]), zero)
     torch.testing.assert_close(found[1:], wanted, rtol=0, atol=1e-5)
     session.copy(0, 1, 4)
     session.step(torch.tensor([[6]]), torch.tensor([1]), torch.tensor([4]), zero)  # a token taken back
-    assert session.depths.taken[-1] == 2
+    assert session.depths.last == [2]
 
 
 def test_generation_at_falling_depth() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 # A core's share of the memory's bandwidth: 19.5 GB/s.
 _NS_PER_BYTE = 0.051
 _FEW_ROWS = {"avx512_vbmi2": 4, "avx512": 4, "avx2": 1}
-_SKIP_ROWS, _SKIP_DENSITY, _SKIP_BLOCKS = 32, 0.45, 0.4
+_SKIP_ROWS, _SKIP_DENSITY = 32, 0.45
 # Vectors that skip zeros wait for their rows now and then, where dense tiles keep them in registers.
 _SKIP_EFFICIENCY, _NS_PER_ENTRY = 0.75, 0.6
 # Gathered columns. Of the dense kernel's products that many are made: of a window of 64 columns, outputs that have none
