@@ -86,7 +86,7 @@ def measure(
     for _ in range(rounds):
         time.sleep(PAUSE)
         read.append(bounds.read_gb_per_s() or float("nan"))
-        dots.append(bounds.int8_tops() or float("nan"))
+        dots.append(bounds.int8_tops(8 if form == "int8" else 4) or float("nan"))
         for system in everyone:
             if system.fault:
                 continue

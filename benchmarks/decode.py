@@ -190,7 +190,7 @@ def main() -> int:
     arguments = options.parse_args()
     rows, bounds = Rows(), Bounds(THREADS)
     # Before there are rivals, whose threads look for work for a while; often, as two threads may share a core at first.
-    peaks = max(bounds.int8_tops() or 0.0 for _ in range(12)), max(bounds.float32_tflops() or 0.0 for _ in range(12))
+    peaks = max(bounds.int8_tops(4) or 0.0 for _ in range(12)), max(bounds.float32_tflops() or 0.0 for _ in range(12))
     everyone = [*ours(), *rivals()]
     if arguments.remake:
         for path in MODELS.glob("*.packed"):

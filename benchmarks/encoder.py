@@ -113,7 +113,7 @@ def measure(rows: Rows, bounds: Bounds, model: torch.nn.Module, made: list[Syste
     peaks: dict[str, list[float]] = {"int8": [], "fp32": []}
     for _ in range(rounds):
         time.sleep(PAUSE)
-        peaks["int8"].append(bounds.int8_tops() or float("nan"))
+        peaks["int8"].append(bounds.int8_tops(8) or float("nan"))
         peaks["fp32"].append(bounds.float32_tflops() or float("nan"))
         for system, time_it, _ in running:
             time.sleep(PAUSE)

@@ -80,6 +80,19 @@ def test_weight_only_linears(outputs: int, columns: int, bits: int, group: int |
         assert ((results[0].double() - wanted).abs() <= bound).all(), f"{count} rows"
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_sums_of_the_largest_codes(bits: int, sign: float) -> None:
+    # Where products are added up in 16 bits first, these come nearest to their end.
+    codes = torch.full((66, 512), 2**bits - 1, dtype=torch.uint8)
+    zeros = torch.zeros(66, 4, dtype=torch.uint8)
+    packed = pack_nbits(quantization.pack(codes, bits, 128, zeros), torch.ones(66, 4), zeros, bits, 512)
+    x = torch.full((7, 512), sign)
+    wanted = torch.full((7, 66), sign * 512 * (2**bits - 1))
+    for isa in isas():
+        torch.testing.assert_close(ByteLinear(packed, isa, "symmetric")(x), wanted, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(("outputs", "columns"), [(1, 1), (64, 64), (65, 97), (130, 1000)])
 @pytest.mark.parametrize("kind", ["per_token", "static"])
 def test_integer_linears_agree_with_their_reference(outputs: int, columns: int, kind: str) -> None:
