@@ -80,7 +80,7 @@ def _salient(bits: int, group: int, batches: Batches) -> gw.Pass:
 
 
 def _trained(bits: int, group: int, batches: Batches) -> gw.Pass:
-    return gw.TrainEquivalentScales(bits=bits, group_size=group, calibration=batches)
+    return gw.TrainEquivalentScales(bits=bits, group_size=group, clip_search=True, calibration=batches)
 
 
 def _rotated(_bits: int, _group: int, _batches: Batches) -> gw.Pass:
