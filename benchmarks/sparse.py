@@ -148,7 +148,7 @@ def systems(weights: Weights, count: int, deepsparse: Callable[[], Any]) -> list
     x = np.random.default_rng(0).standard_normal((count, columns)).astype(np.float32)
     packed = weights.sparse()
     compute = "float32" if weights.codes is None else "int8"
-    gather = weights.values == "int8" and count > 1
+    gather = weights.values != "int4" and count > 1
     made = [ours("graphwright sparse", packed, x, lambda own: SparseLinear(own, isa(), compute, gather=gather))]
     if weights.codes is None:
         plain = weights.meant.float()
@@ -310,7 +310,7 @@ def measure(rows: Rows, bounds: Bounds, weights: Weights, count: int, everyone: 
         )
     mine = found["graphwright sparse"]
     kind = "float32" if weights.values == "fp32" else weights.values
-    least = least_sparsity(isa(), kind, count, gathers=kind == "int8")
+    least = least_sparsity(isa(), kind, count, gathers=kind != "int4")
     own_dense = next(value for name, value in found.items() if name == f"graphwright dense {weights.values}")
     rows.add(
         case,

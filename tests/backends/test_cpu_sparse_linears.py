@@ -125,9 +125,10 @@ def test_many_rows_skip_zeros_to_the_same_sums(rows: int) -> None:
         dense.activation = "relu"
         wanted = dense(x, None, residual)
         for isa in isas():
-            kernel = SparseLinear(packed, isa, "float32", bias)
-            kernel.activation = "relu"
-            assert same(kernel(x, None, residual), wanted), isa
+            for gather in (False, True):
+                kernel = SparseLinear(packed, isa, "float32", bias, gather=gather)
+                kernel.activation = "relu"
+                assert same(kernel(x, None, residual), wanted), (isa, gather)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -136,8 +137,9 @@ def test_bfloat16_weights_are_exact_in_float32(share: float) -> None:
     for rows in (1, 3, 40):
         x = random(rows, 133)
         for isa in isas():
-            found = SparseLinear(sparse_floats(weight), isa, "float32")(x)
-            assert same(found, SparseLinear(sparse_floats(weight.float()), isa, "float32")(x)), isa
+            wanted = SparseLinear(sparse_floats(weight.float()), isa, "float32")(x)
+            for gather in (False, True):
+                assert same(SparseLinear(sparse_floats(weight), isa, "float32", gather=gather)(x), wanted), isa
 
 
 # -- codes -------------------------------------------------------------------------------------------------------------
@@ -464,7 +466,7 @@ def test_the_dense_kernel_runs_where_it_is_faster_and_says_from_where_on_zeros_p
         small = CpuBackend().lower(program)
         labels = [use.kernel for use in small.explain() if use.op == "graphwright.linear_sparse"]
         seen = max(rows, 2)  # a size that varies is never traced as 1
-        least = least_sparsity(isa, "float32", seen)
+        least = least_sparsity(isa, "float32", seen, gathers=True)
         for label, zeros in zip(labels, (0.8, 0.02), strict=True):
             if least is None:
                 assert label.startswith("float_linear ")
@@ -508,11 +510,13 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="multiplied as floats"):
         SparseLinear(sparse_floats(weight), isas()[-1], "int8")
     for options in ({"rounding": "shifted"}, {"gather": True}):
-        with pytest.raises(ValueError, match="only rounded activations have a grid or gathered columns"):
-            SparseLinear(sparse_floats(weight), isas()[-1], "float32", None, **options)
         grouped = Coded(8, 70, 40, 8, 0.3, zeros=False)
         with pytest.raises(ValueError, match="one group without zero points is needed"):
             SparseLinear(grouped.sparse, isas()[-1], "int8", None, **options)
+        with pytest.raises(ValueError, match="only"):
+            SparseLinear(grouped.sparse, isas()[-1], "float32", None, **options)
+    with pytest.raises(ValueError, match="only rounded activations have a grid"):
+        SparseLinear(sparse_floats(weight), isas()[-1], "float32", None, "shifted")
     mask, values, offsets = compress(weight, weight != 0)
     with pytest.raises(ValueError, match="as many values"):
         pack_sparse(mask, values[:-1], offsets, None, None, "float", 0, 40)

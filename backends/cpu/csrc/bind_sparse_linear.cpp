@@ -10,6 +10,7 @@
 #include "linear_output.h"
 #include "sparse_gather.h"
 #include "sparse_linear.h"
+#include "sparse_skip.h"
 
 namespace graphwright {
 namespace {
@@ -82,11 +83,13 @@ class HeldSparseLinear : public LinearInstruction {
     rounded_ = compute == "int8";
     bfloat16_ = compute == "bfloat16";
     expect(rounded_ || bfloat16_ || compute == "float32", "compute must be float32, bfloat16 or int8");
-    expect(rounded_ || (!grid_.shifted() && !gather_columns), "only rounded activations have a grid or gathered columns");
+    expect(rounded_ || !grid_.shifted(), "only rounded activations have a grid");
     if (!shape_.coded()) {
       expect(!rounded_ && !scales_ && !zeros_, "floats are multiplied as floats, and have no scales");
+      if (gather_columns) skipped_ = sort_panels(sparse_, threads);
       return;
     }
+    expect(rounded_ || !gather_columns, "codes are gathered for rounded activations only");
     const std::size_t groups = (columns + group - 1) / group, cells = panels * groups * kPanel;
     expect(scales_.has_value() && scales_->shape(0) == cells, "scales has the wrong size");
     const auto type = scales_->dtype();
@@ -131,7 +134,10 @@ class HeldSparseLinear : public LinearInstruction {
   const float* bias() const { return bias_ ? bias_->data() : nullptr; }
 
   void multiply(const float* x, std::size_t rows, const LinearOutput& y, std::size_t threads) const {
-    if (!shape_.coded()) return run_sparse_linear(kernels_, sparse_, x, rows, y, threads);
+    if (!shape_.coded()) {
+      const SkipWeights* skipped = skipped_.empty() ? nullptr : skipped_.data();
+      return run_sparse_linear(kernels_, sparse_, skipped, x, rows, y, threads);
+    }
     if (!rounded_) return run_coded_linear(kernels_, weights_, bfloat16_, x, rows, y, threads, &sparse_);
     run_byte_linear(kernels_, weights_.packed, grid_.grid(), x, rows, shape_.columns, y, threads, &sparse_);
   }
@@ -157,6 +163,7 @@ class HeldSparseLinear : public LinearInstruction {
   bool rounded_ = false, bfloat16_ = false;
   Gathered gathered_;
   GatheredWeights view_{};
+  std::vector<SkipWeights> skipped_;
   Words masks_, offsets_;
   Bytes values_;
   std::optional<Scales> scales_;

@@ -28,10 +28,12 @@ void run_narrow_linear(const KernelTable& kernels, const NarrowWeights& weights,
                        std::size_t rows, const LinearOutput& y, std::size_t threads);
 
 struct SparseWeights;
+struct SkipWeights;
 
-// The same for weights that are mostly zeros, float32 or bfloat16; activations are floats in both.
-void run_sparse_linear(const KernelTable& kernels, const SparseWeights& weights, const float* x, std::size_t rows,
-                       const LinearOutput& y, std::size_t threads);
+// The same for weights that are mostly zeros, float32 or bfloat16; activations are floats in both. Where `skipped` is null,
+// many rows have the weights of every panel sorted for this call.
+void run_sparse_linear(const KernelTable& kernels, const SparseWeights& weights, const SkipWeights* skipped, const float* x,
+                       std::size_t rows, const LinearOutput& y, std::size_t threads);
 
 // The same for codes; where `sparse` is given, for those. Where `bfloat16` holds, and the kernels multiply it by pairs, weights and activations are rounded to
 // it beyond kFewRowsBfloat16 rows.

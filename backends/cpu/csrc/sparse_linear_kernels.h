@@ -43,6 +43,25 @@ struct GatheredWeights {
   const std::uint64_t* offsets;  // [panels + 1]: where each panel's begin
 };
 
+// Columns whose weights are multiplied together where zeros of floats are skipped: those of the turned input stay in the
+// first cache meanwhile.
+inline constexpr std::size_t kSkipColumns = kSparseSteps / 2;
+
+// The weights of a panel's outputs in kSkipColumns columns, output by output. Those with as many weights follow each other:
+// loops over them end where the one before did, which a processor foresees.
+struct alignas(64) SkipChunk {
+  std::uint64_t masks[kPanel];   // bit k: there is a weight in column k
+  std::uint16_t starts[kPanel];  // of each output's weights, from `begin` on
+  std::uint8_t outputs[kPanel];  // whose they are
+  std::uint32_t begin;           // of the chunk's weights among the panel's
+};
+
+// Floats for many rows: a panel's chunks, from left to right, and its weights.
+struct SkipPanel {
+  const SkipChunk* chunks;
+  const float* weights;
+};
+
 struct SparseWeights {
   const std::uint64_t* masks;    // [panels][steps][words of a step]
   const std::uint8_t* values;
@@ -93,12 +112,17 @@ struct TurnedRows {
   std::size_t rows, height, width, tiles;
 };
 
+// Which panel that is, and of how many outputs and columns.
+struct SkipPlace {
+  std::size_t panel, outputs, columns;
+};
+
 struct SparseFloatKernels {
   const char* isa;
   // As FloatLinearKernels::float32.
   void (*run)(const SparseWeights&, const FloatRows&, const LinearOutput&, const FloatBlock&);
   // Many rows, all of them finite: all rows of a panel, zeros being skipped. Scratch: [2][tiles][64][width].
-  void (*skip)(const SparseWeights&, const TurnedRows&, const LinearOutput&, std::size_t panel, float* scratch);
+  void (*skip)(const SkipPanel&, const TurnedRows&, const LinearOutput&, const SkipPlace&, float* scratch);
   // Turns a tile of rows; whether all of them are finite.
   bool (*turn)(const float* x, std::size_t stride, std::size_t rows, std::size_t columns, std::size_t width, float* to);
   std::size_t lanes, most_rows;  // a tile's width is a multiple of the one, and the other at most

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 # A core's share of the memory's bandwidth: 19.5 GB/s.
 _NS_PER_BYTE = 0.051
 _FEW_ROWS = {"avx512_vbmi2": 4, "avx512": 4, "avx2": 1}
-_SKIP_ROWS, _SKIP_DENSITY = 32, 0.45
-# Vectors that skip zeros wait for their rows now and then, where dense tiles keep them in registers.
-_SKIP_EFFICIENCY, _NS_PER_ENTRY = 0.75, 0.6
+# Floats of many rows whose zeros are skipped: of the dense kernel's time so much, and so much for the share that is not
+# zero; weights that are not stored in the order for it take time of their own, each.
+_SKIP_ROWS, _SKIP_LEAST, _SKIP_SHARE, _NS_PER_ENTRY = 32, 0.19, 1.25, 2.5
 # Gathered columns. Of the dense kernel's products that many are made: of a window of 64 columns, outputs that have none
 # left in it wait. (Counted: random zeros of 4096 columns, 5 to 50 % not zeros.) Each picks its bytes of the row first.
 _LEAST_SLOTS, _SLOTS, _PICK = 0.047, 0.955, 1.4
@@ -50,12 +50,15 @@ class Arithmetic:
         memory = (8 + 64 * density * self.value_bytes) * _NS_PER_BYTE
         if rows <= few:
             return max(memory, self.least, rows * self.row)
+        expanded = max(memory, self.expand + rows * self.dense_row)
+        if skips:
+            skipped = (_SKIP_LEAST + _SKIP_SHARE * density) * rows * self.dense_row
+            listed = 0.0 if gathers else 64 * density * _NS_PER_ENTRY
+            return min(expanded, skipped + listed) if rows >= _SKIP_ROWS else expanded
         if gathers:
             slots = _LEAST_SLOTS + _SLOTS * density
             return slots * max(64 * _SLOT_BYTES * _NS_PER_BYTE, rows * self.dense_row * _PICK)
-        if skips and rows >= _SKIP_ROWS and density <= _SKIP_DENSITY:
-            return density * (64 * _NS_PER_ENTRY + rows * self.dense_row / _SKIP_EFFICIENCY)
-        return max(memory, self.expand + rows * self.dense_row)
+        return expanded
 
 
 # By the kernels' instruction set and the kind of values. 4-bit values of two words share bytes, which fills them less.
@@ -76,11 +79,14 @@ _BYTES = {
     "avx512_bf16": "avx512_vbmi2",
     "amx": "avx512_vbmi2",
 }
+_FLOAT_KINDS = ("float32", "bfloat16")
 _FLOATS = {"avx_vnni": "avx2", **dict.fromkeys(("avx512_vnni", "avx512_vbmi2", "avx512_bf16", "amx"), "avx512")}
 
 
-def can_gather(isa: str, rows: int) -> bool:
-    """Whether an instruction set has a kernel that picks each output's own columns, for so many rows."""
+def can_gather(isa: str, kind: str, rows: int) -> bool:
+    """Whether an instruction set has a kernel for so many rows that takes each output's own columns."""
+    if kind in _FLOAT_KINDS:
+        return rows >= _SKIP_ROWS
     own = _BYTES.get(isa, isa)
     return own == "avx512_vbmi2" and rows > _FEW_ROWS[own]
 
@@ -93,18 +99,20 @@ def least_sparsity(isa: str, kind: str, rows: int, *, gathers: bool = False) -> 
         kind: of the values: ``float32``, ``bfloat16``, ``int8`` or ``int4`` (the last two with activations rounded to
             8 bits).
         rows: of the input.
-        gathers: whether its codes may be gathered: they have one scale for each output and no zero points.
+        gathers: whether each output's weights may be stored one after another a second time; codes have one scale for
+            each output then, and no zero points.
 
     Returns:
         a share in whole per cent, or ``None`` where no share is enough.
     """
-    own = (_FLOATS if kind in ("float32", "bfloat16") else _BYTES).get(isa, isa)
+    floats = kind in _FLOAT_KINDS
+    own = (_FLOATS if floats else _BYTES).get(isa, isa)
     costs = _TABLE.get((own, kind))
     if costs is None:
         return None
-    few, skips = _FEW_ROWS[own] if own != "avx2" or kind in ("float32", "bfloat16") else 0, "float" in kind
-    gathers = gathers and can_gather(isa, rows)
+    few = _FEW_ROWS[own] if own != "avx2" or floats else 0
+    gathers = gathers and can_gather(isa, kind, rows)
     for percent in range(101):
-        if costs.sparse(rows, 1 - percent / 100, few, skips=skips, gathers=gathers) < costs.dense(rows):
+        if costs.sparse(rows, 1 - percent / 100, few, skips=floats, gathers=gathers) < costs.dense(rows):
             return percent / 100
     return None

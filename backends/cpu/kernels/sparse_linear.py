@@ -33,8 +33,9 @@ class SparseLinear(Linear):
             points.
         input_scales: ``[in]``, for ``fixed``.
         input_zero_point: in 0..255, for ``fixed``.
-        gather: whether rows above a few are to skip all zeros, where the instruction set has a kernel for it, at the
-            price of a second copy of the weights, of twice the bytes. For ``int8``, one group and no zero points.
+        gather: whether many rows are to skip all zeros, where the instruction set has a kernel for it, at the price of
+            a second copy of the weights: of twice the bytes, or with floats of as many (bfloat16 ones become float32).
+            For floats, and for ``int8`` with one group and no zero points.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class SparseLinear(Linear):
         if kernel.gathered_steps:
             share = kernel.gathered_steps / (-(-packed.outputs // PANEL) * -(-packed.columns // 4))
             label += f", more than a few rows in {share:.0%} of the dense kernel's products"
+        elif gather and packed.kind in ("float32", "bfloat16"):
+            label += ", many rows on a second copy whose zeros are skipped"
         super().__init__(kernel, packed.columns, packed.outputs, label)
         self.packed = packed
 
@@ -100,7 +103,7 @@ def _sparse(site: Site) -> Kernel | str:
     if rounded and scales is not None and scales.shape[1] > 1 and group % 4:
         return "the kernel rounds activations in groups of whole steps of 4 columns"
     sparsity = 1 - int(offsets[-1]) / (len(mask) * columns)
-    gathers = rounded and zeros is None and scales is not None and scales.shape[1] == 1
+    gathers = format == "float" or (rounded and zeros is None and scales is not None and scales.shape[1] == 1)
     against = _against(site, kind, sparsity, rounded=rounded, gathers=gathers)
     whole = format == "float" or group * bits_of(format) % 32 == 0 or (scales is not None and scales.shape[1] == 1)
     if against and whole:
@@ -110,7 +113,7 @@ def _sparse(site: Site) -> Kernel | str:
         packed = site.packed_once(_STORED[:3], lambda: pack_sparse(*operands))
     except ValueError as error:
         return str(error)
-    gathers = gathers and not against and can_gather(site.isa, _rows(site))
+    gathers = gathers and not against and can_gather(site.isa, kind, _rows(site))
     compute = site.compute if format != "float" else "float32"
     kernel = SparseLinear(packed, site.isa, compute, bias, gather=gathers)
     if not against:
@@ -214,7 +217,7 @@ def _rounded(site: Site, rounding: str, input_scales: torch.Tensor | None, input
         packed = site.packed_once(names, lambda: pack_sparse(*operands))
     except ValueError as error:
         return str(error)
-    gathers = can_gather(site.isa, _rows(site))
+    gathers = can_gather(site.isa, "int8", _rows(site))
     kernel = SparseLinear(packed, site.isa, "int8", bias, rounding, *grid, gather=gathers)
     kernel.label += _pays(site, "int8", gathers=gathers)
     return kernel
