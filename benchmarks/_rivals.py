@@ -52,7 +52,7 @@ QUANTIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("datasets==5.2.0", "tokenizers==0.23.3", "huggingface-hub<2"),
         ),
     ),
-    "nncf": ((*_PLAIN,), ("nncf==3.4.0",)),
+    "nncf": ((*_PLAIN, "nncf==3.4.0"), ()),
     "torchao": (("torch==2.13.0", "numpy", "safetensors", "torchao==0.18.0"), ()),
 }
 
