@@ -36,8 +36,8 @@ class AutoRound(BlockRounding):
         steps: of gradient descent for each block; 0 leaves the start as it is.
         tokens: rows that a step looks at: whole batches of the calibration data until there are as many. The paper
             takes 8 sequences; with sequences of 512 that is 4096, at about four times the time.
-        learning_rate: of the offsets in the first step, falling to 0 on a line; ``None`` for ``1 / steps`` with signs
-            and twice that with Adam.
+        learning_rate: of the offsets in the first step, falling to 0 on a line; ``None`` for ``1 / steps`` with signs,
+            twice that with 2-bit weights (whose ranges have far to go), and twice that again with Adam.
         scale_learning_rate: of the ranges; ``None`` for ``learning_rate``.
         optimizer: ``"sign"``, the paper's, or ``"adam"`` (Kingma and Ba 2015).
         start: ``"nearest"``; ``"weighted"``: nearest, with ranges fitted for the inputs, by the mean square of each
@@ -100,9 +100,9 @@ class AutoRound(BlockRounding):
         return weights
 
     def _train(self, run: BlockRun, weights: Mapping[str, TrainedRounding]) -> None:
-        rate = self.learning_rate or (2.0 if self.optimizer == "adam" else 1.0) / self.steps
         groups: list[tuple[list[torch.Tensor], float]] = []
         for weight in weights.values():
+            rate = self.learning_rate or self._usual_rate(weight.form.bits)
             offsets, ranges = weight.parameters()
             groups += [(offsets, rate), (ranges, self.scale_learning_rate or rate)]
         descent = _Descent(groups, adam=self.optimizer == "adam")
@@ -132,6 +132,9 @@ class AutoRound(BlockRounding):
             dense = {name: weight.dense() for name, weight in weights.items()}
             losses[index] = run.loss(dense, range(run.batches))
         _put(parameters, (start, best, last)[min(losses, key=lambda index: losses[index])])
+
+    def _usual_rate(self, bits: int) -> float:
+        return (2.0 if self.optimizer == "adam" else 1.0) * (2.0 if bits <= 2 else 1.0) / self.steps
 
     def _batches(self, run: BlockRun, order: Iterator[int]) -> list[int]:
         chosen = [next(order)]
