@@ -60,6 +60,9 @@ def main() -> int:
         help="rows of earlier runs, judged and written together with those of this one; --only none runs nothing more",
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="judge on every N-th window of the text")
+    parser.add_argument(
+        "--calibration", type=int, default=CALIBRATION_WINDOWS, metavar="N", help="windows of calibration data"
+    )
     options = parser.parse_args()
     rows = _rows.Rows()
     rows.take(options.earlier)
@@ -67,12 +70,14 @@ def main() -> int:
     every = 47 if options.quick else options.every
     only = options.only.split(",") if options.only else None
     if only != ["none"]:
-        for _ in llama(rows, settings[1:2] if options.quick else settings, every, quick=options.quick, only=only):
+        chosen, count = (settings[1:2], 16) if options.quick else (settings, options.calibration)
+        for _ in llama(rows, chosen, every, count, quick=options.quick, only=only):
             rows.write(options.json)  # hours are not lost with what ends the run
     if only is None or "MiniLM" in only:
         minilm(rows, quick=options.quick)
     if not options.quick:  # a few windows, or pairs, have a perplexity and a correlation of their own noise
-        judge_llama(rows)
+        for count in sorted({CALIBRATION_WINDOWS, options.calibration}):
+            judge_llama(rows, count)
         judge_minilm(rows)
     return int(rows.finish(options.json))
 
@@ -129,6 +134,7 @@ def llama(
     rows: _rows.Rows,
     settings: Sequence[tuple[int, int, float]],
     every: int,
+    count: int,
     *,
     quick: bool,
     only: Sequence[str] | None,
@@ -136,7 +142,7 @@ def llama(
     """Every method at every setting, and its rivals; gives control back after each row."""
     folder = llama_folder()
     windows = evaluation_windows(folder)[::every]
-    tokens = calibration_windows(folder, 16 if quick else CALIBRATION_WINDOWS)
+    tokens = calibration_windows(folder, count)
     FOLDER.mkdir(parents=True, exist_ok=True)
     calibration = FOLDER / f"calibration-{len(tokens)}.safetensors"
     save_file({"input_ids": tokens.contiguous()}, calibration)
@@ -148,7 +154,7 @@ def llama(
         return only is None or name.startswith(tuple(only))
 
     for bits, group, _ in settings:
-        case = case_of(bits, group)
+        case = case_of(bits, group, count)
         for rival in () if quick else RIVALS:
             if bits not in rival.bits or not is_wanted(rival.name):
                 continue
@@ -172,8 +178,11 @@ def llama(
             yield
 
 
-def judge_llama(rows: _rows.Rows) -> None:
-    """Hold each method against its rival, and the best against fp32, as far as there are rows of them."""
+def judge_llama(rows: _rows.Rows, count: int) -> None:
+    """Hold each method against its rival, and the best against fp32, as far as there are rows of them.
+
+    ``count`` windows of calibration data; those of other numbers are not looked at.
+    """
     found = {(row["case"], row["system"]): row for row in rows.rows if "perplexity" in row}
     if (FP32, "graphwright") not in found:
         return
@@ -184,7 +193,7 @@ def judge_llama(rows: _rows.Rows) -> None:
                 f"{row['case']}, {row['system']}: judged on {row['windows']} windows, not {fp32['windows']}"
             )
     for bits, group, allowed in SETTINGS:
-        case = case_of(bits, group)
+        case = case_of(bits, group, count)
         ours = {each.name: row for each in METHODS if (row := found.get((case, f"graphwright {each.name}")))}
         for name, rival in [(method.name, rival) for method in METHODS for rival in method.rivals]:
             other = found.get((case, rival))
@@ -192,16 +201,17 @@ def judge_llama(rows: _rows.Rows) -> None:
                 mine, theirs = ours[name]["perplexity"], other["perplexity"]
                 words = f"{case}: {name} {mine:.2f}, {rival} {theirs:.2f}, fp32 {fp32['perplexity']:.2f}"
                 rows.require(mine <= WITHIN * max(theirs, fp32["perplexity"]), words)
-        if ours:
+        if ours and count == CALIBRATION_WINDOWS:
             best = min(ours, key=lambda name: float(ours[name]["perplexity"]))
             reached = ours[best]["perplexity"]
             words = f"{case}: the best, {best}, gives {reached:.2f}, fp32 {fp32['perplexity']:.2f}"
             rows.require(reached <= (1 + allowed) * fp32["perplexity"], words)
 
 
-def case_of(bits: int, group: int) -> str:
+def case_of(bits: int, group: int, count: int) -> str:
     """What rows of a setting are called."""
-    return f"Llama 5.8M INT{bits} g{group}"
+    data = "" if count == CALIBRATION_WINDOWS else f", {count} calibration windows"
+    return f"Llama 5.8M INT{bits} g{group}{data}"
 
 
 def quantized(program: gw.Program, method: Method, bits: int, group: int, tokens: torch.Tensor) -> gw.Program:
@@ -223,9 +233,9 @@ def quantize_by_rival(
     command = [str(each) for each in (*_rivals.quantizer(script), *given)]
     with tempfile.TemporaryDirectory() as folder:  # GPTQModel writes logs where it stands
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, cwd=folder)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600, cwd=folder)
         except subprocess.TimeoutExpired as error:
-            raise _rivals.RivalError("has not ended after 30 minutes") from error
+            raise _rivals.RivalError("has not ended after an hour") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise _rivals.RivalError(lines[-1] if lines else f"exit code {done.returncode}")
