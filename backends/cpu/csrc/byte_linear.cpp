@@ -88,6 +88,11 @@ RaisedRows raise_rows(const ByteRows& rows, std::size_t columns, std::size_t thr
 
 }  // namespace
 
+std::int16_t* memory_of_wide_rows(std::size_t count) {
+  static thread_local std::vector<std::int16_t> held;
+  return scratch(held, count);
+}
+
 void pack_codes(const std::uint8_t* stored, std::int32_t bits, std::size_t outputs, std::size_t groups,
                 std::size_t group_bytes, std::uint8_t* codes, std::size_t threads) {
   const std::size_t steps = (group_bytes + 3) / 4, panels = (outputs + kPanel - 1) / kPanel;

@@ -10,6 +10,10 @@ struct RowShape {
   std::size_t rows, columns, stride, padded, group;
 };
 
+// Memory of this thread for so many codes widened to 16 bits; what it held is lost. Here, because a kernel's own file must
+// not hold code of the standard library, which would be compiled for its instruction set and serve others.
+std::int16_t* memory_of_wide_rows(std::size_t count);
+
 struct ByteLinear {
   const char* isa;  // whose kernel this is: an instruction set that has none takes its parent's
   // Writes the outputs of a block.

@@ -1,10 +1,7 @@
 // The integer product in 256-bit vectors.
 #include <immintrin.h>
 
-#include <vector>
-
 #include "linear_kernels.h"
-#include "scratch.h"
 
 namespace graphwright::avx2 {
 namespace {
@@ -34,8 +31,7 @@ struct V : Vectors {
   }
   // `count` codes, a multiple of 4, in memory of this thread.
   static const std::int8_t* widen_rows(const std::int8_t* codes, std::size_t count) {
-    static thread_local std::vector<float> held;
-    auto* to = reinterpret_cast<std::int16_t*>(scratch(held, (count + 1) / 2 + 8));
+    std::int16_t* to = memory_of_wide_rows(count);
     const Int order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
                                        0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
     std::size_t i = 0;
