@@ -25,10 +25,13 @@ from onnxruntime.transformers.fusion_options import FusionOptions
 from transformers import AutoModel, AutoTokenizer
 
 import graphwright as gw
+from graphwright.backends.cpu.features import features
 
 OURS = "graphwright"
 RIVAL = f"onnxruntime {version('onnxruntime')}"
 CALIBRATION_SENTENCES = 512
+# Files for the processor that they are measured on.
+VNNI = any(each.usable for each in features().instruction_sets if each.name in ("avx_vnni", "avx512_vnni", "neon"))
 
 
 def main() -> int:
@@ -73,7 +76,7 @@ def our_files(model: torch.nn.Module, tokenizer: Any, out: Path) -> tuple[dict[s
     for name, passes in recipes.items():
         small = gw.optimize(model, [gw.Cleanup(), gw.FuseAll(), *passes], example_inputs=example)
         files[f"{OURS}/{name}"] = out / f"ours-{name.replace(' ', '-')}.onnx"
-        small.export_onnx(files[f"{OURS}/{name}"])
+        small.export_onnx(files[f"{OURS}/{name}"], vnni=VNNI)
         programs[name] = small
     return files, programs
 

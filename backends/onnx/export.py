@@ -51,6 +51,7 @@ def export_onnx(
     logits: str = "last",
     context_length: int | None = None,
     sparse: bool = False,
+    vnni: bool = False,
 ) -> OnnxExport:
     """Write a program as an ONNX file.
 
@@ -87,6 +88,8 @@ def export_onnx(
             limit, angles are computed at each step.
         sparse: store float weights that are mostly zeros as sparse initialisers where that takes fewer bytes. The file
             is smaller, and no faster: onnxruntime makes dense weights of them as it opens it. Not for ``"portable"``.
+        vnni: the file is for processors with VNNI (or Arm): INT8 weights are stored signed, for onnxruntime's faster
+            kernel there. Without VNNI an x86 processor computes such a file wrongly, and the check refuses it.
 
     Raises:
         InputError: an option or the example inputs are unusable.
@@ -94,7 +97,7 @@ def export_onnx(
             linear would run in float; each names the node and module path, or the file.
         BackendError: onnxruntime is not installed, or fails on the inputs.
     """
-    options = ExportOptions(mode, opset, accuracy_level, logits, context_length)
+    options = ExportOptions(mode, opset, accuracy_level, logits, context_length, vnni)
     if sparse and mode == "portable":
         raise InputError(
             "standard operators take no sparse tensors; onnxruntime does",

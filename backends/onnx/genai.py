@@ -72,6 +72,7 @@ def export_genai(
     check: bool = True,
     example_inputs: ExampleInputs | None = None,
     tolerance: float | None = None,
+    vnni: bool = False,
 ) -> OnnxExport:
     """Write a decoding step as a folder for onnxruntime-genai: model, ``genai_config.json`` and tokenizer.
 
@@ -94,6 +95,7 @@ def export_genai(
         check: compare the model with the program, step by step.
         example_inputs: of the program; their tokens are used for the check.
         tolerance: largest absolute difference; measured when left out.
+        vnni: for processors with VNNI (or Arm) only, see ``export_onnx``.
 
     Raises:
         InputError: an option does not fit, or files of the source are missing or unusable.
@@ -125,6 +127,7 @@ def export_genai(
             example_inputs=example_inputs,
             tolerance=tolerance,
             logits=logits,
+            vnni=vnni,
             context_length=description["model"]["context_length"],
         )
         try:

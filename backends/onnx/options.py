@@ -31,6 +31,9 @@ class ExportOptions:
         logits: of a decoder: ``"last"`` for each row's last token, ``"all"`` for every token of the step, ``"rows"``
             for those that a further input ``rows`` names.
         context_length: of a decoder: positions for which rotary angles are stored; ``None`` computes them at each step.
+        vnni: the file is for processors with VNNI (or Arm): weights of integer products stay signed, onnxruntime's
+            faster kernel there. On x86 without VNNI that kernel adds pairs of products up in 16 bits, which overflow;
+            so by default weights are stored unsigned, and products are exact everywhere.
     """
 
     mode: str = "runtime"
@@ -38,6 +41,7 @@ class ExportOptions:
     accuracy_level: int = 1
     logits: str = "last"
     context_length: int | None = None
+    vnni: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -48,6 +52,8 @@ class ExportOptions:
         if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < MIN_CONTEXT):
             what = f"must be a number of tokens, at least {MIN_CONTEXT}, not {length!r}"
             raise InputError(what, where="option 'context_length'")
+        if not isinstance(self.vnni, bool):
+            raise InputError(f"must be True or False, not {self.vnni!r}", where="option 'vnni'")
         if isinstance(self.opset, bool) or not isinstance(self.opset, int):
             raise InputError(f"must be a number, not {self.opset!r}", where="option 'opset'")
         if not MIN_OPSET <= self.opset <= MAX_OPSET:

@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="of weight-only quantised linears: 1 computes on float activations (default), 4 on int8 ones, faster",
     )
+    parser.add_argument(
+        "--vnni",
+        action="store_true",
+        help="for processors with VNNI (or Arm) only: INT8 weights stay signed, for onnxruntime's faster kernel there",
+    )
     parser.add_argument("--external-data", action="store_true", help="weights in a file beside it (always above 2 GB)")
     parser.add_argument("--no-check", action="store_true", help="do not open the file in onnxruntime")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -63,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
             mode=options.mode,
             external_data=True if options.external_data else None,
             check=not options.no_check,
+            vnni=options.vnni,
             example_inputs=flat_examples(program, examples) if examples is not None else None,
             **{name: value for name, value in settings.items() if value is not None},
         )

@@ -205,6 +205,24 @@ def test_dynamic_activations_agree_and_run_in_integers(tmp_path: Path, options: 
     assert len(rounded) == 3, "one rounding for the two linears that share an input, one for each of the others"
 
 
+@pytest.mark.parametrize("options", ROUTES, ids=IDS)
+def test_weights_are_unsigned_but_for_processors_with_vnni(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Signed ones overflow elsewhere: onnxruntime adds pairs of products up in 16 bits."""
+    x = torch.randn(2, 3, 48)
+    program = gw.trace(DynamicLinears(), x, dynamic={"x": {0: "batch", 1: "sequence"}})
+    stored: dict[bool, list[np.ndarray]] = {}
+    for vnni in (False, True):
+        path = tmp_path / f"{vnni}.onnx"
+        gw.export_onnx(program, path, check=False, vnni=vnni, **options)
+        tensors = [numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer]
+        stored[vnni] = [each for each in tensors if each.ndim == 2 and each.dtype in (np.int8, np.uint8)]
+    assert len(stored[False]) == len(stored[True]) == 4
+    for unsigned, signed in zip(stored[False], stored[True], strict=True):
+        assert unsigned.dtype == np.uint8
+        assert signed.dtype == np.int8
+        np.testing.assert_array_equal(unsigned.astype(int) - 128, signed)
+
+
 class StaticLinears(nn.Module):
     """Scales for each feature and one for all, sharing an input or not, with and without bias."""
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 import graphwright as gw
 from graphwright.frontends.generation.tokenizer import load_tokenizer
@@ -142,13 +141,16 @@ def test_a_step_is_rounded_like_the_whole_model(
     assert float((codes[0] == codes[1]).float().mean()) > 0.5
     flat, _ = flatten(step, text, 0, DecoderLayout.of(step))
     mask = torch.ones_like(text)
+    nearest = gw.optimize(whole, [gw.QuantizeLinears(**options)], example_inputs=batches[0], verify=False)
     with torch.no_grad():
         logits = [small.signature.unflatten(small._executable(*flat))["logits"]]
-        logits += [each(input_ids=text, attention_mask=mask).logits for each in (wanted, whole)]
-    found, expected, exact = (
-        float(cross_entropy(each[:, :-1].flatten(0, 1), text[:, 1:].flatten())) for each in logits
-    )
-    assert abs(found - expected) < 0.01
-    assert abs(found - exact) < 0.03
+        logits += [each(input_ids=text, attention_mask=mask).logits for each in (wanted, nearest, whole)]
+    # The perplexities of two equally good roundings differ by 1 % already when the number of threads does; what they
+    # take from the model hardly does. Calibrated on tokens drawn at random it is 1.3 times as much.
+    logarithms = [each.log_softmax(-1) for each in logits]
+    exact = logarithms.pop()
+    found, expected, uncalibrated = (float((exact.exp() * (exact - each)).sum(-1).mean()) for each in logarithms)
+    assert abs(found / expected - 1) < 0.15
+    assert uncalibrated > 1.3 * found
     answer = small.generate(text[0, :40].tolist(), max_new_tokens=2)
     assert answer.tokens[0][0] == int(logits[0][0, 39].argmax())

@@ -56,8 +56,9 @@ def linear_int8_dynamic(
     """``MatMulIntegerToFloat`` for the runtime; ``MatMulInteger`` and its scaling written out in portable files.
 
     ``per_tensor`` activations are rounded by ``DynamicQuantizeLinear``; ``per_token`` ones by a ``QuantizeLinear``
-    that takes one scale and zero point per row. Weights stay signed and activations unsigned: the other way round
-    onnxruntime is ten times slower (1.31, CPU).
+    that takes one scale and zero point per row. Weights are stored unsigned, with a zero point of 128: for signed ones
+    onnxruntime adds pairs of products up in 16 bits on x86 without VNNI, and they overflow. ``vnni`` leaves them signed.
+    Activations are unsigned always: signed ones are ten times slower (onnxruntime 1.31, CPU).
 
     Raises:
         ExportError: the weights are computed, not stored, or the activations are not float32.
@@ -154,13 +155,20 @@ def _stored(lower: Lowering, node: fx.Node, qweight: fx.Node) -> Int8Weight:
 def _operands(
     lower: Lowering, node: fx.Node, weight: Int8Weight, scales: fx.Node, bias: fx.Node | None
 ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """Weight ``[in, out]``, scales and bias."""
+    """Weight ``[in, out]`` (signed, or unsigned about 128), scales and bias."""
     if scales.op != "get_attr":
         raise lower.refuse(node, "the scales of quantised weights must be stored, here they are computed")
     if lower.dtype(node) != torch.float32:
         raise lower.refuse(node, f"the runtime rounds float32 activations only, not {lower.dtype(node)}")
     shape = weight.columns, weight.outputs
-    matrix = lower.graph.derived(f"{weight.name}.transposed", torch.int8, shape, lambda: weight.make().t())
+    signed = lower.options.vnni
+    dtype, name = (torch.int8, "transposed") if signed else (torch.uint8, "unsigned")
+
+    def make() -> torch.Tensor:
+        codes = weight.make().t()
+        return codes if signed else (codes.to(torch.int16) + _MIDDLE).to(torch.uint8)
+
+    matrix = lower.graph.derived(f"{weight.name}.{name}", dtype, shape, make)
     shift = lower.tensor(bias, torch.float32) if bias is not None else None
     return matrix, lower.tensor(scales, torch.float32), shift
 
@@ -188,10 +196,11 @@ def _product(
 ) -> list[ir.Value]:
     """``(codes - zero) @ weight * step * factors + shift``; gives every value up to the result."""
     graph = lower.graph
+    middle = None if lower.options.vnni else graph.constant(_MIDDLE, torch.uint8)
     if lower.options.has_contrib:
-        operands = [codes, weight, step, factors, zero, None, shift]
+        operands = [codes, weight, step, factors, zero, middle, shift]
         return [graph.call("MatMulIntegerToFloat", *operands, domain=CONTRIB)]
-    product = graph.call("MatMulInteger", codes, weight, zero)
+    product = graph.call("MatMulInteger", codes, weight, zero, middle)
     values = [product, graph.call("Cast", product, to=ir.DataType.FLOAT.value)]
     values.append(graph.call("Mul", values[-1], graph.call("Mul", step, factors)))
     if shift is not None:
