@@ -57,8 +57,8 @@ def linear_int8_dynamic(
 
     ``per_tensor`` activations are rounded by ``DynamicQuantizeLinear``; ``per_token`` ones by a ``QuantizeLinear``
     that takes one scale and zero point per row. Weights are stored unsigned, with a zero point of 128: for signed ones
-    onnxruntime adds pairs of products up in 16 bits on x86 without VNNI, and they overflow. ``vnni`` leaves them signed.
-    Activations are unsigned always: signed ones are ten times slower (onnxruntime 1.31, CPU).
+    onnxruntime adds pairs of products up in 16 bits on x86 without VNNI, and they overflow. ``vnni`` leaves them
+    signed. Activations are unsigned always: signed ones are ten times slower (onnxruntime 1.31, CPU).
 
     Raises:
         ExportError: the weights are computed, not stored, or the activations are not float32.
