@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class Snapshot:
     symbols: SymbolTable | None = None
     kept: Mapping[str, Any] = field(default_factory=dict)
     signature: Signature | None = None
+    modules: tuple[str, ...] = ()
 
 
 class Program(nn.Module):
@@ -217,17 +218,7 @@ class Program(nn.Module):
         """
         check_weight_name(name)
         owner, _, leaf = name.rpartition(".")
-        module: nn.Module = self.body
-        for part in filter(None, owner.split(".")):
-            child = module._modules.get(part)
-            if child is None and isinstance(getattr(module, part, None), torch.Tensor):
-                raise ProgramError(
-                    f"the name {name!r} lies inside a weight", hint=f"{part!r} is a tensor, not a module"
-                )
-            if child is None:
-                child = nn.Module()
-                module.add_module(part, child)
-            module = child
+        module = self._module(owner, name)
         self._unbind(module, leaf)
         try:
             if isinstance(tensor, nn.Parameter):
@@ -237,8 +228,27 @@ class Program(nn.Module):
         except KeyError as error:  # a module's, or one that torch.nn.Module keeps for itself
             raise ProgramError(f"the name {name!r} is taken: {error.args[0]}") from error
 
-    def bind_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Bind exactly these tensors. Parameters keep this order, on which optimizers rely."""
+    def _module(self, path: str, name: str) -> nn.Module:
+        """The module in which a weight of this name lies, made where it is missing."""
+        module: nn.Module = self.body
+        for part in filter(None, path.split(".")):
+            child = module._modules.get(part)
+            if child is None and isinstance(getattr(module, part, None), torch.Tensor):
+                raise ProgramError(
+                    f"the name {name!r} lies inside a weight", hint=f"{part!r} is a tensor, not a module"
+                )
+            if child is None:
+                child = nn.Module()
+                module.add_module(part, child)
+            module = child
+        return module
+
+    def bind_tensors(self, tensors: Mapping[str, torch.Tensor], modules: Iterable[str] = ()) -> None:
+        """Bind exactly these tensors. Parameters keep this order, on which optimizers rely.
+
+        Where modules are given, in their order, buffers keep theirs too: parameters alone do not say in which order
+        modules that hold buffers only lie among the others.
+        """
         present = self.tensors()
         if list(present) == list(tensors) and all(present[name] is tensor for name, tensor in tensors.items()):
             return
@@ -246,6 +256,8 @@ class Program(nn.Module):
             for leaf in [*module._parameters, *module._buffers]:
                 self._unbind(module, leaf)
         self._prune_empty_modules(self.body)
+        for path in modules:
+            self._module(path, path)
         for name, tensor in tensors.items():
             self.set_tensor(name, tensor)
 
@@ -382,11 +394,12 @@ class Program(nn.Module):
             self.symbols,
             dict(self.kept),
             self.signature,
+            tuple(path for path, _ in self.body.named_modules()),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to a state taken before. Tensors written into since cannot be brought back; see ``overwritten``."""
-        self.bind_tensors(snapshot.tensors)
+        self.bind_tensors(snapshot.tensors, snapshot.modules)
         self.aliases = dict(snapshot.aliases)
         self.journal = list(snapshot.journal)
         self.records = copy.deepcopy(dict(snapshot.records))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from graphwright.frontends.torch import trace
 from graphwright.ir.errors import ProgramError, TypeMismatch
 from graphwright.ir.names import op_name
 from graphwright.ir.parser import parse
@@ -240,6 +241,28 @@ def test_whatever_is_raised_everything_is_undone(error: type[BaseException], pro
     assert program.replacements == {"earlier": "kept"}
     assert program.aliases == {}
     assert program(torch.ones(1, 4)).shape == (1, 8)
+
+
+def test_weights_come_back_in_their_order() -> None:
+    """Buffers too: those of a module that holds nothing else, before those of one whose parameters come first."""
+    linear = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.BatchNorm1d(3)).eval()
+    program = trace(linear, torch.ones(2, 3))
+    tensors = program.tensors()
+    before = sorted(tensors, key=lambda name: (not isinstance(tensors[name], nn.Parameter), name))
+    program.bind_tensors({name: tensors[name] for name in before}, modules=("0", "1"))
+    assert list(program.tensors()) == before
+    assert before[0] == "1.bias"
+    assert before[2].startswith("0.")
+
+    def edit() -> None:
+        with program.edit() as rewriter:
+            rewriter.weight("0.other", torch.ones(3), like=program.node("batch_norm"))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        edit()
+    assert list(program.tensors()) == before
+    assert list(program.clone().tensors()) == before
 
 
 def test_a_graph_broken_behind_the_rewriters_back_is_undone(program: Program) -> None:
