@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,10 @@ from graphwright.ir.program import Program
 _PORTABLE_HINT = (
     "onnxruntime fuses standard operators only where no two linears share a weight: use mode='runtime', or check=False "
     "if the file is for another runtime"
+)
+_VNNI_HINT = (
+    "signed INT8 weights (vnni=True) overflow in onnxruntime's products on x86 without VNNI, as this machine may be: "
+    "leave vnni out, or use check=False if the file is for another machine; nothing was written"
 )
 
 
@@ -144,7 +149,9 @@ def _check(
     assert session.optimized is not None
     hint = "" if options.has_contrib else _PORTABLE_HINT
     quantized = prove_quantized(session.optimized, built.quantized, hint=hint)
-    differences = compare(program, session, calls, int8_activations=options.accuracy_level == 4, tolerance=tolerance)
+    rounded = options.accuracy_level == 4
+    with _overflow_explained(options):
+        differences = compare(program, session, calls, int8_activations=rounded, tolerance=tolerance)
     return _Findings(quantized, kernels_of(session.optimized), tuple(differences))
 
 
@@ -161,8 +168,19 @@ def _check_decoder(
     assert session.optimized is not None
     prove_attention(session.optimized, built.output_names[1:], ATTENTION)
     quantized = prove_quantized(session.optimized, built.quantized)
-    differences = compare_steps(program, session, talks, options, tolerance=tolerance)
+    with _overflow_explained(options):
+        differences = compare_steps(program, session, talks, options, tolerance=tolerance)
     return _Findings(quantized, kernels_of(session.optimized), tuple(differences))
+
+
+@contextmanager
+def _overflow_explained(options: ExportOptions) -> Iterator[None]:
+    try:
+        yield
+    except ExportError as error:
+        if not options.vnni:
+            raise
+        raise ExportError(error.what, where=error.where, hint=_VNNI_HINT, context=error.context) from error
 
 
 def _check_standard(path: Path) -> None:

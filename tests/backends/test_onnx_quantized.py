@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import graphwright as gw
+from graphwright.backends.cpu.features import features
 from graphwright.backends.onnx import encodings, explain
 from graphwright.backends.onnx.kernels import kernels_of
 from graphwright.backends.onnx.proof import prove_quantized
@@ -221,6 +222,20 @@ def test_weights_are_unsigned_but_for_processors_with_vnni(tmp_path: Path, optio
         assert unsigned.dtype == np.uint8
         assert signed.dtype == np.int8
         np.testing.assert_array_equal(unsigned.astype(int) - 128, signed)
+
+
+def test_signed_weights_pass_the_check_where_products_do_not_overflow(tmp_path: Path) -> None:
+    program = gw.trace(Dynamic(5, 48, "per_token"), torch.randn(3, 48))
+    with pytest.raises(gw.InputError, match="option 'vnni'"):
+        gw.export_onnx(program, tmp_path / "model.onnx", vnni="yes")
+    known = [each.usable for each in features().instruction_sets if each.name in ("avx_vnni", "avx512_vnni", "neon")]
+    if any(known):
+        assert gw.export_onnx(program, tmp_path / "model.onnx", vnni=True).quantized
+        return
+    with pytest.raises(gw.ExportError, match="leave vnni out") as caught:
+        gw.export_onnx(program, tmp_path / "model.onnx", vnni=True)
+    assert "from the program" in caught.value.what
+    assert not (tmp_path / "model.onnx").exists()
 
 
 class StaticLinears(nn.Module):
