@@ -28,13 +28,18 @@ def evaluation_windows(folder: Path) -> torch.Tensor:
     return _windows(folder, text)
 
 
-def calibration_windows(folder: Path, count: int) -> torch.Tensor:
-    """Windows of 512 tokens of other text, ``[count, 512]``: sentences of STS-B train, then those of RTE."""
+def calibration_windows(folder: Path, count: int, draw: int = 0) -> torch.Tensor:
+    """Windows of 512 tokens of other text, ``[count, 512]``: sentences of STS-B train, then those of RTE.
+
+    Draws do not overlap: number 1 are the ``count`` windows after those of number 0.
+    """
     left, right, _ = sts("sts-train.csv", None)
     files = sorted(need(SHARED / "data" / "rte").glob("*.xml"))
     pairs = [found for file in files for found in re.findall(r"<[th]>(.*?)</[th]>", file.read_text("utf-8"), re.S)]
     windows = _windows(folder, " ".join((*left, *right, *(" ".join(text.split()) for text in pairs))))
-    return windows[:count]
+    if draw and len(windows) < (draw + 1) * count:
+        raise SystemExit(f"draw {draw}: the text has {len(windows)} windows, {(draw + 1) * count} are wanted")
+    return windows[draw * count : (draw + 1) * count]
 
 
 def _windows(folder: Path, text: str) -> torch.Tensor:
