@@ -131,6 +131,7 @@ def export_onnx(
         kernels=findings.kernels,
         differences=findings.differences,
         sparse=stored,
+        vnni=vnni,
     )
 
 

@@ -11,6 +11,8 @@ from graphwright.backends.onnx.comparison import Difference
 from graphwright.backends.onnx.kernels import KernelTable
 from graphwright.backends.onnx.options import ACCURACY_LEVELS
 
+_INTEGER_PRODUCTS = frozenset({"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
+
 
 @dataclass(frozen=True)
 class OnnxExport:
@@ -28,6 +30,7 @@ class OnnxExport:
         kernels: what runs, by count; ``None`` if unchecked.
         differences: per output and call, how far the file is from the program; empty if unchecked.
         sparse: names of weights that are stored as sparse initialisers.
+        vnni: whether weights of integer products are signed, for processors with VNNI only.
     """
 
     path: Path
@@ -41,6 +44,7 @@ class OnnxExport:
     kernels: KernelTable | None
     differences: tuple[Difference, ...]
     sparse: tuple[str, ...] = ()
+    vnni: bool = False
 
     @property
     def bytes(self) -> int:
@@ -61,6 +65,7 @@ class OnnxExport:
             "mode": self.mode,
             "opset": self.opset,
             "accuracy_level": self.accuracy_level,
+            "vnni": self.vnni,
             "inputs": list(self.input_names),
             "outputs": list(self.output_names),
             "quantized": dict(self.quantized),
@@ -99,6 +104,12 @@ class OnnxExport:
             lines.append(f"  {', '.join(f'{list(self.quantized.values()).count(kind)} {kind}' for kind in kinds)}")
             if "MatMulNBits" in kinds:
                 lines.append(f"  accuracy level {self.accuracy_level}: {ACCURACY_LEVELS[self.accuracy_level]}")
+            if _INTEGER_PRODUCTS.intersection(kinds):
+                lines.append(
+                    "  INT8 weights are signed: right on processors with VNNI (or Arm) only"
+                    if self.vnni
+                    else "  INT8 weights are unsigned: right everywhere; vnni=True is faster on processors with VNNI"
+                )
             if self.mode == "portable" and "MatMulNBits" in kinds:
                 level = self.accuracy_level
                 lines.append(

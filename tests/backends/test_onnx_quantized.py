@@ -201,6 +201,7 @@ def test_dynamic_activations_agree_and_run_in_integers(tmp_path: Path, options: 
     report = gw.export_onnx(program, tmp_path / "model.onnx", example_inputs=[x], **options)
     assert len(report.quantized) == 8
     assert set(report.quantized.values()) <= {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+    assert "INT8 weights are unsigned: right everywhere" in str(report)
     model = onnx.load(tmp_path / "model.onnx")
     rounded = [node for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) == 3]
     assert len(rounded) == 3, "one rounding for the two linears that share an input, one for each of the others"
@@ -230,7 +231,9 @@ def test_signed_weights_pass_the_check_where_products_do_not_overflow(tmp_path: 
         gw.export_onnx(program, tmp_path / "model.onnx", vnni="yes")
     known = [each.usable for each in features().instruction_sets if each.name in ("avx_vnni", "avx512_vnni", "neon")]
     if any(known):
-        assert gw.export_onnx(program, tmp_path / "model.onnx", vnni=True).quantized
+        report = gw.export_onnx(program, tmp_path / "model.onnx", vnni=True)
+        assert "signed: right on processors with VNNI" in str(report)
+        assert report.to_json()["vnni"]
         return
     with pytest.raises(gw.ExportError, match="leave vnni out") as caught:
         gw.export_onnx(program, tmp_path / "model.onnx", vnni=True)
