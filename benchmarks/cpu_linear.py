@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from _bounds import Bounds
+from _bounds import COLD_BYTES, Bounds
 from _linear_systems import CHECKED_ROWS, ORT, PAUSE, TORCH, System, here, isa, linear_model, nbits_model, onnx_session
 from _rivals import FOLDER, Rival, RivalError, save, when_needed
 from _rows import Rows, parser
@@ -31,7 +31,6 @@ from graphwright.backends.cpu.kernels.byte_packing import pack_int8, pack_nbits
 from graphwright.ir.ops.quantization import pack
 
 THREADS = 2
-COLD_BYTES = 160 << 20
 # Seconds: until a machine that slept is awake again, and of each block that counts.
 WARM, TIMED = 0.05, 0.08
 OPENVINO = ["openvino==2026.4.1", "nncf==3.4.0"]

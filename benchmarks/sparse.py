@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from _bounds import Bounds
+from _bounds import COLD_BYTES, Bounds
 from _linear_systems import CHECKED_ROWS, ORT, PAUSE, TORCH, System, here, isa, nbits_model, onnx_session
 from _rivals import FOLDER, RivalError, save, when_needed
 from _rows import Rows, parser
@@ -35,7 +35,6 @@ from graphwright.ir.ops.quantization import pack
 from graphwright.ir.ops.sparse import compress, pack_codes
 
 THREADS = 2
-COLD_BYTES = 96 << 20
 WARM, TIMED = 0.05, 0.1
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 ROWS = [1, 128, 512]

@@ -9,7 +9,7 @@ the dense model's is the target. Each loss's rate is chosen from three with the 
 text that is neither trained on nor judged by, after a third of the steps.
 
 A run is written to a file when it is done and is not repeated when it stands there, so that the whole may be
-interrupted and run at low priority beside other work.
+interrupted, and shared among processes by ``--cases`` (which is best: each with one thread).
 """
 
 from __future__ import annotations
@@ -74,13 +74,15 @@ def main() -> int:
     parser = _rows.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--done", type=Path, default=DONE, metavar="FILE", help="where runs are written as they end")
+    parser.add_argument("--cases", metavar="NAMES", help="models to run, by the beginning of their titles")
     parser.add_argument("--report", action="store_true", help="run nothing, show what has been run")
     options = parser.parse_args()
     if options.quick:
         found = [run(case, loss, 0, 1e-3, 4, quick=True) for case in CASES[:1] for loss in case.losses]
         return report(found, options.json, judged=False)
     runs = Runs(options.done)
-    for case in () if options.report else CASES:
+    chosen = tuple(options.cases.split(",")) if options.cases else ("",)
+    for case in () if options.report else [each for each in CASES if title(each).startswith(chosen)]:
         runs.one(case, "dense", 0, 0.0, 0)
         runs.one(case, "pruned", 0, 0.0, 0)
         for loss in case.losses:
