@@ -71,6 +71,9 @@ class SparseLinear(LinearInstruction):
     def gathered_steps(self) -> int:
         """Slots of the gathered weights, of all panels: what many rows take in place of dense steps; 0 without them."""
     @property
+    def blocks(self) -> int:
+        """Blocks of four columns of an output, of all outputs, that many rows take; 0 without them."""
+    @property
     def isa(self) -> str:
         """The instruction set of the kernel that runs."""
     def run(

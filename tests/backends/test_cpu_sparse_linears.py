@@ -48,9 +48,10 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def stored_at(outputs: int, columns: int, share: float) -> torch.Tensor:
-    """Which weights are there; one row has none."""
-    stored = torch.rand(outputs, columns, generator=torch.Generator().manual_seed(outputs)) < share
+def stored_at(outputs: int, columns: int, share: float, block: int = 1) -> torch.Tensor:
+    """Which weights are there, so many columns alike; one row has none."""
+    drawn = torch.rand(outputs, -(-columns // block), generator=torch.Generator().manual_seed(outputs)) < share
+    stored = drawn.repeat_interleave(block, 1)[:, :columns]
     stored[outputs // 2] = share == 1.0
     return stored
 
@@ -63,7 +64,16 @@ class Coded:
     """A weight of codes, packed for the sparse and for the dense kernels."""
 
     def __init__(
-        self, bits: int, outputs: int, columns: int, group: int, share: float, *, zeros: bool, half: bool = False
+        self,
+        bits: int,
+        outputs: int,
+        columns: int,
+        group: int,
+        share: float,
+        *,
+        zeros: bool,
+        half: bool = False,
+        block: int = 1,
     ) -> None:
         draw = torch.Generator().manual_seed(outputs + columns)
         groups = -(-columns // group)
@@ -75,7 +85,7 @@ class Coded:
         middle = torch.full((outputs, groups), 2 ** (bits - 1), dtype=torch.uint8)
         wide = (middle if self.zeros is None else self.zeros).repeat_interleave(group, 1)[:, :columns]
         codes = torch.randint(0, 2**bits, (outputs, columns), generator=draw, dtype=torch.uint8)
-        codes = torch.where(stored_at(outputs, columns, share), codes, wide)
+        codes = torch.where(stored_at(outputs, columns, share, block), codes, wide)
         self.weight = (codes.double() - wide.double()) * self.scales.double().repeat_interleave(group, 1)[:, :columns]
         mask, values, offsets = compress(codes, codes != wide)
         values = pack_codes(values, format)
@@ -223,13 +233,57 @@ def test_gathered_columns_are_the_dense_kernels(shape: tuple[int, int], bits: in
                 assert same(kernel(x, None, residual), wanted), (kernel.label, rows, share)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 7), (64, 64), (65, 383), (70, 390), (130, 1030)])
+def test_blocks_are_the_dense_kernels(shape: tuple[int, int], bits: int) -> None:
+    """Blocks of four columns: ends of a chunk of 96 steps, of tiles of 64 rows and of vectors of 16."""
+    outputs, columns = shape
+    bias = random(outputs)
+    for share in (0.1, 0.5):
+        case = Coded(bits, outputs, columns, columns + -columns % 8, share, zeros=False, half=share == 0.5, block=4)
+        dense = ByteLinear(case.dense, "scalar", "symmetric", bias)
+        dense.activation = "relu"
+        kernels = [gathering(case, isa, bias) for isa in isas()]
+        if columns > 8:
+            wanted_blocks = [blocks_of(case) if isa in VBMI2 else 0 for isa in isas()]
+            assert [kernel._kernel.blocks for kernel in kernels] == wanted_blocks
+        for rows in (0, 1, 4, 5, 15, 16, 17, 33, 63, 64, 65, 130):
+            x, residual = random(rows, columns), random(rows, outputs, seed=1)
+            if rows == 17:
+                x[3, columns // 2] = math.nan
+            wanted = dense(x, None, residual)
+            for kernel in kernels:
+                kernel.activation = "relu"
+                assert same(kernel(x, None, residual), wanted), (kernel.label, rows, share)
+
+
+def blocks_of(case: Coded) -> int:
+    """Blocks of four columns of an output of which a weight is stored."""
+    outputs, columns = case.weight.shape
+    wide = nn.functional.pad(case.weight != 0, (0, -columns % 4)).view(outputs, -1, 4)
+    return int(wide.any(2).sum())
+
+
+def test_blocks_are_taken_where_zeros_come_in_blocks() -> None:
+    """Random zeros leave something of most blocks: outputs have their own columns then, as is less work."""
+    for isa in isas():
+        for share, block in ((0.2, 4), (0.2, 1), (0.5, 2), (1.0, 1)):
+            kernel = gathering(Coded(8, 128, 1024, 1024, share, zeros=False, block=block), isa)
+            own = kernel._kernel
+            assert (own.gathered_steps > 0, own.blocks > 0) == (
+                (isa in VBMI2 and block < 4 and share < 1, isa in VBMI2 and (block == 4 or share == 1))
+            ), (isa, share, block)
+            assert ("by blocks of four columns" in kernel.label) == (own.blocks > 0)
+
+
+@pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("rounding", ["shifted", "fixed"])
-def test_grids_with_a_zero_point_are_the_dense_kernels(rounding: str) -> None:
-    """In registers with a few rows, gathered or expanded with more; infinity and NaN in one of them."""
+def test_grids_with_a_zero_point_are_the_dense_kernels(rounding: str, block: int) -> None:
+    """In registers with a few rows, gathered, in blocks or expanded with more; infinity and NaN in one of them."""
     for outputs, columns, share in ((1, 1, 1.0), (33, 7, 0.5), (65, 127, 0.2), (70, 260, 0.05)):
         draw = torch.Generator().manual_seed(columns)
         weight = torch.randint(-128, 128, (outputs, columns), generator=draw).to(torch.int8)
-        weight *= stored_at(outputs, columns, share)
+        weight *= stored_at(outputs, columns, share, block)
         scales, bias = torch.rand(outputs, generator=draw) + 0.1, random(outputs)
         steps, zero = (torch.rand(columns, generator=draw) * 0.02 + 0.01, 101) if rounding == "fixed" else (None, 0)
         mask, values, offsets = compress(stored_values(weight), weight != 0)
@@ -376,6 +430,7 @@ def test_the_number_of_threads_changes_nothing(rows: int) -> None:
                 SparseLinear(sparse_floats(weight), isa, "float32"),
                 SparseLinear(case.sparse, isa, "int8"),
                 gathering(Coded(8, 700, 300, 304, 0.3, zeros=False), isa),
+                gathering(Coded(8, 700, 300, 304, 0.3, zeros=False, block=4), isa),
                 SparseLinear(case.sparse, isa, "float32"),
             )
             for kernel in kernels:

@@ -8,6 +8,7 @@
 #include "held_grid.h"
 #include "isa.h"
 #include "linear_output.h"
+#include "sparse_block.h"
 #include "sparse_gather.h"
 #include "sparse_linear.h"
 #include "sparse_skip.h"
@@ -79,7 +80,7 @@ class HeldSparseLinear : public LinearInstruction {
     expect(offsets_.shape(0) == blocks + 1, "offsets has the wrong size");
     expect(values_.shape(0) == offsets_.data()[blocks] + kSparseBeyond, "values has the wrong size");
     data_of(bias_, outputs, "bias has the wrong size");
-    sparse_ = {masks_.data(), values_.data(), offsets_.data(), outputs, panels, shape_.steps(), shape_.kind, nullptr};
+    sparse_ = {masks_.data(), values_.data(), offsets_.data(), outputs, panels, shape_.steps(), shape_.kind, nullptr, nullptr};
     rounded_ = compute == "int8";
     bfloat16_ = compute == "bfloat16";
     expect(rounded_ || bfloat16_ || compute == "float32", "compute must be float32, bfloat16 or int8");
@@ -107,6 +108,14 @@ class HeldSparseLinear : public LinearInstruction {
     expect((!grid_.shifted() && !gather_columns) || (groups == 1 && !zeros_), "one group without zero points is needed");
     if (grid_.shifted() || gather_columns) add_up();
     if (!gather_columns || kernels_.sparse_bytes->gathered == nullptr) return;
+    const BlockCount count = count_blocks(sparse_);
+    if (blocks_pay(count, panels * shape_.steps() * kPanel)) {
+      blocks_ = count.blocks;
+      blocked_ = sort_blocks(kernels_, sparse_, weights_.packed, threads);
+      for (const BlockedCodes& each : blocked_) blocked_views_.push_back(each.view());
+      sparse_.blocked = blocked_views_.data();
+      return;
+    }
     gathered_ = gather(kernels_, sparse_, weights_.packed, threads);
     view_ = gathered_.view();
     sparse_.gathered = &view_;
@@ -114,6 +123,9 @@ class HeldSparseLinear : public LinearInstruction {
 
   // Products of four columns for every output that more than a few rows take, and dense ones would; 0 where not gathered.
   std::size_t gathered_steps() const { return gathered_.slots.size(); }
+
+  // Blocks of four columns of an output that more than a few rows take; 0 where they do not.
+  std::size_t blocks() const { return blocks_; }
 
   const char* isa() const { return shape_.coded() ? kernels_.sparse_bytes->isa : kernels_.sparse_floats->isa; }
 
@@ -161,6 +173,9 @@ class HeldSparseLinear : public LinearInstruction {
   SparseWeights sparse_{};
   CodedWeights weights_{};
   bool rounded_ = false, bfloat16_ = false;
+  std::size_t blocks_ = 0;
+  std::vector<BlockedCodes> blocked_;
+  std::vector<BlockedPanel> blocked_views_;
   Gathered gathered_;
   GatheredWeights view_{};
   std::vector<SkipWeights> skipped_;
@@ -190,6 +205,7 @@ void bind_sparse_linear(nb::module_& m) {
            "scales"_a.none(), "zeros"_a.none(), "bias"_a.none(), "rounding"_a, "input_steps"_a.none(), "input_zero"_a,
            "gather"_a, "threads"_a)
       .def_prop_ro("gathered_steps", &HeldSparseLinear::gathered_steps, "Slots of the gathered weights, of all panels.")
+      .def_prop_ro("blocks", &HeldSparseLinear::blocks, "Blocks of four columns of an output, of all outputs.")
       .def_prop_ro("isa", &HeldSparseLinear::isa, "The instruction set of the kernel that runs.")
       .def("run",
            nb::overload_cast<const Matrix<const float>&, const Matrix<float>&, std::size_t, std::string_view,

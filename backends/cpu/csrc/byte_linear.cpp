@@ -4,6 +4,7 @@
 #include <atomic>
 #include <vector>
 
+#include "sparse_block.h"
 #include "sparse_linear.h"
 #include "threads.h"
 
@@ -139,7 +140,9 @@ void run_byte_linear(const KernelTable& kernels, const PackedLinear& weights, co
   const RowShape shape{rows, columns, columns, padded, weights.group};
   round_rows(*kernels.byte_rows, grid, x, shape, weights.groups, bytes, threads);
 
-  const bool gathers = sparse != nullptr && sparse->gathered != nullptr && rows > kernels.sparse_bytes->few_rows;
+  const bool many = sparse != nullptr && rows > kernels.sparse_bytes->few_rows;
+  if (many && sparse->blocked != nullptr) return run_blocked(kernels, *sparse, weights, bytes, y, threads);
+  const bool gathers = many && sparse->gathered != nullptr;
   const RaisedRows raised = gathers ? raise_rows(bytes, padded, threads) : RaisedRows{};
   const bool few = rows <= kFewByteRows;
   // Each thread has rows of its own where there are many: those that it wrote before, and that it will read next.

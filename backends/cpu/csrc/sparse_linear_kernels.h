@@ -43,6 +43,25 @@ struct GatheredWeights {
   const std::uint64_t* offsets;  // [panels + 1]: where each panel's begin
 };
 
+// Steps of four columns whose blocks are multiplied together: those of the turned rows stay in the first cache meanwhile.
+inline constexpr std::size_t kBlockedSteps = 96;
+
+// The blocks of a panel's outputs in kBlockedSteps steps, output by output. Those with as many blocks follow each other, as
+// in a SkipChunk.
+struct BlockedChunk {
+  std::uint64_t begin;               // of the chunk's blocks among the panel's
+  std::uint16_t starts[kPanel + 1];  // of each output's blocks, from `begin` on
+  std::uint8_t outputs[kPanel];      // whose they are
+};
+
+// Weights of one group for many rows, in blocks of four columns that lie in one step and of which at least one is stored:
+// a panel's chunks, from left to right, and its blocks.
+struct BlockedPanel {
+  const BlockedChunk* chunks;
+  const std::int32_t* codes;   // four to a block, less the zero point
+  const std::uint8_t* places;  // of their steps in the chunk
+};
+
 // Columns whose weights are multiplied together where zeros of floats are skipped: those of the turned input stay in the
 // first cache meanwhile.
 inline constexpr std::size_t kSkipColumns = kSparseSteps / 2;
@@ -69,6 +88,7 @@ struct SparseWeights {
   std::size_t outputs, panels, steps;
   SparseValues kind;
   const GatheredWeights* gathered;  // of codes, for many rows; or null
+  const BlockedPanel* blocked;      // [panels], instead of gathered ones; or null
 
   std::size_t blocks() const { return (steps + kSparseSteps - 1) / kSparseSteps; }
   std::size_t words() const { return kind == SparseValues::kInt8 || kind == SparseValues::kInt4 ? 4 : 1; }
@@ -93,6 +113,17 @@ struct RaisedRows {
   std::size_t stride;
 };
 
+// A tile of rows of codes with 128 added to each, step by step: [steps][width][4 columns].
+struct TurnedCodes {
+  const std::uint8_t* codes;
+  std::size_t row, rows, width;  // its first row, how many it has, and how many it is padded to
+};
+
+// Which panel that is, and of how many outputs and columns, or steps of four.
+struct SkipPlace {
+  std::size_t panel, outputs, columns;
+};
+
 struct SparseByteKernels {
   const char* isa;
   // Writes codes, 256 bytes a step.
@@ -104,17 +135,18 @@ struct SparseByteKernels {
   // there is none.
   void (*gathered)(const GatheredWeights&, const PackedLinear&, const ByteRows&, const RaisedRows&, const LinearOutput&,
                    const LinearBlock&);
+  // The same on blocks, for a panel and a tile of at most `blocked_rows` rows, whose width is a multiple of `lanes`. Scratch:
+  // [2][64][width].
+  void (*blocked)(const BlockedPanel&, const PackedLinear&, const ByteRows&, const TurnedCodes&, const LinearOutput&,
+                  const SkipPlace&, std::int32_t* scratch);
+  void (*turn)(const std::int8_t* codes, std::size_t rows, std::size_t steps, std::size_t width, std::uint8_t* to);
+  std::size_t lanes, blocked_rows;
 };
 
 // Rows of floats, in tiles of `height` rows, each of them column by column; what is padded to `width` rows is 0.
 struct TurnedRows {
   const float* values;  // [tiles][columns][width]
   std::size_t rows, height, width, tiles;
-};
-
-// Which panel that is, and of how many outputs and columns.
-struct SkipPlace {
-  std::size_t panel, outputs, columns;
 };
 
 struct SparseFloatKernels {

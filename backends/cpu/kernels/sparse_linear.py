@@ -79,6 +79,9 @@ class SparseLinear(Linear):
         if kernel.gathered_steps:
             share = kernel.gathered_steps / (-(-packed.outputs // PANEL) * -(-packed.columns // 4))
             label += f", more than a few rows in {share:.0%} of the dense kernel's products"
+        elif kernel.blocks:
+            share = kernel.blocks / (packed.outputs * -(-packed.columns // 4))
+            label += f", more than a few rows by blocks of four columns, {share:.0%} of all"
         elif gather and packed.kind in ("float32", "bfloat16"):
             label += ", many rows on a second copy whose zeros are skipped"
         super().__init__(kernel, packed.columns, packed.outputs, label)

@@ -69,6 +69,10 @@ const SparseByteKernels sparse_bytes = {.isa = "avx2",
                                         .expand = expand,
                                         .few = nullptr,
                                         .few_rows = 0,
-                                        .gathered = nullptr};
+                                        .gathered = nullptr,
+                                        .blocked = nullptr,
+                                        .turn = nullptr,
+                                        .lanes = 0,
+                                        .blocked_rows = 0};
 
 }  // namespace graphwright::avx2

@@ -1,5 +1,5 @@
 // Sparse codes in 512-bit vectors: a word of the mask is a vector, for one row and a few in registers. With many rows each
-// output has columns of its own, picked out of a vector of the row.
+// output has columns of its own, picked out of a vector of the row, or blocks of its own that meet vectors of rows.
 #include <immintrin.h>
 
 #include "sparse_linear_kernels.h"
@@ -21,6 +21,9 @@ struct V : Vectors {
   static Int each_byte(Int v) { return _mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101)); }
   // The bytes of `from` at these places, each in 0..63.
   static Int pick(Int places, Int from) { return _mm512_permutexvar_epi8(places, from); }
+  static Int as_codes(Float v) { return _mm512_castps_si512(v); }
+  static Int raise(Int v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }  // by 128
+  static void store_codes(std::uint8_t* p, Int v) { _mm512_storeu_si512(p, v); }
   static void prefetch_near(const std::uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 };
 
@@ -59,6 +62,7 @@ struct S {
 #include "sparse_bytes.inc"
 #include "sparse_few.inc"
 #include "sparse_gathered.inc"
+#include "sparse_blocked.inc"
 
 #undef GRAPHWRIGHT_UNROLL
 
@@ -69,6 +73,10 @@ const SparseByteKernels sparse_bytes = {.isa = "avx512_vbmi2",
                                         .expand = expand,
                                         .few = sparse_few,
                                         .few_rows = kFewSparseRows,
-                                        .gathered = gathered};
+                                        .gathered = gathered,
+                                        .blocked = blocked,
+                                        .turn = turn_codes,
+                                        .lanes = V::kLanes,
+                                        .blocked_rows = kBlockedVectors * V::kLanes};
 
 }  // namespace graphwright::avx512_vbmi2

@@ -31,6 +31,10 @@ const SparseByteKernels sparse_bytes = {.isa = "scalar",
                                         .expand = expand,
                                         .few = nullptr,
                                         .few_rows = 0,
-                                        .gathered = nullptr};
+                                        .gathered = nullptr,
+                                        .blocked = nullptr,
+                                        .turn = nullptr,
+                                        .lanes = 0,
+                                        .blocked_rows = 0};
 
 }  // namespace graphwright::scalar
