@@ -55,13 +55,15 @@ QUICK: list[tuple[str, float, bool]] = [("int8", 0.8, False), ("int4", 0.5, Fals
 
 def main() -> int:
     """Run the comparison."""
-    arguments = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument("--shapes", type=int, default=len(SHAPES), metavar="N", help="the first N of them")
+    arguments = options.parse_args()
     torch.set_num_threads(THREADS)
     onnxruntime.set_global_thread_pool_sizes(THREADS, 1)
     torch.manual_seed(0)
     rows, bounds = Rows(), Bounds(THREADS)
     get = when_needed("deepsparse", DEEPSPARSE, "_rival_deepsparse.py", {"NM_DISABLE_ANALYTICS": "1"})
-    for shape in SHAPES[:1] if arguments.quick else SHAPES:
+    for shape in SHAPES[: 1 if arguments.quick else arguments.shapes]:
         for form in QUICK if arguments.quick else FORMS:
             weights = Weights(shape[0], shape[1], form[0], form[1], form[2])
             for count in [1, 128] if arguments.quick else ROWS:
