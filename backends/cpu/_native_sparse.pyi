@@ -64,7 +64,7 @@ class SparseLinear(LinearInstruction):
         rounding: str,
         input_steps: npt.NDArray[np.float32] | None,
         input_zero: int,
-        gather: bool,
+        gather: str,
         threads: int,
     ) -> None: ...
     @property

@@ -365,29 +365,30 @@ def test_outputs_take_what_they_have_of_a_window() -> None:
 
 def test_columns_are_gathered_where_that_is_faster() -> None:
     class Sparse(nn.Module):
-        def __init__(self, share: float) -> None:
+        def __init__(self, share: float, block: int) -> None:
             super().__init__()
             torch.manual_seed(1)
             self.up = nn.Linear(256, 128)
             with torch.no_grad():
-                self.up.weight *= torch.rand(128, 256) < share
+                self.up.weight *= (torch.rand(128, 256 // block) < share).repeat_interleave(block, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.up(x)
             return y
 
     x, isa = random(128, 256), str(features().selected)
-    least = least_sparsity(isa, "int8", 128, gathers=True)
-    for share in (0.2, 0.9):
-        program = gw.trace(Sparse(share).eval(), x)
+    for share, block in ((0.2, 1), (0.6, 1), (0.9, 1), (0.2, 4), (0.6, 4)):
+        least = least_sparsity(isa, "int8", 128, gathers=True, blocks=block == 4)
+        program = gw.trace(Sparse(share, block).eval(), x)
         for item in (gw.QuantizeLinears(bits=8), gw.CompressLinears(min_sparsity=0.0)):
             item(program)
         small = CpuBackend(compute="int8").lower(program)
         label = small.explain()[0].kernel
         if least is not None and 1 - share >= least:
             assert label.startswith("sparse_linear ")
-            assert "more than a few rows in " in label
-            assert label.endswith(f"of the dense kernel's products; faster than dense from {least:.0%} zeros on")
+            assert ("more than a few rows by blocks of four columns" in label) == (block == 4)
+            assert ("of the dense kernel's products" in label) == (block == 1)
+            assert label.endswith(f"; faster than dense from {least:.0%} zeros on")
         else:
             assert label.startswith("byte_linear ")
             assert "; dense, as " in label
@@ -396,6 +397,9 @@ def test_columns_are_gathered_where_that_is_faster() -> None:
     gained = least_sparsity("avx512_bf16", "int8", 128, gathers=True)
     assert gained is not None
     assert 0.25 < gained < 0.4
+    by_blocks = least_sparsity("avx512_bf16", "int8", 128, gathers=True, blocks=True)
+    assert by_blocks is not None
+    assert gained < by_blocks < 0.5
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -71,10 +71,13 @@ class HeldSparseLinear : public LinearInstruction {
   HeldSparseLinear(std::string_view isa, std::size_t outputs, std::size_t columns, std::string_view kind, std::size_t group,
                    std::string_view compute, Words masks, Bytes values, Words offsets, std::optional<Scales> scales,
                    std::optional<Bytes> zeros, std::optional<Array<const float>> bias, std::string_view rounding,
-                   std::optional<Array<const float>> input_steps, int input_zero, bool gather_columns, std::size_t threads)
+                   std::optional<Array<const float>> input_steps, int input_zero, std::string_view gather_by,
+                   std::size_t threads)
       : kernels_(graphwright::isa(isa).kernels()), shape_(shape_of(outputs, columns, kind, group)), masks_(std::move(masks)),
         offsets_(std::move(offsets)), values_(std::move(values)), scales_(std::move(scales)), zeros_(std::move(zeros)),
         bias_(std::move(bias)), grid_(rounding, std::move(input_steps), columns, input_zero) {
+    const bool by_blocks = gather_by == "blocks", gather_columns = by_blocks || gather_by == "columns";
+    expect(gather_columns || gather_by.empty(), "gather must be columns, blocks or nothing");
     const std::size_t panels = shape_.panels(), blocks = panels * shape_.blocks();
     expect(masks_.shape(0) == panels * shape_.steps() * shape_.words(), "masks has the wrong size");
     expect(offsets_.shape(0) == blocks + 1, "offsets has the wrong size");
@@ -87,6 +90,7 @@ class HeldSparseLinear : public LinearInstruction {
     expect(rounded_ || !grid_.shifted(), "only rounded activations have a grid");
     if (!shape_.coded()) {
       expect(!rounded_ && !scales_ && !zeros_, "floats are multiplied as floats, and have no scales");
+      expect(!by_blocks, "floats are gathered by columns");
       if (gather_columns) skipped_ = sort_panels(sparse_, threads);
       return;
     }
@@ -108,11 +112,12 @@ class HeldSparseLinear : public LinearInstruction {
     expect((!grid_.shifted() && !gather_columns) || (groups == 1 && !zeros_), "one group without zero points is needed");
     if (grid_.shifted() || gather_columns) add_up();
     if (!gather_columns || kernels_.sparse_bytes->gathered == nullptr) return;
-    const BlockCount count = count_blocks(sparse_);
-    if (blocks_pay(count, panels * shape_.steps() * kPanel)) {
-      blocks_ = count.blocks;
+    if (by_blocks) {
       blocked_ = sort_blocks(kernels_, sparse_, weights_.packed, threads);
-      for (const BlockedCodes& each : blocked_) blocked_views_.push_back(each.view());
+      for (const BlockedCodes& each : blocked_) {
+        blocked_views_.push_back(each.view());
+        blocks_ += each.codes.size();
+      }
       sparse_.blocked = blocked_views_.data();
       return;
     }
@@ -200,7 +205,7 @@ void bind_sparse_linear(nb::module_& m) {
   nb::class_<HeldSparseLinear, LinearInstruction>(m, "SparseLinear", "A linear whose weights are mostly zeros.")
       .def(nb::init<std::string_view, std::size_t, std::size_t, std::string_view, std::size_t, std::string_view, Words, Bytes,
                     Words, std::optional<Scales>, std::optional<Bytes>, std::optional<Array<const float>>, std::string_view,
-                    std::optional<Array<const float>>, int, bool, std::size_t>(),
+                    std::optional<Array<const float>>, int, std::string_view, std::size_t>(),
            "isa"_a, "outputs"_a, "columns"_a, "kind"_a, "group"_a, "compute"_a, "masks"_a, "values"_a, "offsets"_a,
            "scales"_a.none(), "zeros"_a.none(), "bias"_a.none(), "rounding"_a, "input_steps"_a.none(), "input_zero"_a,
            "gather"_a, "threads"_a)

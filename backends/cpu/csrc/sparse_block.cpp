@@ -58,25 +58,6 @@ void sort_chunk(const std::uint8_t* codes, std::size_t steps, std::int32_t middl
 
 }  // namespace
 
-BlockCount count_blocks(const SparseWeights& sparse) {
-  BlockCount found{};
-  constexpr std::uint64_t kFirstOfFour = 0x1111111111111111U;
-  for (std::size_t i = 0; i < sparse.panels * sparse.steps * sparse.words(); ++i) {
-    const std::uint64_t mask = sparse.masks[i];
-    found.weights += static_cast<std::size_t>(std::popcount(mask));
-    found.blocks += static_cast<std::size_t>(std::popcount((mask | mask >> 1 | mask >> 2 | mask >> 3) & kFirstOfFour));
-  }
-  return found;
-}
-
-bool blocks_pay(const BlockCount& count, std::size_t all) {
-  // A block's product takes as long as picking columns and multiplying them does; but there outputs wait for each other
-  // (sparse_linear_kernels.h), for random zeros as long as this.
-  constexpr double kWaiting = 0.045;
-  const auto share = [all](std::size_t part) { return static_cast<double>(part) / static_cast<double>(all); };
-  return share(count.blocks) < share(count.weights) / 4 + kWaiting;
-}
-
 std::vector<BlockedCodes> sort_blocks(const KernelTable& kernels, const SparseWeights& sparse, const PackedLinear& weights,
                                       std::size_t threads) {
   static_assert(kBlockedSteps <= 256 && kPanel * kBlockedSteps <= 65535);

@@ -19,15 +19,6 @@ struct BlockedCodes {
   BlockedPanel view() const { return {chunks.data(), codes.data(), places.data()}; }
 };
 
-// Blocks of four columns of an output of which at least one weight is stored, and weights that are.
-struct BlockCount {
-  std::size_t blocks, weights;
-};
-BlockCount count_blocks(const SparseWeights& sparse);
-
-// Whether many rows are faster on blocks than on gathered columns, of a linear that has `all` blocks with those of zeros.
-bool blocks_pay(const BlockCount& count, std::size_t all);
-
 // Those of all panels, from weights with one group and no zero points.
 std::vector<BlockedCodes> sort_blocks(const KernelTable& kernels, const SparseWeights& sparse, const PackedLinear& weights,
                                       std::size_t threads);

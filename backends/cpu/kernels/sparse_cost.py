@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 # A core's share of the memory's bandwidth: 19.5 GB/s.
 _NS_PER_BYTE = 0.051
 _FEW_ROWS = {"avx512_vbmi2": 4, "avx512": 4, "avx2": 1}
@@ -19,6 +21,11 @@ _SKIP_ROWS, _SKIP_LEAST, _SKIP_SHARE, _NS_PER_ENTRY = 32, 0.19, 1.25, 2.5
 # left in it wait. (Counted: random zeros of 4096 columns, 5 to 50 % not zeros.) Each picks its bytes of the row first.
 _LEAST_SLOTS, _SLOTS, _PICK = 0.047, 0.955, 1.4
 _SLOT_BYTES = 2
+# Blocks of four columns, for many rows: of the dense kernel's time so much, and so much for the share of blocks that is
+# stored, rows counted by vectors. (Measured on family 26, Zen 5.) They are taken where their share is not above that of
+# weights by more than what outputs wait for each other otherwise.
+_BLOCK_LEAST, _BLOCK_SHARE, _BLOCK_ROWS, _WAITING = 0.11, 1.57, 16, 0.045
+_BLOCK_BYTES = 5
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,9 @@ class Arithmetic:
         """Of the dense linear."""
         return max(64 * self.dense_bytes * _NS_PER_BYTE, self.dense_least, rows * self.dense_row)
 
-    def sparse(self, rows: int, density: float, few: int, *, skips: bool, gathers: bool = False) -> float:
+    def sparse(
+        self, rows: int, density: float, few: int, *, skips: bool, gathers: bool = False, blocks: bool = False
+    ) -> float:
         """Of the sparse one, of whose weights a share of ``density`` is stored."""
         memory = (8 + 64 * density * self.value_bytes) * _NS_PER_BYTE
         if rows <= few:
@@ -55,6 +64,10 @@ class Arithmetic:
             skipped = (_SKIP_LEAST + _SKIP_SHARE * density) * rows * self.dense_row
             listed = 0.0 if gathers else 64 * density * _NS_PER_ENTRY
             return min(expanded, skipped + listed) if rows >= _SKIP_ROWS else expanded
+        if gathers and blocks:
+            whole = -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS
+            read = 16 * density * _BLOCK_BYTES * _NS_PER_BYTE
+            return max(read, (_BLOCK_LEAST + _BLOCK_SHARE * density) * whole * self.dense_row)
         if gathers:
             slots = _LEAST_SLOTS + _SLOTS * density
             return slots * max(64 * _SLOT_BYTES * _NS_PER_BYTE, rows * self.dense_row * _PICK)
@@ -91,7 +104,17 @@ def can_gather(isa: str, kind: str, rows: int) -> bool:
     return own == "avx512_vbmi2" and rows > _FEW_ROWS[own]
 
 
-def least_sparsity(isa: str, kind: str, rows: int, *, gathers: bool = False) -> float | None:
+def stored_blocks(bits: torch.Tensor) -> int:
+    """Blocks of four columns with a weight that is stored; ``bits`` are uint8, a bit for each column."""
+    return int((bits & 15).count_nonzero()) + int((bits >> 4).count_nonzero())
+
+
+def come_in_blocks(density: float, blocks: float) -> bool:
+    """Whether many rows are faster on blocks of four columns than on gathered ones, by the shares that are stored."""
+    return blocks < density + _WAITING
+
+
+def least_sparsity(isa: str, kind: str, rows: int, *, gathers: bool = False, blocks: bool = False) -> float | None:
     """The share of zeros from which on a sparse linear is faster than the dense one on the same values.
 
     Args:
@@ -101,6 +124,7 @@ def least_sparsity(isa: str, kind: str, rows: int, *, gathers: bool = False) -> 
         rows: of the input.
         gathers: whether each output's weights may be stored one after another a second time; codes have one scale for
             each output then, and no zero points.
+        blocks: whether zeros of codes come in blocks of four columns (:func:`come_in_blocks`).
 
     Returns:
         a share in whole per cent, or ``None`` where no share is enough.
@@ -113,6 +137,6 @@ def least_sparsity(isa: str, kind: str, rows: int, *, gathers: bool = False) -> 
     few = _FEW_ROWS[own] if own != "avx2" or floats else 0
     gathers = gathers and can_gather(isa, kind, rows)
     for percent in range(101):
-        if costs.sparse(rows, 1 - percent / 100, few, skips=floats, gathers=gathers) < costs.dense(rows):
+        if costs.sparse(rows, 1 - percent / 100, few, skips=floats, gathers=gathers, blocks=blocks) < costs.dense(rows):
             return percent / 100
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -10,7 +12,7 @@ from graphwright.backends.cpu.kernels.byte_linear import MOST_COLUMNS, ByteLinea
 from graphwright.backends.cpu.kernels.byte_packing import PANEL, PackedLinear, pack_int8, pack_nbits
 from graphwright.backends.cpu.kernels.float_linear import FloatLinear, NbitsLinear, pack_floats
 from graphwright.backends.cpu.kernels.linear import Linear, unsuitable
-from graphwright.backends.cpu.kernels.sparse_cost import can_gather, least_sparsity
+from graphwright.backends.cpu.kernels.sparse_cost import can_gather, come_in_blocks, least_sparsity, stored_blocks
 from graphwright.backends.cpu.kernels.sparse_packing import PackedSparse, pack_sparse
 from graphwright.ir.decoder import DecoderLayout
 from graphwright.ir.ops.quantization import pack
@@ -51,6 +53,7 @@ class SparseLinear(Linear):
     ) -> None:
         from graphwright.backends.cpu import _native  # not at the top: it may be absent
 
+        blocks = gather and packed.coded and come_in_blocks(packed.density, packed.blocks)
         kernel = _native.SparseLinear(
             isa,
             packed.outputs,
@@ -67,7 +70,7 @@ class SparseLinear(Linear):
             rounding,
             stored_floats(input_scales),
             input_zero_point,
-            gather,
+            "blocks" if blocks else "columns" if gather else "",
             torch.get_num_threads(),
         )
         computed = {
@@ -80,9 +83,8 @@ class SparseLinear(Linear):
             share = kernel.gathered_steps / (-(-packed.outputs // PANEL) * -(-packed.columns // 4))
             label += f", more than a few rows in {share:.0%} of the dense kernel's products"
         elif kernel.blocks:
-            share = kernel.blocks / (packed.outputs * -(-packed.columns // 4))
-            label += f", more than a few rows by blocks of four columns, {share:.0%} of all"
-        elif gather and packed.kind in ("float32", "bfloat16"):
+            label += f", more than a few rows by blocks of four columns, {packed.blocks:.0%} of all"
+        elif gather and not packed.coded:
             label += ", many rows on a second copy whose zeros are skipped"
         super().__init__(kernel, packed.columns, packed.outputs, label)
         self.packed = packed
@@ -105,9 +107,9 @@ def _sparse(site: Site) -> Kernel | str:
         return f"it has more than {MOST_COLUMNS} input features"
     if rounded and scales is not None and scales.shape[1] > 1 and group % 4:
         return "the kernel rounds activations in groups of whole steps of 4 columns"
-    sparsity = 1 - int(offsets[-1]) / (len(mask) * columns)
+    zeroed = _Zeros.of(mask, offsets, columns)
     gathers = format == "float" or (rounded and zeros is None and scales is not None and scales.shape[1] == 1)
-    against = _against(site, kind, sparsity, rounded=rounded, gathers=gathers)
+    against = _against(site, kind, zeroed, rounded=rounded, gathers=gathers)
     whole = format == "float" or group * bits_of(format) % 32 == 0 or (scales is not None and scales.shape[1] == 1)
     if against and whole:
         return _dense(site, columns, bias, against)
@@ -120,13 +122,27 @@ def _sparse(site: Site) -> Kernel | str:
     compute = site.compute if format != "float" else "float32"
     kernel = SparseLinear(packed, site.isa, compute, bias, gather=gathers)
     if not against:
-        kernel.label += _pays(site, kind, gathers=gathers)
+        kernel.label += _pays(site, kind, zeroed, gathers=gathers)
     return kernel
 
 
-def _pays(site: Site, kind: str, *, gathers: bool) -> str:
+@dataclass(frozen=True)
+class _Zeros:
+    """Of a weight: the share of zeros, and whether they come in blocks of four columns."""
+
+    share: float
+    blocks: bool
+
+    @classmethod
+    def of(cls, mask: torch.Tensor, row_offsets: torch.Tensor, columns: int) -> _Zeros:
+        density = int(row_offsets[-1]) / (len(mask) * columns)
+        blocks = stored_blocks(mask) / (len(mask) * -(-columns // 4))
+        return cls(1 - density, come_in_blocks(density, blocks))
+
+
+def _pays(site: Site, kind: str, zeroed: _Zeros, *, gathers: bool) -> str:
     """From where on zeros pay, for the label."""
-    least = least_sparsity(site.isa, kind, _rows(site), gathers=gathers)
+    least = least_sparsity(site.isa, kind, _rows(site), gathers=gathers, blocks=zeroed.blocks)
     return f"; faster than dense from {least:.0%} zeros on" if least is not None else ""
 
 
@@ -140,16 +156,16 @@ def _rows(site: Site) -> int:
     return rows
 
 
-def _against(site: Site, kind: str, sparsity: float, *, rounded: bool, gathers: bool) -> str:
+def _against(site: Site, kind: str, zeroed: _Zeros, *, rounded: bool, gathers: bool) -> str:
     """Why the dense kernel is faster, or an empty string."""
     if kind in ("int8", "int4") and not rounded:
         return "zeros of codes save time only where activations are rounded too (compute='int8')"
     rows = _rows(site)
-    least = least_sparsity(site.isa, kind, rows, gathers=gathers)
+    least = least_sparsity(site.isa, kind, rows, gathers=gathers, blocks=zeroed.blocks)
     if least is None:
         return f"the dense kernel is faster with {rows} rows, whatever the share of zeros"
-    if sparsity < least:
-        return f"{sparsity:.1%} of the weights are zeros, and with {rows} rows {least:.0%} would pay"
+    if zeroed.share < least:
+        return f"{zeroed.share:.1%} of the weights are zeros, and with {rows} rows {least:.0%} would pay"
     return ""
 
 
@@ -208,8 +224,8 @@ def _rounded(site: Site, rounding: str, input_scales: torch.Tensor | None, input
     if columns > MOST_COLUMNS:
         return f"it has more than {MOST_COLUMNS} input features"
     bias, grid = site.maybe_stored("bias"), (input_scales, input_zero_point)
-    sparsity = 1 - int(offsets[-1]) / (len(mask) * columns)
-    against = _against(site, "int8", sparsity, rounded=True, gathers=True)
+    zeroed = _Zeros.of(mask, offsets, columns)
+    against = _against(site, "int8", zeroed, rounded=True, gathers=True)
     if against:
         dense = site.packed_once(names, lambda: pack_int8(int8_weight(mask, values, columns), scales))
         kernel: Linear = ByteLinear(dense, site.isa, rounding, bias, *grid)
@@ -222,7 +238,7 @@ def _rounded(site: Site, rounding: str, input_scales: torch.Tensor | None, input
         return str(error)
     gathers = can_gather(site.isa, "int8", _rows(site))
     kernel = SparseLinear(packed, site.isa, "int8", bias, rounding, *grid, gather=gathers)
-    kernel.label += _pays(site, "int8", gathers=gathers)
+    kernel.label += _pays(site, "int8", zeroed, gathers=gathers)
     return kernel
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from graphwright.backends.cpu.kernels.byte_packing import PANEL, cells
+from graphwright.backends.cpu.kernels.sparse_cost import stored_blocks
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class PackedSparse:
     def density(self) -> float:
         """The share of weights that are stored."""
         return self.count / (self.outputs * self.columns)
+
+    @property
+    def coded(self) -> bool:
+        """Whether its values are codes."""
+        return self.group > 0
+
+    @property
+    def blocks(self) -> float:
+        """The share of blocks of four columns, of codes, in which a weight is stored."""
+        return stored_blocks(self.masks.view(torch.uint8)) / (self.outputs * -(-self.columns // 4))
 
     @property
     def described(self) -> str:
